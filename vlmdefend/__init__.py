@@ -1,0 +1,27 @@
+"""How robust is a vision-language model, with this defense, really, and what does the robustness cost?
+
+The public Python interface: :func:`load_model`, :func:`load_dataset`, :func:`evaluate`. Importing the package is
+cheap; torch is imported when one of them is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "evaluate", "load_dataset", "load_model"]
+
+if TYPE_CHECKING:
+    from vlmdefend.data import load_dataset
+    from vlmdefend.evaluation import evaluate
+    from vlmdefend.models import load_model
+
+_HOMES = {"load_model": "models", "load_dataset": "data", "evaluate": "evaluation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

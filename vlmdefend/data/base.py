@@ -1,0 +1,118 @@
+"""What a data source owes: named, labelled images with stable ids, read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from vlmdefend.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+class BadImage(UserError):
+    """One image that cannot be used; the message starts with its file name or id."""
+
+
+class Listed(NamedTuple):
+    """One line of ``vlmdefend list datasets``."""
+
+    name: str
+    summary: str
+    classes: int | None
+    where: str  # "embedded", "torchvision", "your folder" ...
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A labelled image set. ``read(i)`` decodes image ``i`` when it is needed and may raise :class:`BadImage`."""
+
+    name: str
+    split: str
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]  # prompts with {c} for the class name
+    ids: tuple[str, ...]
+    labels: tuple[int, ...]
+    read: Callable[[int], Image.Image]
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.labels):
+            raise UserError(f"dataset {self.name}: {len(self.ids)} images but {len(self.labels)} labels.")
+        if len(set(self.ids)) != len(self.ids):
+            raise UserError(f"dataset {self.name}: two images share an id; ids must be unique.")
+        highest, lowest = max(self.labels, default=-1), min(self.labels, default=0)
+        if highest >= len(self.class_names) or lowest < 0:
+            wrong = highest if highest >= len(self.class_names) else lowest
+            raise UserError(
+                f"dataset {self.name}: label {wrong} has no name; the class list has {len(self.class_names)} "
+                "names, so labels must be 0 to one less than that. Check the class list against the labels."
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def select(self, index: Sequence[int]) -> ImageSet:
+        """The images at ``index``, in that order."""
+        chosen, read = list(index), self.read
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in chosen),
+            labels=tuple(self.labels[i] for i in chosen),
+            read=lambda i: read(chosen[i]),
+        )
+
+    def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
+        """A fixed, class-balanced choice of ``limit`` images (all if None or more than there are).
+
+        Within a class images are shuffled by ``seed``; classes take turns until ``limit`` is reached, so class
+        counts differ by at most one while a class has images left. The order of the set is kept.
+
+        Raises:
+            UserError: ``limit`` is less than 1.
+        """
+        if limit is not None and limit < 1:
+            raise UserError(f"--limit {limit}: give a number of images of at least 1, or leave it out for all.")
+        if limit is None or limit >= len(self):
+            return self
+        by_class: dict[int, list[int]] = {}
+        for i, label in enumerate(self.labels):
+            by_class.setdefault(label, []).append(i)
+        shuffler = random.Random(f"{seed}/{self.name}/{self.split}")
+        for label in sorted(by_class):
+            shuffler.shuffle(by_class[label])
+        order = sorted(by_class)
+        shuffler.shuffle(order)  # which classes get the one more, when limit is no multiple of the classes
+        turns = [by_class[label][k] for k in range(max(map(len, by_class.values()))) for label in order
+                 if k < len(by_class[label])]
+        return self.select(sorted(turns[:limit]))
+
+    @property
+    def ids_hash(self) -> str:
+        """A hash of ids and labels in order: two runs with the same hash saw the same images."""
+        text = "\n".join(f"{i}\t{label}" for i, label in zip(self.ids, self.labels, strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Source(ABC):
+    """One file per place that images come from. ``name`` is the file's name, ``prefix`` what comes before ``:``."""
+
+    name: ClassVar[str]
+    prefix: ClassVar[str] = ""  # "folder" for folder:PATH; empty if the source has fixed names only
+
+    @abstractmethod
+    def listed(self) -> list[Listed]:
+        """The fixed names of this source (for a prefix source: one line that shows its form)."""
+
+    @abstractmethod
+    def open(self, name: str, split: str, root: Path | None) -> ImageSet:
+        """Open ``name`` (all that the user typed, prefix included); ``root`` is where downloads and archives lie.
+
+        Raises:
+            UserError: what is missing and how to get it.
+        """

@@ -1,0 +1,31 @@
+"""Errors that a person caused and can mend: one sentence that says what to do next."""
+
+
+class UserError(Exception):
+    """Bad input. The command line prints the message alone and exits with code 2.
+
+    The message names what was given, what was expected and what to do next.
+    """
+
+
+class UnknownName(UserError):
+    """A name that no registry knows, with the nearest names that exist."""
+
+
+class Busy(UserError):
+    """Another process is writing the same result."""
+
+
+def did_you_mean(kind: str, name: str, known: list[str], *, hint: str = "") -> UnknownName:
+    """Build the error for an unknown ``name``: the closest known names, else all of a short list."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(name.lower(), [k.lower() for k in known], n=3, cutoff=0.6)
+    by_lower = {k.lower(): k for k in known}
+    if close:
+        advice = "did you mean " + " or ".join(repr(by_lower[c]) for c in close) + "?"
+    elif len(known) <= 12:
+        advice = "known: " + ", ".join(sorted(known)) + "."
+    else:
+        advice = hint or f"`vlmdefend list {kind}s` shows all {len(known)}."
+    return UnknownName(f"unknown {kind} {name!r}; {advice}" + (f" {hint}" if hint and hint not in advice else ""))

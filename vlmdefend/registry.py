@@ -1,0 +1,161 @@
+"""Find a method by its name: the file name in its room, an entry point, or a plugin file.
+
+A room's ``__init__`` owns one :class:`Registry`. A built-in method is a file of that room; its name is the
+file's name, so listing and completing names imports nothing heavy. Packages can add methods through the entry
+point group ``vlmdefend.<room>``, a user through ``--plugin FILE``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from vlmdefend.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+class Registry(Generic[T]):
+    """Classes of one kind, by name.
+
+    Args:
+        kind: the singular noun used in messages, ``"attack"``.
+        packages: dotted names of the packages whose modules each hold one class.
+        shared: module names in those packages that hold no method (the contract, shared losses).
+        separator: ``"-"`` or ``"_"``: how a name is spelled where its file has an underscore.
+    """
+
+    def __init__(
+        self, kind: str, packages: tuple[str, ...], *, shared: tuple[str, ...] = (), separator: str = "-"
+    ) -> None:
+        self.kind = kind
+        self._packages = packages
+        self._shared = frozenset(shared)
+        self._separator = separator
+        self._classes: dict[str, type[Any]] = {}
+        self._modules: dict[str, str] | None = None
+
+    def register(self, cls: C) -> C:
+        """Class decorator: enter ``cls`` under its class attribute ``name``."""
+        name: str = cls.name  # type: ignore[attr-defined]
+        known = self._classes.get(self._key(name))
+        if known is not None and known.__module__ != cls.__module__:
+            raise UserError(
+                f"{self.kind} {name!r} is defined twice, in {known.__module__} and {cls.__module__}; rename one."
+            )
+        self._classes[self._key(name)] = cls
+        return cls
+
+    def names(self) -> list[str]:
+        """All names, sorted; imports no method's file."""
+        return sorted({self._spelled(key) for key in self._files()} | {c.name for c in self._classes.values()})
+
+    def get(self, name: str) -> type[T]:
+        """The class called ``name`` (``-`` and ``_`` are one).
+
+        Raises:
+            UnknownName: with the nearest names.
+        """
+        key = self._key(name)
+        if key not in self._classes and key in self._files():
+            importlib.import_module(self._files()[key])
+        if key not in self._classes:
+            raise did_you_mean(self.kind, name, self.names())
+        return self._classes[key]
+
+    def create(self, text: str, **options: Any) -> T:
+        """Build one from ``name`` or ``name:option=value:option=value``; ``options`` come on top."""
+        name, written = parse_spec(text)
+        cls = self.get(name)
+        return cls(**check_options(self.kind, cls, {**written, **options}))
+
+    def __iter__(self) -> Iterator[type[T]]:
+        """Every class, by name; imports them all."""
+        return iter([self.get(name) for name in self.names()])
+
+    def _key(self, name: str) -> str:
+        return name.strip().lower().replace("-", "_")
+
+    def _spelled(self, key: str) -> str:
+        return key.replace("_", self._separator)
+
+    def _files(self) -> dict[str, str]:
+        if self._modules is None:
+            self._modules = {}
+            for package in self._packages:
+                spec = importlib.util.find_spec(package)
+                for folder in (spec.submodule_search_locations or []) if spec else []:
+                    for file in sorted(Path(folder).glob("*.py")):
+                        if not file.stem.startswith("_") and file.stem not in self._shared:
+                            self._modules[file.stem] = f"{package}.{file.stem}"
+            for point in entry_points(group=self._packages[0]):
+                self._modules.setdefault(self._key(point.name), point.value.partition(":")[0])
+        return self._modules
+
+
+def parse_spec(text: str) -> tuple[str, dict[str, str]]:
+    """Split ``name:option=value:...`` into the name and the written options.
+
+    A part without ``=`` belongs to the name, so that ``torchattacks:CW`` stays whole.
+    """
+    parts = text.split(":")
+    name = ":".join(p for p in parts if "=" not in p)
+    options = dict(p.split("=", 1) for p in parts if "=" in p)
+    return name, {key.strip().replace("-", "_"): value.strip() for key, value in options.items()}
+
+
+def check_options(kind: str, cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Keep options that ``cls`` takes, turned from text into the annotated type.
+
+    Raises:
+        UserError: for an option the class does not take or a value of another type.
+    """
+    parameters = inspect.signature(cls, eval_str=True).parameters
+    checked = {}
+    for key, value in options.items():
+        if key not in parameters:
+            raise did_you_mean(f"option of {kind} {cls.name}", key, list(parameters) or ["none"])
+        checked[key] = _coerce(f"{cls.name}:{key}", value, parameters[key].annotation)
+    return checked
+
+
+def _coerce(where: str, value: Any, annotation: Any) -> Any:
+    """Text to the annotated type through pydantic, which knows unions, literals and tuples."""
+    from pydantic import TypeAdapter, ValidationError
+
+    if isinstance(value, str) and value.lower() == "none":
+        value = None
+    try:
+        return TypeAdapter(annotation).validate_python(value)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"]
+        raise UserError(f"{where}={value!r}: {expected[0].lower()}{expected[1:]}.") from None
+
+
+def load_plugin(path: str, warn: Callable[[str], None]) -> None:
+    """Import a user's file so that the classes in it register; a broken one breaks only itself.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UserError(f"--plugin {path}: no such file; give the path of a Python file that registers a class.")
+    name = f"vlmdefend_plugin_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--plugin {path}: not a Python file.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        sys.modules.pop(name, None)
+        warn(f"plugin {path} was not loaded: {type(error).__name__}: {error}")

@@ -1,0 +1,85 @@
+"""Randomness as an argument: one independent stream per image.
+
+A stream is derived from (seed, purpose, image id) and drawn on the CPU, so what an image gets does not depend on
+the batch it is in, its place there, the number of workers, or the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class ImageRng:
+    """One random stream for each of B images.
+
+    Args:
+        seed: the run's seed.
+        ids: B image ids.
+        purpose: names the use, so that two uses of one image never share numbers.
+    """
+
+    def __init__(self, seed: int, ids: Sequence[str], purpose: str = "") -> None:
+        self.seed = seed
+        self.ids = list(ids)
+        self.purpose = purpose
+        self._streams: list[torch.Generator | None] = [None] * len(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def child(self, purpose: str) -> ImageRng:
+        """Fresh streams of the same images for another purpose."""
+        return ImageRng(self.seed, self.ids, f"{self.purpose}/{purpose}")
+
+    def select(self, index: Sequence[int] | Tensor) -> ImageRng:
+        """The streams of some of the images; drawing from them advances the same streams."""
+        chosen = index if isinstance(index, (list, tuple)) else [int(i) for i in index]
+        part = ImageRng.__new__(ImageRng)
+        part.seed, part.purpose = self.seed, self.purpose
+        part.ids = [self.ids[i] for i in chosen]
+        part._streams = [self._stream(i) for i in chosen]
+        return part
+
+    def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
+        """(B, *shape) float32 on the CPU, uniform in [low, high)."""
+        import torch
+
+        out = torch.empty(len(self), *shape)
+        for i in range(len(self)):
+            out[i].uniform_(low, high, generator=self._stream(i))
+        return out
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """(B, *shape) float32 on the CPU, standard normal."""
+        import torch
+
+        out = torch.empty(len(self), *shape)
+        for i in range(len(self)):
+            out[i].normal_(generator=self._stream(i))
+        return out
+
+    def integers(self, shape: Sequence[int], low: int, high: int) -> Tensor:
+        """(B, *shape) int64 on the CPU, uniform in [low, high)."""
+        import torch
+
+        out = torch.empty(len(self), *shape, dtype=torch.int64)
+        for i in range(len(self)):
+            out[i].random_(low, high, generator=self._stream(i))
+        return out
+
+    def _stream(self, i: int) -> torch.Generator:
+        stream = self._streams[i]
+        if stream is None:
+            import torch
+
+            text = f"{self.seed}\0{self.purpose}\0{self.ids[i]}"
+            digest = hashlib.sha256(text.encode()).digest()
+            stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            self._streams[i] = stream
+        return stream

@@ -1,0 +1,139 @@
+"""The nouns of the house: batches, threats, model outputs. Importing this file imports no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+
+from vlmdefend.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vlmdefend.rng import ImageRng
+
+Norm = Literal["linf", "l2"]
+
+
+class Batch(NamedTuple):
+    """B labelled images on their way through the house."""
+
+    ids: list[str]
+    images: Tensor  # (B, 3, H, W) float32 in [0, 1]
+    labels: Tensor  # (B,) int64
+
+
+class Outputs(NamedTuple):
+    """What a pipeline says of B images, by name."""
+
+    logits: Tensor  # (B, C), scaled by the model's logit scale
+    features: Tensor | None = None  # (B, D) image features, not normalised
+    detector_score: Tensor | None = None  # (B,) higher = more likely adversarial; only where a defense detects
+
+
+class Pipeline(Protocol):
+    """Pixels in, named outputs out: a bare model, or a model inside a defense."""
+
+    num_classes: int
+    stochastic: bool  # True if the outputs depend on ``rng``
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        """(B, 3, H, W) in [0, 1] and B random streams -> outputs."""
+        ...
+
+
+@dataclass(frozen=True)
+class Threat:
+    """What an attacker may do to the pixels of one image: stay in [0, 1] and within ``eps`` of it.
+
+    ``eps`` is a number, or a (B,) tensor with one radius per image.
+    """
+
+    norm: Norm
+    eps: float | Tensor
+
+    def select(self, index: Tensor) -> Threat:
+        """The threat for some images of the batch."""
+        return self if isinstance(self.eps, (int, float)) else replace(self, eps=self.eps[index])
+
+    def radius(self, like: Tensor) -> float | Tensor:
+        """``eps`` in a shape that broadcasts over (B, ...) images."""
+        if isinstance(self.eps, (int, float)):
+            return self.eps
+        return self.eps.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+    def project(self, images: Tensor, around: Tensor) -> Tensor:
+        """The nearest point of the ball, then of [0, 1]; a new tensor of the shape of ``images``."""
+        eps = self.radius(images)
+        delta = images - around
+        if self.norm == "linf":
+            delta = delta.clamp(-eps, eps) if isinstance(eps, float | int) else delta.clamp(min=-eps, max=eps)
+        else:
+            length = per_image(delta.flatten(1).norm(dim=1), delta)
+            delta = delta * (eps / length.clamp_min(1e-12)).clamp_max(1.0)
+        return (around + delta).clamp_(0.0, 1.0)
+
+    def random_start(self, images: Tensor, rng: ImageRng) -> Tensor:
+        """A point drawn uniformly from the ball, clamped to [0, 1].
+
+        L2: normal direction, radius ``eps * u^(1/d)``; a radius ``eps * u`` would crowd the centre.
+        """
+        shape = images.shape[1:]
+        eps = self.radius(images)
+        if self.norm == "linf":
+            noise = rng.uniform(shape, -1.0, 1.0).to(images.device) * eps
+        else:
+            direction = rng.normal(shape).to(images.device)
+            direction /= per_image(direction.flatten(1).norm(dim=1).clamp_min(1e-12), direction)
+            radius = rng.uniform((1,)).to(images.device).flatten() ** (1.0 / direction[0].numel())
+            noise = direction * per_image(radius, direction) * eps
+        return (images + noise).clamp_(0.0, 1.0)
+
+    def distance(self, images: Tensor, around: Tensor) -> Tensor:
+        """(B,) float64 distance in this norm."""
+        delta = (images.double() - around.double()).flatten(1)
+        return delta.abs().amax(dim=1) if self.norm == "linf" else delta.norm(dim=1)
+
+    def contains(self, images: Tensor, around: Tensor, tolerance: float = 1e-6) -> Tensor:
+        """(B,) bool: finite, in [0, 1] and within ``eps`` (float64, ``tolerance`` for float32 rounding)."""
+        eps = self.eps if isinstance(self.eps, (int, float)) else self.eps.double().to(images.device)
+        flat = images.flatten(1)
+        inside = flat.isfinite().all(1) & (flat >= 0).all(1) & (flat <= 1).all(1)
+        return inside & (self.distance(images, around) <= eps + tolerance)
+
+
+def per_image(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) values in a shape that broadcasts over the (B, ...) tensor ``like``."""
+    return values.view(-1, *[1] * (like.dim() - 1))
+
+
+def parse_eps(text: str, norm: Norm = "linf") -> float:
+    """Read a perturbation size as people write it: ``4/255``, ``0.03``.
+
+    Raises:
+        UserError: not a number, not finite, negative, or a bare integer such as ``8`` that surely means ``8/255``.
+    """
+    written = str(text).strip()
+    if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?(\s*/\s*\d+(\.\d*)?)?", written, re.IGNORECASE):
+        raise UserError(f"eps {written!r} is not a finite number; write it as a fraction (4/255) or a decimal (0.03).")
+    above, _, below = written.partition("/")
+    if below and float(below) == 0:
+        raise UserError(f"eps {written!r} divides by zero; write it as a fraction (4/255) or a decimal (0.03).")
+    value = float(above) / float(below or 1)
+    if not math.isfinite(value) or value < 0:
+        raise UserError(f"eps {written!r} must be a finite number that is zero or more, such as 4/255.")
+    if norm == "linf" and value >= 1:
+        advice = f"; did you mean {above.strip()}/255?" if not below and value <= 255 else "."
+        raise UserError(f"eps {written!r} is as large as the whole pixel range [0, 1]{advice}")
+    return value
+
+
+def format_eps(eps: float) -> str:
+    """``0.01568...`` as ``4/255`` where it is such a fraction, else a short decimal."""
+    levels = Fraction(eps * 255).limit_denominator(2)
+    if abs(float(levels) / 255 - eps) < 1e-9:
+        return "0" if levels == 0 else f"{float(levels):g}/255"
+    return f"{eps:.4g}"
