@@ -1,0 +1,154 @@
+"""The record schema: what a run leaves behind, validated when written and when read. Torch-free.
+
+A *cell* is one (model, defense, dataset, attack, attacker, eps, seed) under one protocol. Its key is a hash of the
+whole :class:`Cell`, so everything that can change a result must be a field of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION = 1
+Attacker = Literal["transfer", "whitebox", "adaptive"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Cell(_Strict):
+    """Everything that can change the result of one cell."""
+
+    schema_version: int = SCHEMA_VERSION
+    protocol: str
+    protocol_hash: str
+    model: str
+    weights_hash: str
+    defense: str
+    defense_config: dict[str, Any]
+    dataset: str
+    split: str
+    ids_hash: str
+    n: int = Field(ge=1)
+    prompts_hash: str
+    attack: str
+    attack_config: dict[str, Any]
+    attacker: Attacker
+    norm: Literal["linf", "l2"]
+    eps: float = Field(ge=0)
+    seed: int
+    batch_size: int = Field(ge=1)
+    shard_size: int = Field(ge=1)
+    device: str  # "cpu" or "cuda": the last bit of a float differs between them
+
+    @property
+    def key(self) -> str:
+        """16 hex digits that name the cell's folder."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def title(self) -> str:
+        """The cell in one line, for progress and messages."""
+        from vlmdefend.types import format_eps
+
+        where = f"{self.model} + {self.defense} on {self.dataset}"
+        budget = "" if self.attack == "none" else f" {format_eps(self.eps)} {self.attacker}"
+        return f"{where}: {self.attack}{budget} seed {self.seed}"
+
+
+class Row(_Strict):
+    """One image of a cell."""
+
+    id: str
+    label: int
+    clean_prediction: int
+    clean_margin: float  # best other logit minus the label's: negative = right
+    adversarial_prediction: int
+    adversarial_margin: float
+    distance: float  # in the threat's norm, float64
+    steps: int  # gradient evaluations the attack spent on this image
+
+    @property
+    def clean_correct(self) -> bool:
+        """The deployed pipeline is right on the clean image."""
+        return self.clean_prediction == self.label
+
+    @property
+    def robust(self) -> bool:
+        """Right on the clean image and still right on the adversarial one."""
+        return self.clean_correct and self.adversarial_prediction == self.label
+
+
+class Skipped(_Strict):
+    """An image that ``--skip-bad`` left out."""
+
+    id: str
+    reason: str
+
+
+class Cost(_Strict):
+    """What the cell spent. Forwards and backwards are of the bare model, in images, summed over the cell."""
+
+    clean_images: int = 0
+    clean_forwards: int = 0  # to predict the clean images with the deployed pipeline
+    clean_backwards: int = 0
+    clean_seconds: float = 0.0
+    attack_images: int = 0  # images that the attack was given: the clean-correct ones
+    attack_forwards: int = 0
+    attack_backwards: int = 0
+    attack_seconds: float = 0.0
+    peak_memory_mb: float = 0.0  # CUDA: allocated on the device; CPU: the process's resident peak
+
+    def __add__(self, other: Cost) -> Cost:
+        summed = {
+            name: getattr(self, name) + getattr(other, name)
+            for name in type(self).model_fields
+            if name != "peak_memory_mb"
+        }
+        return Cost(**summed, peak_memory_mb=max(self.peak_memory_mb, other.peak_memory_mb))
+
+
+class Checks(_Strict):
+    """What was measured to find a masked gradient or a broken pipeline (product.md, diagnostics)."""
+
+    gradient_values: int = 0  # pixel gradients seen
+    zero_gradients: int = 0  # of these, exactly zero
+    forwards_differ: bool = False  # a defense that says it is deterministic answered twice differently
+    batch_dependent: bool = False  # a prediction changed with the batch mates
+    attacked_survivors: int = 0  # attacked images that stayed right
+    loss_not_rising: int = 0  # of these, those whose margin the attack did not raise at all
+    outside_budget: int = 0  # adversarial images that left the ball or [0, 1]: replaced by the clean image
+
+    def __add__(self, other: Checks) -> Checks:
+        merged: dict[str, Any] = {}
+        for name in type(self).model_fields:
+            a, b = getattr(self, name), getattr(other, name)
+            merged[name] = (a or b) if isinstance(a, bool) else a + b
+        return Checks(**merged)
+
+
+class Record(_Strict):
+    """The finished cell. ``status`` is ``error`` for a cell that failed; the message is then in ``error``."""
+
+    schema_version: int = SCHEMA_VERSION
+    key: str
+    cell: Cell
+    status: Literal["done", "error"]
+    error: str | None = None
+    n: int = 0
+    clean_correct: int = 0
+    robust: int = 0
+    skipped: list[Skipped] = []
+    cost: Cost = Cost()
+    checks: Checks = Checks()
+    stochastic: bool = False  # the deployed defense draws random numbers
+    adaptive_equals_whitebox: bool = True  # nothing to approximate or average: the two attackers are one
+    gradient_free: bool = False  # the attack uses no gradient
+    paradigm: str = ""  # the defense's
+    environment: dict[str, str] = {}
+    started: str = ""
+    finished: str = ""
