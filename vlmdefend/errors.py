@@ -28,6 +28,4 @@ def did_you_mean(kind: str, name: str, known: list[str], *, hint: str = "") -> U
         advice = "known: " + ", ".join(sorted(known)) + "."
     else:
         advice = hint or f"`vlmdefend list {kind}s` shows all {len(known)}."
-    return UnknownName(
-        f"unknown {kind} {name!r}; {advice}" + (f" {hint}" if hint and hint not in advice else "")
-    )
+    return UnknownName(f"unknown {kind} {name!r}; {advice}" + (f" {hint}" if hint and hint not in advice else ""))

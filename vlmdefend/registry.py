@@ -55,9 +55,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """All names, sorted; imports no method's file."""
-        return sorted(
-            {self._spelled(key) for key in self._files()} | {c.name for c in self._classes.values()}
-        )
+        return sorted({self._spelled(key) for key in self._files()} | {c.name for c in self._classes.values()})
 
     def get(self, name: str) -> type[T]:
         """The class called ``name`` (``-`` and ``_`` are one).
@@ -149,9 +147,7 @@ def load_plugin(path: str, warn: Callable[[str], None]) -> None:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(
-            f"--plugin {path}: no such file; give the path of a Python file that registers a class."
-        )
+        raise UserError(f"--plugin {path}: no such file; give the path of a Python file that registers a class.")
     name = f"vlmdefend_plugin_{file.stem}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:

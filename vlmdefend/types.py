@@ -31,9 +31,7 @@ class Outputs(NamedTuple):
 
     logits: Tensor  # (B, C), scaled by the model's logit scale
     features: Tensor | None = None  # (B, D) image features, not normalised
-    detector_score: Tensor | None = (
-        None  # (B,) higher = more likely adversarial; only where a defense detects
-    )
+    detector_score: Tensor | None = None  # (B,) higher = more likely adversarial; only where a defense detects
 
 
 class Pipeline(Protocol):
@@ -120,14 +118,10 @@ def parse_eps(text: str, norm: Norm = "linf") -> float:
     """
     written = str(text).strip()
     if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?(\s*/\s*\d+(\.\d*)?)?", written, re.IGNORECASE):
-        raise UserError(
-            f"eps {written!r} is not a finite number; write it as a fraction (4/255) or a decimal (0.03)."
-        )
+        raise UserError(f"eps {written!r} is not a finite number; write it as a fraction (4/255) or a decimal (0.03).")
     above, _, below = written.partition("/")
     if below and float(below) == 0:
-        raise UserError(
-            f"eps {written!r} divides by zero; write it as a fraction (4/255) or a decimal (0.03)."
-        )
+        raise UserError(f"eps {written!r} divides by zero; write it as a fraction (4/255) or a decimal (0.03).")
     value = float(above) / float(below or 1)
     if not math.isfinite(value) or value < 0:
         raise UserError(f"eps {written!r} must be a finite number that is zero or more, such as 4/255.")

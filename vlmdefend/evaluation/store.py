@@ -42,14 +42,10 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(
-                f"--out {folder}: is a file, not a folder; give a folder (it is created if needed)."
-            )
+            raise UserError(f"--out {folder}: is a file, not a folder; give a folder (it is created if needed).")
         with _disk(self.folder):
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(
-                dir=self.folder / "cells"
-            ).close()  # finds a read-only folder before hours of work
+            tempfile.TemporaryFile(dir=self.folder / "cells").close()  # finds a read-only folder before hours of work
 
     def cell_folder(self, key: str) -> Path:
         """Where the cell with this key lives."""
@@ -154,9 +150,7 @@ class CellWriter:
     def finish(self, record: Record, rows: list[Row]) -> None:
         """Write rows, then the record (which makes the cell count as done), then drop the partial file."""
         with _disk(self.folder):
-            write_atomically(
-                self.folder / "rows.jsonl", "".join(row.model_dump_json() + "\n" for row in rows)
-            )
+            write_atomically(self.folder / "rows.jsonl", "".join(row.model_dump_json() + "\n" for row in rows))
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
             self._partial.unlink(missing_ok=True)
 
