@@ -16,6 +16,10 @@ class Busy(UserError):
     """Another process is writing the same result."""
 
 
+class StorageError(UserError):
+    """The result folder cannot be written (any more): no use in computing further cells."""
+
+
 def did_you_mean(kind: str, name: str, known: list[str], *, hint: str = "") -> UnknownName:
     """Build the error for an unknown ``name``: the closest known names, else all of a short list."""
     from difflib import get_close_matches

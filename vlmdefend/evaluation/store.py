@@ -13,19 +13,20 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
-from vlmdefend.errors import Busy, UserError
+from vlmdefend.errors import Busy, StorageError, UserError
 from vlmdefend.evaluation.records import SCHEMA_VERSION, Cell, Checks, Cost, Record, Row, Skipped
 
 
 class Shard(NamedTuple):
     """What one shard of a cell added."""
 
-    index: int
+    number: int
     rows: list[Row]
     skipped: list[Skipped]
     cost: Cost
@@ -42,7 +43,7 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"--out {folder}: is a file, not a folder; give a folder (it is created if needed).")
+            raise StorageError(f"--out {folder}: is a file, not a folder; give a folder (it is created if needed).")
         with _disk(self.folder):
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder / "cells").close()  # finds a read-only folder before hours of work
@@ -116,7 +117,7 @@ class CellWriter:
                 )
             except (ValueError, KeyError, TypeError):
                 break
-            if shard.index != len(shards):
+            if shard.number != len(shards):
                 break
             shards.append(shard)
             good_bytes += len(line)
@@ -128,7 +129,7 @@ class CellWriter:
         """Append a finished shard and flush it to the disk."""
         line = json.dumps(
             {
-                "shard": shard.index,
+                "shard": shard.number,
                 "rows": [row.model_dump() for row in shard.rows],
                 "skipped": [s.model_dump() for s in shard.skipped],
                 "cost": shard.cost.model_dump(),
@@ -147,12 +148,22 @@ class CellWriter:
                 os.truncate(self._partial, before)
                 raise
 
+    def fail(self, message: str) -> None:
+        """Record why the cell has no result; its finished shards stay, and the same command tries again."""
+        record = Record(key=self.cell.key, cell=self.cell, status="error", error=message, finished=_now())
+        with _disk(self.folder):
+            write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
+
     def finish(self, record: Record, rows: list[Row]) -> None:
         """Write rows, then the record (which makes the cell count as done), then drop the partial file."""
         with _disk(self.folder):
             write_atomically(self.folder / "rows.jsonl", "".join(row.model_dump_json() + "\n" for row in rows))
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
             self._partial.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -226,10 +237,10 @@ def _disk(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise UserError(
+            raise StorageError(
                 f"{path}: no space left to write; finished cells are kept. Free some space and run the same command "
                 "again to go on."
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise UserError(f"{path}: cannot be written: {error.strerror}; give another --out.") from None
+            raise StorageError(f"{path}: cannot be written: {error.strerror}; give another --out.") from None
         raise

@@ -1,0 +1,136 @@
+"""The attack contract: an author writes ``perturb``; ``__call__`` holds every attack to its budget."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.view import View
+from vlmdefend.errors import UserError
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Norm, Threat, per_image
+
+
+class Attacked(NamedTuple):
+    """What an attack found for B images."""
+
+    images: Tensor  # (B, ...) in [0, 1] and inside the ball
+    fooled: Tensor  # (B,) bool, as the view sees it
+    margin: Tensor  # (B,) best other logit minus the label's, as the view sees it
+    steps: Tensor  # (B,) int64, gradient evaluations spent on the image
+    outside: int  # images that ``perturb`` returned outside the budget; projected back
+
+
+class Attack(ABC):
+    """One attack. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
+
+    Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``),
+    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    citation: ClassVar[str]
+    norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
+    gradient_free: ClassVar[bool] = False
+
+    @abstractmethod
+    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
+        """(B, ...) images in [0, 1] and (B,) labels -> (B, ...) adversarial images.
+
+        Any number of images may come; send ``view.width`` of them through the view at a time. ``rng`` holds one
+        stream per image for the attack's own draws.
+        """
+
+    @property
+    def keeps_best(self) -> bool:
+        """False: what ``perturb`` returns is scored even where the clean image was worse for the model."""
+        return True
+
+    def budget(self, samples: int = 1) -> tuple[int, int]:
+        """The most forwards and backwards that ``perturb`` spends on one image, for ``--dry-run``."""
+        return (0, 0)
+
+    def spec(self) -> dict[str, Any]:
+        """The configuration, as recorded with each result."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @final
+    def __call__(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attacked:
+        """Attack what the view still gets right; check, project and keep the best per image.
+
+        Args:
+            view: what the attacker may query, with one random stream per image.
+            images: (B, ...) float32 in [0, 1]. Not changed.
+            labels: (B,) int64 true classes.
+            threat: norm and radius.
+
+        Raises:
+            UserError: images or labels of another type, shape or range; a norm the attack is not defined for.
+        """
+        self._check(view, images, labels, threat)
+        images, result = images.detach(), images.detach().clone()
+        goal = Goal(labels)
+        if not len(images):
+            empty = torch.zeros(0, device=images.device)
+            return Attacked(result, empty.bool(), empty, view.ledger.backwards[view._at], 0)
+        logits = view(images)
+        fooled, margin, outside = goal.reached(logits), goal.margin(logits), 0
+        todo = (~fooled).nonzero()[:, 0].cpu() if view.stop else torch.arange(len(images))
+        if len(todo) and self._can_move(threat):
+            part, clean = view.select(todo), images[todo]
+            found = self.perturb(part, clean, labels[todo], threat.select(todo), part.rng.child(self.name)).detach()
+            found, outside = _inside(found, clean, threat.select(todo))
+            logits = part(found)
+            found_goal = goal.select(todo)
+            found_margin = found_goal.margin(logits)
+            better = found_margin >= margin[todo] if self.keeps_best else torch.ones_like(fooled[todo])
+            result[todo] = torch.where(per_image(better, found), found, clean)
+            margin[todo] = torch.where(better, found_margin, margin[todo])
+            fooled[todo] = torch.where(better, found_goal.reached(logits), fooled[todo])
+        return Attacked(result, fooled, margin, view.ledger.backwards[view._at], outside)
+
+    def _can_move(self, threat: Threat) -> bool:
+        return bool((torch.as_tensor(threat.eps) > 0).any())
+
+    def _check(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> None:
+        if threat.norm not in self.norms:
+            raise UserError(f"attack {self.name} is defined for {', '.join(self.norms)}, not for {threat.norm}.")
+        if images.is_inference() or labels.is_inference():
+            raise UserError(
+                "the images were made under torch.inference_mode(); an attack needs gradients: make them outside it."
+            )
+        if images.dtype != torch.float32 or images.dim() < 2:
+            raise UserError(
+                f"an attack takes float32 images (B, ...), it was given {images.dtype} {tuple(images.shape)}; low "
+                "precision breaks the budget."
+            )
+        if labels.shape != images.shape[:1] or labels.dtype != torch.int64 or len(view) != len(images):
+            raise UserError(
+                f"{len(images)} images need {len(images)} int64 labels and random streams; given were labels "
+                f"{labels.dtype} {tuple(labels.shape)} and a view of {len(view)}."
+            )
+        if len(images) and not (images.isfinite().all() and images.min() >= 0 and images.max() <= 1):
+            raise UserError("an attack takes images in [0, 1]; normalisation belongs inside the model.")
+        if view.num_classes < 2:
+            raise UserError("there is nothing to attack with a single class; give at least two class names.")
+        if len(labels) and (labels.min() < 0 or labels.max() >= view.num_classes):
+            raise UserError(
+                f"labels reach {int(labels.max())}, the model knows {view.num_classes} classes (0 to "
+                f"{view.num_classes - 1})."
+            )
+
+
+def _inside(found: Tensor, clean: Tensor, threat: Threat) -> tuple[Tensor, int]:
+    """Images that keep the budget pass untouched, to the bit; others are projected, and not-a-number is undone."""
+    contained = threat.contains(found, clean)
+    outside = int((~contained).sum())
+    if outside:
+        repaired = threat.project(torch.where(found.isfinite(), found, clean), clean)
+        found = torch.where(per_image(contained, found), found, repaired)
+    return found, outside

@@ -1,0 +1,46 @@
+"""FGSM: one step of the full radius from the clean image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.losses import LOSSES
+from vlmdefend.attacks.view import View, chunks
+from vlmdefend.kernels.l2 import l2_step_
+from vlmdefend.kernels.linf import linf_step_
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Threat
+
+
+@ATTACKS.register
+@dataclass(frozen=True, kw_only=True)
+class Fgsm(Attack):
+    """Fast gradient sign method, x' = clamp01(x + eps sign(grad)) (Goodfellow et al. 2015, section 4).
+
+    Under L2 the step is eps along the normalised gradient.
+    """
+
+    name: ClassVar[str] = "fgsm"
+    summary: ClassVar[str] = "one sign step of size eps"
+    citation: ClassVar[str] = "Goodfellow et al. 2015"
+    loss: Literal["ce", "cw", "cw50", "dlr"] = "ce"
+
+    def budget(self, samples: int = 1) -> tuple[int, int]:
+        """One gradient."""
+        return samples, samples
+
+    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
+        """One step per image."""
+        step_ = linf_step_ if threat.norm == "linf" else l2_step_
+        result = images.clone()
+        for chunk in chunks(len(images), view.width):
+            goal, eps = Goal(labels[chunk]), threat.select(chunk).eps
+            pixels = view.select(chunk).gradient(images[chunk], goal, LOSSES[self.loss]).pixels
+            result[chunk] = step_(result[chunk], pixels, images[chunk], eps, eps)
+        return result

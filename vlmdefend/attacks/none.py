@@ -1,0 +1,29 @@
+"""No attack: the clean accuracy of the deployed pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.view import View
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Threat
+
+
+@ATTACKS.register
+@dataclass(frozen=True, kw_only=True)
+class NoAttack(Attack):
+    """Returns the images as they are."""
+
+    name: ClassVar[str] = "none"
+    summary: ClassVar[str] = "no attack: clean accuracy"
+    citation: ClassVar[str] = "–"
+    gradient_free: ClassVar[bool] = True
+
+    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
+        """The images."""
+        return images

@@ -1,0 +1,191 @@
+"""PGD: projected gradient ascent from a random start, the best iterate per image, restarts."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
+from vlmdefend.attacks.slots import State, run_in_slots
+from vlmdefend.attacks.view import View
+from vlmdefend.errors import UserError
+from vlmdefend.kernels.l2 import l2_step_
+from vlmdefend.kernels.linf import linf_step_
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Threat, parse_eps, per_image
+
+
+class _Part(NamedTuple):
+    view: View
+    goal: Goal
+    threat: Threat
+
+
+@ATTACKS.register
+@dataclass(frozen=True, kw_only=True)
+class Pgd(Attack):
+    """Projected gradient descent (Madry et al. 2018): x <- proj(x + alpha sign(grad)), L2: alpha grad / ||grad||_2.
+
+    Options:
+        steps: gradient steps per restart.
+        alpha: step size: ``eps/4`` (default; 2.5 eps/steps at 10 steps), ``2.5eps/steps``, or a number as ``1/255``.
+        loss: what is raised; see attacks/losses.py.
+        restarts: independent random starts, each on the images that the earlier ones did not fool.
+        random_start: start uniformly in the ball rather than at the clean image.
+        last: score the last iterate, as many papers do, instead of the best of all iterates; every image then gets
+            all its steps.
+        target: a target class for a targeted attack: ``random``, ``second`` (most likely wrong class), ``least``, or
+            a class index.
+    """
+
+    name: ClassVar[str] = "pgd"
+    summary: ClassVar[str] = "projected gradient descent, best iterate per image"
+    citation: ClassVar[str] = "Madry et al. 2018"
+    steps: int = 10
+    alpha: str = "eps/4"
+    loss: Literal["ce", "cw", "cw50", "dlr", "kl", "feature", "feature_cos"] = "ce"
+    restarts: int = 1
+    random_start: bool = True
+    last: bool = False
+    target: Literal["random", "second", "least"] | int | None = None
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1:
+            raise UserError(f"pgd: steps={self.steps} and restarts={self.restarts} must be at least 1.")
+        step_size(self.alpha, 1.0, self.steps)
+        if self.loss in NEEDS_REFERENCE and self.target is not None:
+            raise UserError(f"pgd: loss={self.loss} knows no target class; use loss=ce, cw or dlr with target.")
+
+    @property
+    def keeps_best(self) -> bool:
+        """Not with ``last``."""
+        return not self.last
+
+    def budget(self, samples: int = 1) -> tuple[int, int]:
+        """``steps`` gradients per restart, and a forward for the last iterate."""
+        clean = int(self.target is not None or self.loss in NEEDS_REFERENCE)
+        forwards = self.restarts * (self.steps + (not self.last)) + clean
+        return forwards * samples, self.restarts * self.steps * samples
+
+    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
+        """All restarts, each on the images not yet fooled."""
+        goal = self._goal(view, images, labels, rng)
+        best = images.clone()
+        best_margin = torch.full((len(images),), -torch.inf, device=images.device)
+        todo = torch.arange(len(images))
+        for restart in range(self.restarts):
+            draws = rng.child(f"restart {restart}").select(todo)
+            found, margin = self._climb(view.select(todo), images[todo], goal.select(todo), threat.select(todo), draws)
+            better = margin > best_margin[todo] if restart else torch.ones_like(margin, dtype=torch.bool)
+            best[todo] = torch.where(per_image(better, found), found, best[todo])
+            best_margin[todo] = torch.where(better, margin, best_margin[todo])
+            if view.stop:
+                todo = (best_margin <= 0).nonzero()[:, 0].cpu()
+            if not len(todo):
+                break
+        return best
+
+    def _climb(self, view: View, images: Tensor, goal: Goal, threat: Threat, rng: ImageRng) -> tuple[Tensor, Tensor]:
+        """One start: (N, ...) best iterates and (N,) their margins (``last``: the last ones, margin -inf)."""
+        loss, step_ = LOSSES[self.loss], linf_step_ if threat.norm == "linf" else l2_step_
+        result = torch.empty_like(images)
+        margins = torch.full((len(images),), -torch.inf, device=images.device)
+        unseen: list[tuple[Tensor, Tensor]] = []  # last iterates, which no gradient query has looked at
+
+        def start(index: Tensor) -> State:
+            origin = images[index]
+            x = threat.select(index).random_start(origin, rng.select(index)) if self.random_start else origin.clone()
+            state = {"x": x, "origin": origin, "taken": torch.zeros(len(index), dtype=torch.int64)}
+            if not self.last:
+                state["best"], state["margin"] = x.clone(), margins[index]
+            return state
+
+        def step(part: _Part, index: Tensor, state: State) -> Tensor:
+            query = part.view.gradient(state["x"], part.goal, loss)
+            fooled = torch.zeros(len(index), dtype=torch.bool)
+            if not self.last:
+                margin = part.goal.margin(query.logits)
+                better = margin > state["margin"]
+                state["margin"] = torch.where(better, margin, state["margin"])
+                torch.where(per_image(better, state["x"]), state["x"], state["best"], out=state["best"])
+                if view.stop:
+                    fooled = part.goal.reached(query.logits).cpu()
+            eps = part.threat.eps
+            step_(state["x"], query.pixels, state["origin"], step_size(self.alpha, eps, self.steps), eps)
+            state["taken"] += 1
+            done = fooled | (state["taken"] == self.steps)
+            leaving = done.nonzero()[:, 0]
+            if len(leaving):
+                place = index[leaving]
+                result[place] = state["x" if self.last else "best"][leaving]
+                if not self.last:
+                    margins[place] = state["margin"][leaving]
+                    surviving = (done & ~fooled).nonzero()[:, 0]
+                    unseen.append((index[surviving], state["x"][surviving]))
+            return done
+
+        run_in_slots(
+            len(images),
+            view.width,
+            lambda index: _Part(view.select(index), goal.select(index), threat.select(index)),
+            start,
+            step,
+        )
+        for place, x in unseen:
+            if len(place):
+                margin = goal.select(place).margin(view.select(place)(x))
+                better = margin > margins[place]
+                result[place] = torch.where(per_image(better, x), x, result[place])
+                margins[place] = torch.where(better, margin, margins[place])
+        return result, margins
+
+    def _goal(self, view: View, images: Tensor, labels: Tensor, rng: ImageRng) -> Goal:
+        if self.loss in NEEDS_REFERENCE:
+            return Goal(labels, reference=view.outputs(images))
+        if self.target is None:
+            return Goal(labels)
+        return Goal(labels, targets=choose_targets(self.target, view, images, labels, rng))
+
+
+def step_size(rule: str, eps: float | Tensor, steps: int) -> float | Tensor:
+    """``eps/4``, ``2.5eps/steps``, ``0.1*eps`` or a number such as ``1/255``, as a step in pixel units.
+
+    Raises:
+        UserError: not of these forms.
+    """
+    written = rule.replace(" ", "").lower()
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\*?eps(?:/(steps|\d+\.?\d*))?", written)
+    if match is None:
+        try:
+            return parse_eps(written)
+        except UserError:
+            raise UserError(f"alpha {rule!r}: write eps/4, 2.5eps/steps, or a number such as 1/255.") from None
+    divisor = float(steps) if match[2] == "steps" else float(match[2] or 1)
+    return eps * (float(match[1] or 1) / divisor)
+
+
+def choose_targets(
+    target: Literal["random", "second", "least"] | int, view: View, images: Tensor, labels: Tensor, rng: ImageRng
+) -> Tensor:
+    """(B,) target classes, never the label (a named class that is the label is replaced by the next one)."""
+    count = view.num_classes
+    if isinstance(target, int):
+        if not 0 <= target < count:
+            raise UserError(f"target={target}: the model knows classes 0 to {count - 1}.")
+        targets = torch.full_like(labels, target)
+        return torch.where(targets == labels, (targets + 1) % count, targets)
+    if target == "random":
+        shift = rng.child("target").integers((1,), 1, count)[:, 0].to(labels.device)
+        return (labels + shift) % count
+    logits = view(images)
+    own = torch.nn.functional.one_hot(labels, count).bool()
+    if target == "second":
+        return logits.masked_fill(own, -torch.inf).argmax(dim=1)
+    return logits.masked_fill(own, torch.inf).argmin(dim=1)

@@ -1,0 +1,147 @@
+"""What an attack sees of a model or a defended model, and the count of what it asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.losses import Loss
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline
+
+
+class Gradient(NamedTuple):
+    """One gradient query."""
+
+    logits: Tensor  # (B, C) at the images; the mean over the samples of a random pipeline
+    loss: Tensor  # (B,)
+    pixels: Tensor  # (B, ...) gradient of the loss's sum, the caller's to overwrite
+
+
+@dataclass
+class Ledger:
+    """What the attack spent, per image, and what its gradients looked like."""
+
+    forwards: Tensor  # (N,) int64
+    backwards: Tensor  # (N,) int64
+    gradient_values: int = 0
+    zero_gradients: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+
+class View:
+    """B images' view of a pipeline.
+
+    Args:
+        pipeline: pixels in [0, 1] to outputs.
+        rng: one stream per image, for a random pipeline's draws and the attack's own.
+        width: how many images go through the pipeline at once.
+        samples: draws per query of a random pipeline; logits and gradients are means over them (EOT, Athalye et
+            al. 2018).
+        stop: an image that the view says is fooled may leave the attack. False where fooling the view proves
+            nothing: a transfer attack, or a pipeline that draws anew when it is scored.
+        detector_weight: what the loss gains per unit of quiet in the pipeline's detector.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rng: ImageRng,
+        *,
+        width: int = 64,
+        samples: int = 1,
+        stop: bool = True,
+        detector_weight: float = 0.0,
+    ) -> None:
+        self.pipeline, self.rng = pipeline, rng
+        self.width, self.samples, self.stop, self.detector_weight = width, samples, stop, detector_weight
+        self._draws = rng.child("pipeline")
+        self._at = torch.arange(len(rng))  # places in the ledger
+        zeros = torch.zeros(len(rng), dtype=torch.int64)
+        self.ledger = Ledger(zeros, zeros.clone())
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of logits."""
+        return self.pipeline.num_classes
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def select(self, index: Tensor) -> View:
+        """The view of some of the images; it counts in the same ledger and draws from the same streams."""
+        part = View.__new__(View)
+        part.__dict__.update(self.__dict__)
+        part.rng, part._draws, part._at = self.rng.select(index), self._draws.select(index), self._at[index]
+        return part
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, ...) images -> (B, C) logits, without gradient, ``width`` at a time."""
+        return self.outputs(images).logits
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """(B, ...) images -> logits and features, without gradient, ``width`` at a time."""
+        parts = []
+        for chunk in chunks(len(self), self.width):
+            part = self.select(chunk)
+            with torch.no_grad():
+                parts.append(part._mean_outputs(images[chunk]))
+            part._count(backwards=0)
+        features = [p.features for p in parts if p.features is not None]
+        return Outputs(
+            torch.cat([p.logits for p in parts]), torch.cat(features) if len(features) == len(parts) else None
+        )
+
+    def gradient(self, images: Tensor, goal: Goal, loss: Loss) -> Gradient:
+        """Logits, loss and the gradient with respect to the pixels; nothing else collects a gradient.
+
+        Where autograd finds no path from the loss to the pixels (a defense that cuts it), the gradient is zero.
+        """
+        total, values, logits = None, None, None
+        for _ in range(self.samples):
+            with torch.enable_grad():
+                pixels = images.detach().requires_grad_(True)
+                outputs = self.pipeline(pixels, self._draws)
+                value = loss(outputs, goal)
+                if self.detector_weight and outputs.detector_score is not None:
+                    value = value - self.detector_weight * outputs.detector_score
+                objective = value.sum()
+            found = torch.autograd.grad(objective, pixels, allow_unused=True)[0] if objective.requires_grad else None
+            found = torch.zeros_like(images) if found is None else found
+            total = found if total is None else total.add_(found)
+            values = value.detach() if values is None else values + value.detach()
+            logits = outputs.logits.detach() if logits is None else logits + outputs.logits.detach()
+        assert total is not None
+        assert values is not None
+        assert logits is not None
+        self._count(backwards=1)
+        self.ledger.gradient_values += total.numel()
+        self.ledger.zero_gradients = self.ledger.zero_gradients.to(total.device) + (total == 0).sum()
+        if self.samples > 1:
+            total, values, logits = total.div_(self.samples), values / self.samples, logits / self.samples
+        return Gradient(logits, values, total)
+
+    def _mean_outputs(self, images: Tensor) -> Outputs:
+        first = self.pipeline(images, self._draws)
+        if self.samples == 1:
+            return first
+        logits, features = first.logits, first.features
+        for _ in range(self.samples - 1):
+            more = self.pipeline(images, self._draws)
+            logits = logits + more.logits
+            features = None if features is None or more.features is None else features + more.features
+        return Outputs(logits / self.samples, None if features is None else features / self.samples)
+
+    def _count(self, *, backwards: int) -> None:
+        self.ledger.forwards[self._at] += self.samples
+        self.ledger.backwards[self._at] += backwards * self.samples
+
+
+def chunks(total: int, width: int) -> Iterator[Tensor]:
+    """Index tensors over 0..total-1, ``width`` at a time."""
+    for first in range(0, total, width):
+        yield torch.arange(first, min(first + width, total))

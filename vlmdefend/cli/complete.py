@@ -1,0 +1,45 @@
+"""Names for shell completion, without importing torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+
+def _starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Complete the last of several comma-separated names."""
+
+    def complete(incomplete: str) -> list[str]:
+        before, comma, last = incomplete.rpartition(",")
+        return [before + comma + name for name in names() if name.startswith(last)]
+
+    return complete
+
+
+def _attacks() -> list[str]:
+    from vlmdefend.attacks import ATTACKS
+
+    return ATTACKS.names()
+
+
+def _defenses() -> list[str]:
+    from vlmdefend.defenses import DEFENSES
+
+    return DEFENSES.names()
+
+
+def _datasets() -> list[str]:
+    from vlmdefend.data.open import dataset_names
+
+    return dataset_names()
+
+
+def _models() -> list[str]:
+    from vlmdefend.models.names import model_names
+
+    return model_names()
+
+
+attacks = _starting(_attacks)
+defenses = _starting(_defenses)
+datasets = _starting(_datasets)
+models = _starting(_models)

@@ -1,0 +1,143 @@
+"""``vlmdefend list``: what there is to choose from, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import typer
+
+if TYPE_CHECKING:
+    from vlmdefend.registry import Registry
+
+KINDS = ("models", "datasets", "attacks", "defenses", "protocols")
+
+
+class Entry(NamedTuple):
+    """One line: the name, short columns, and the sentence that may wrap."""
+
+    name: str
+    columns: tuple[str, ...]
+    about: str
+
+
+def list_names(
+    kind: Annotated[
+        str | None, typer.Argument(help=f"One of: {', '.join(KINDS)}.", autocompletion=lambda: list(KINDS))
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Long lists in full, such as all open_clip models.")
+    ] = False,
+) -> None:
+    """List models, datasets, attacks, defenses or protocols."""
+    from vlmdefend.errors import UserError, did_you_mean
+
+    if kind is None:
+        raise UserError(f"say what to list: vlmdefend list {'|'.join(KINDS)}.")
+    plural = kind.strip().lower()
+    plural = plural if plural.endswith("s") else f"{plural}s"
+    if plural not in KINDS:
+        raise did_you_mean("kind of list", kind, list(KINDS))
+    entries = {
+        "models": lambda: models(everything),
+        "datasets": datasets,
+        "attacks": attacks,
+        "defenses": defenses,
+        "protocols": protocols,
+    }[plural]()
+    show(plural.removesuffix("s"), entries)
+
+
+def attacks() -> tuple[tuple[str, ...], list[Entry]]:
+    """Every attack: the norms it is defined for, what it does, where it is from."""
+    from vlmdefend.attacks import ATTACKS
+
+    return ("norms",), [
+        Entry(name, (" ".join(getattr(cls, "norms", ())),), _sentence(cls)) if cls else Entry(name, ("",), trouble)
+        for name, cls, trouble in _classes(ATTACKS)
+    ]
+
+
+def defenses() -> tuple[tuple[str, ...], list[Entry]]:
+    """Every defense: its paradigm, what it does, where it is from, how an adaptive attacker meets it."""
+    from vlmdefend.defenses import DEFENSES
+
+    entries = []
+    for name, cls, trouble in _classes(DEFENSES):
+        if cls is None:
+            entries.append(Entry(name, ("",), trouble))
+            continue
+        recipe = getattr(cls, "recipe", "")
+        about = _sentence(cls)
+        about += "; random" if getattr(cls, "stochastic", False) else ""
+        about += f"; adaptive attack: {getattr(recipe, 'text', recipe)}" if recipe else ""
+        entries.append(Entry(name, (str(getattr(cls, "paradigm", "")),), about))
+    return ("paradigm",), sorted(entries, key=lambda entry: (entry.name != "none", *entry.columns, entry.name))
+
+
+def datasets() -> tuple[tuple[str, ...], list[Entry]]:
+    """Every data set: its number of classes and where its images come from."""
+    from vlmdefend.data.open import listed_datasets
+
+    return ("classes", "where"), [
+        Entry(line.name, (str(line.classes or ""), line.where), line.summary) for line in listed_datasets()
+    ]
+
+
+def models(everything: bool) -> tuple[tuple[str, ...], list[Entry]]:
+    """Every model name."""
+    from vlmdefend.models.names import listed_models
+
+    return (), [_described(model) for model in listed_models()]
+
+
+def protocols() -> tuple[tuple[str, ...], list[Entry]]:
+    """Every protocol."""
+    from vlmdefend.evaluation.protocol import listed_protocols
+
+    return (), [_described(protocol) for protocol in listed_protocols()]
+
+
+def show(kind: str, listed: tuple[tuple[str, ...], list[Entry]]) -> None:
+    """Print a table no wider than the terminal; only the last column wraps, names are never cut."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    headers, entries = listed
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    longest = max((len(entry.name) for entry in entries), default=0)
+    table.add_column(kind, no_wrap=longest <= 28, overflow="fold", min_width=min(longest, 28))
+    for header in headers:
+        table.add_column(header)
+    table.add_column("about", overflow="fold", min_width=24)
+    for entry in entries:
+        table.add_row(*(Text(_plain(text)) for text in (entry.name, *entry.columns, entry.about)))
+    Console(highlight=False).print(table)
+
+
+def _classes(registry: Registry[Any]) -> Iterable[tuple[str, type[Any] | None, str]]:
+    """Every name with its class; one that cannot be imported is listed with the reason and hides no other."""
+    from vlmdefend.errors import UserError
+
+    for name in registry.names():
+        try:
+            yield name, registry.get(name), ""
+        except (ImportError, UserError) as error:
+            yield name, None, f"cannot be loaded: {error}"
+
+
+def _sentence(cls: type[Any]) -> str:
+    """What it does and where it is from, in one sentence."""
+    summary = getattr(cls, "summary", "") or (cls.__doc__ or "").strip().partition("\n")[0]
+    citation = getattr(cls, "citation", "").strip(" -–")
+    return f"{summary} ({citation})" if citation else summary
+
+
+def _described(thing: Any) -> Entry:
+    citation = getattr(thing, "citation", "").strip(" -–")
+    return Entry(thing.name, (), f"{thing.summary} ({citation})" if citation else thing.summary)
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

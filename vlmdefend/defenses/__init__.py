@@ -1,0 +1,18 @@
+"""Defenses by name, in three paradigms: training-time, test-time adaptation, training-free."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlmdefend.registry import Registry
+
+if TYPE_CHECKING:
+    from vlmdefend.defenses.base import Defense
+
+DEFENSES: Registry[Defense] = Registry(
+    "defense",
+    (__name__, f"{__name__}.training_free"),
+    shared=("base",),
+    separator="_",
+)
+__all__ = ["DEFENSES"]

@@ -1,0 +1,1 @@
+"""The model is untouched; its input or its embedding is changed."""

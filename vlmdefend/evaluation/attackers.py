@@ -1,0 +1,77 @@
+"""The three attackers: what each may differentiate, and how its findings are merged."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.view import View
+from vlmdefend.defenses.base import Defense
+from vlmdefend.evaluation.records import Attacker
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Pipeline, Threat, per_image
+
+
+class Crafted(NamedTuple):
+    """Adversarial images with what they cost and what the gradients looked like."""
+
+    images: Tensor  # (B, 3, H, W)
+    steps: Tensor  # (B,) gradient evaluations
+    gradient_values: int
+    zero_gradients: int
+    outside: int
+
+
+def view_of(
+    attacker: Attacker, defense: Defense, model: Pipeline, rng: ImageRng, width: int, detector_weight: float = 0.0
+) -> View:
+    """What ``attacker`` may query.
+
+    ``transfer`` sees the bare model, ``whitebox`` the deployed pipeline as autograd sees it, ``adaptive`` the
+    defense's surrogate with its number of draws. An image may leave early only where fooling the view is fooling
+    the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored.
+    """
+    if attacker == "transfer":
+        return View(model, rng, width=width, stop=False)
+    if attacker == "whitebox":
+        return View(defense.wrap(model), rng, width=width, stop=not defense.stochastic)
+    return View(
+        defense.surrogate(model),
+        rng,
+        width=width,
+        samples=defense.recipe.samples,
+        stop=not defense.stochastic,
+        detector_weight=detector_weight,
+    )
+
+
+def craft(
+    attacker: Attacker,
+    attack: Attack,
+    defense: Defense,
+    model: Pipeline,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    rng: ImageRng,
+    width: int,
+) -> Crafted:
+    """Attack B images; an adaptive attacker of a detector tries each weight of the detector term, best per image."""
+    weights = (defense.recipe.detector_weights if attacker == "adaptive" else ()) or (0.0,)
+    best, margins = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
+    steps = torch.zeros(len(images), dtype=torch.int64)
+    values = zeros = outside = 0
+    for weight in weights:
+        view = view_of(attacker, defense, model, rng.child(f"detector {weight}" if weight else attacker), width, weight)
+        found = attack(view, images, labels, threat)
+        better = found.margin > margins
+        best = torch.where(per_image(better, best), found.images, best)
+        margins = torch.where(better, found.margin, margins)
+        steps += found.steps
+        values += view.ledger.gradient_values
+        zeros += int(view.ledger.zero_gradients)
+        outside += found.outside
+    return Crafted(best, steps, values, zeros, outside)

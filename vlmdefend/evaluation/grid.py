@@ -1,0 +1,114 @@
+"""What the user asked for, checked: lists that multiply into cells. Torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from vlmdefend.errors import UserError, did_you_mean
+from vlmdefend.evaluation.records import Attacker
+from vlmdefend.types import Norm
+
+ATTACKERS: tuple[Attacker, ...] = ("transfer", "whitebox", "adaptive")
+
+
+class Grid(BaseModel):
+    """One evaluation: every combination of the list-valued fields is a cell. Keys of ``--config`` are these names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: list[str] = ["tiny-vit"]
+    defense: list[str] = ["none"]
+    dataset: list[str] = ["fashion"]
+    attack: list[str] = ["pgd"]
+    attacker: list[Attacker] = list(ATTACKERS)
+    eps: list[str] | None = None  # None: the protocol's list
+    norm: Norm | None = None
+    seed: list[int] = [0]
+    protocol: str = "unified"
+    templates: list[str] | Literal["dataset"] | None = None
+    classes: Path | None = None
+    split: str = "test"
+    limit: int | None = Field(default=None, description="None: the protocol's")
+    full: bool = False
+    steps: int | None = None
+    batch_size: int = 64
+    weights: Path | None = None
+    root: Path | None = None
+    device: str | None = None
+    threads: int | None = None
+    skip_bad: bool = False
+
+    @field_validator("model", "defense", "dataset", "attack", "attacker", "eps", "seed", mode="before")
+    @classmethod
+    def _split_commas(cls, value: Any) -> Any:
+        """``a,b`` and a lone value are lists too; doubles are dropped, the order is kept."""
+        if value is None:
+            return None
+        parts = value if isinstance(value, (list, tuple)) else [value]
+        words = [word.strip() for part in parts for word in str(part).split(",") if word.strip()]
+        return list(dict.fromkeys(words)) or None
+
+    @field_validator("limit", "batch_size", "threads", "steps")
+    @classmethod
+    def _at_least_one(cls, value: int | None, info: Any) -> int | None:
+        if value is not None and value < 1:
+            raise UserError(f"--{info.field_name.replace('_', '-')} {value}: must be at least 1.")
+        return value
+
+    @classmethod
+    def build(cls, config: dict[str, Any], flags: dict[str, Any]) -> Grid:
+        """Merge a config file's keys with flags (flags win; None and empty flags were not given).
+
+        Raises:
+            UserError: an unknown key or a value of the wrong type, in one sentence.
+        """
+        for key in config:
+            if key not in cls.model_fields:
+                raise did_you_mean("config key", key, list(cls.model_fields))
+        given = {k: v for k, v in flags.items() if v is not None and v != [] and v is not False}
+        try:
+            return cls(**{**config, **given})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = str(first["loc"][0])
+            value = {**config, **given}.get(name)
+            message = first["msg"][0].lower() + first["msg"][1:]
+            raise UserError(f"--{name.replace('_', '-')} {value!r}: {message}.") from None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The keys of a YAML config file.
+
+    Raises:
+        UserError: missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {file}: cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise UserError(f"--config {file}: is not valid YAML{line}; write one `option: value` per line.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {file}: expected `option: value` lines, found {type(content).__name__}.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def read_class_names(file: Path) -> list[str]:
+    """Class names, one per line.
+
+    Raises:
+        UserError: missing or empty.
+    """
+    try:
+        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {file}: cannot be read as text: {error}.") from None
+    if not names:
+        raise UserError(f"--classes {file}: is empty; write one class name per line.")
+    return names

@@ -1,0 +1,58 @@
+"""What ran where: the environment that a record keeps, and the peak of memory."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+
+import torch
+
+import vlmdefend
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device called ``name``; None: the GPU if there is one.
+
+    Raises:
+        UserError: a device that torch does not know or does not have.
+    """
+    from vlmdefend.errors import UserError
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise UserError(
+            f"--device {name}: torch cannot use it here; use cpu, or cuda on a machine with a GPU."
+        ) from None
+    return device
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and hardware, as text."""
+    import open_clip
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "vlmdefend": vlmdefend.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+        "device": name,
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak where the device counts one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """CUDA: the most that tensors took since the reset. CPU: the most the process ever had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,0 +1,121 @@
+"""From the grid to cells, before any weights are loaded: names checked, equal attackers merged, cost known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks.base import Attack
+from vlmdefend.data import load_dataset
+from vlmdefend.data.base import ImageSet
+from vlmdefend.defenses import DEFENSES
+from vlmdefend.defenses.base import Defense
+from vlmdefend.errors import UserError
+from vlmdefend.evaluation.grid import Grid, read_class_names
+from vlmdefend.evaluation.protocol import Protocol, get_protocol
+from vlmdefend.evaluation.records import Attacker
+from vlmdefend.types import Norm, parse_eps
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell to come: everything but the hashes that need weights."""
+
+    model: str
+    images: ImageSet
+    defense: Defense
+    attack: Attack
+    attacker: Attacker
+    norm: Norm
+    eps: float
+    seed: int
+
+    def gradients(self) -> tuple[int, int]:
+        """The most forwards and backwards of the bare model's pipeline, over all images of the cell."""
+        samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
+        forwards, backwards = self.attack.budget(samples)
+        return (forwards + 2 + 2 * samples) * len(self.images), backwards * len(self.images)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a grid, in the order they run: one model and one data set at a time."""
+
+    grid: Grid
+    protocol: Protocol
+    cells: list[Planned]
+
+
+def make_plan(grid: Grid) -> Plan:
+    """Check every name and value of the grid and multiply it out.
+
+    Raises:
+        UserError: an unknown name, an eps out of range, a data set that is not there: before anything is computed.
+    """
+    from vlmdefend.models.names import check_name
+
+    protocol = get_protocol(grid.protocol)
+    if grid.templates is not None:
+        chosen = grid.templates if grid.templates == "dataset" else tuple(grid.templates)
+        protocol = protocol.with_templates(check_templates(chosen))
+    norm = grid.norm or protocol.norm
+    for name in grid.model:
+        check_name(name, weights=grid.weights)
+    defenses = [DEFENSES.create(text) for text in grid.defense]
+    attacks = [_create_attack(text, grid.steps) for text in grid.attack]
+    for attack in attacks:
+        if norm not in attack.norms:
+            raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
+    typed = None if grid.eps is None else [parse_eps(text, norm) for text in grid.eps]
+    classes = None if grid.classes is None else read_class_names(grid.classes)
+    limit = None if grid.full else grid.limit or protocol.limit
+    sets = [load_dataset(name, grid.split, limit=limit, root=grid.root, classes=classes) for name in grid.dataset]
+    cells = [
+        Planned(model, images, defense, attack, attacker, norm, eps, seed)
+        for model in grid.model
+        for images in sets
+        for defense in defenses
+        for attack in attacks
+        for eps in ([0.0] if attack.name == "none" else typed or _default_eps(protocol, images, norm))
+        for attacker in attackers_of(defense, attack, grid.attacker)
+        for seed in grid.seed
+    ]
+    return Plan(grid, protocol, list(dict.fromkeys(cells)))
+
+
+def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> list[Attacker]:
+    """The attackers that differ: for the bare model all are one; with an exact gradient adaptive is white-box."""
+    if attack.name == "none" or defense.name == "none":
+        return ["whitebox"]
+    if not defense.adaptive_equals_whitebox:
+        return asked
+    return list(dict.fromkeys("whitebox" if name == "adaptive" else name for name in asked))
+
+
+def check_templates(templates: Any) -> Any:
+    """Refuse a template without its placeholder."""
+    for template in () if templates == "dataset" else templates:
+        if "{c}" not in template:
+            raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
+    return templates
+
+
+def _create_attack(text: str, steps: int | None) -> Attack:
+    """``--steps`` is for the attacks that take steps; the others go without."""
+    from dataclasses import fields
+
+    from vlmdefend.registry import parse_spec
+
+    cls = ATTACKS.get(parse_spec(text)[0])
+    takes_steps = steps is not None and any(f.name == "steps" for f in fields(cls))  # type: ignore[arg-type]
+    return ATTACKS.create(text, **({"steps": steps} if takes_steps else {}))
+
+
+def _default_eps(protocol: Protocol, images: ImageSet, norm: Norm) -> list[float]:
+    from vlmdefend.data.open import is_embedded
+
+    if norm != protocol.norm:
+        raise UserError(f"protocol {protocol.name} has no eps list for {norm}; give --eps, for example --eps 0.5.")
+    chosen = protocol.eps_embedded if protocol.eps_embedded and is_embedded(images.name) else protocol.eps
+    return [parse_eps(text, norm) for text in chosen]

@@ -1,0 +1,164 @@
+"""Run a grid: load one model at a time, judge its cells, store each as it is done, go on after a failure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.errors import StorageError, UserError
+from vlmdefend.evaluation.grid import Grid
+from vlmdefend.evaluation.listener import Failure, Listener
+from vlmdefend.evaluation.machine import choose_device
+from vlmdefend.evaluation.plan import Plan, Planned, make_plan
+from vlmdefend.evaluation.records import Cell, Record, Row
+from vlmdefend.evaluation.store import Store
+from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.models import load_model
+from vlmdefend.models.vision_language import VisionLanguageModel
+
+SHARD_BATCHES = 2  # a shard is this many batches: enough to refill freed places, little to lose in a kill
+
+
+@dataclass
+class Evaluation:
+    """The outcome of a grid: finished records with their rows, failures, and how many were found done."""
+
+    results: list[tuple[Record, list[Row]]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    reused: int = 0
+
+
+def evaluate(out: str | Path = "runs", **grid: Any) -> Evaluation:
+    """Evaluate every combination of models, defenses, data sets, attacks, eps and seeds; the same call resumes.
+
+    Args:
+        out: the run folder.
+        grid: the fields of :class:`~vlmdefend.evaluation.grid.Grid`: ``model``, ``defense``, ``dataset``,
+            ``attack``, ``eps`` ..., each a value, a list, or text with commas.
+
+    Raises:
+        UserError: bad input; nothing was computed. A cell that fails later is in ``failures`` instead.
+    """
+    return run_plan(make_plan(Grid.build({}, grid)), Store(out), Listener())
+
+
+def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = False) -> Evaluation:
+    """Compute the cells that ``store`` does not have yet.
+
+    Args:
+        debug: let a defect raise instead of recording it as the cell's failure.
+
+    Raises:
+        StorageError: the run folder cannot be written any more; finished cells are kept.
+    """
+    if plan.grid.threads:
+        torch.set_num_threads(plan.grid.threads)
+    device = choose_device(plan.grid.device)
+    evaluation = Evaluation()
+    for name, group in groupby(plan.cells, key=lambda planned: planned.model):
+        cells = list(group)
+        try:
+            model = load_model(name, weights=plan.grid.weights, device=device)
+        except UserError as error:
+            failure = Failure(f"model {name}", str(error), True)
+            evaluation.failures.append(failure)
+            listener.fail(failure, sum(len(planned.images) for planned in cells))
+            continue
+        for planned in cells:
+            cell = bind(plan, planned, model, device)
+            try:
+                _run_cell(plan, planned, model, cell, store, listener, evaluation)
+            except StorageError:
+                raise
+            except Exception as error:
+                if debug and not isinstance(error, UserError):
+                    raise
+                users = isinstance(error, UserError)
+                failure = Failure(cell.title(), str(error) if users else f"{type(error).__name__}: {error}", users)
+                evaluation.failures.append(failure)
+                listener.fail(failure, len(planned.images))
+    return evaluation
+
+
+def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch.device) -> Cell:
+    """The cell with the hashes that need the model."""
+    return Cell(
+        protocol=plan.protocol.name,
+        protocol_hash=plan.protocol.hash,
+        model=planned.model,
+        weights_hash=model.weights_hash,
+        defense=planned.defense.name,
+        defense_config=planned.defense.spec(),
+        dataset=planned.images.name,
+        split=planned.images.split,
+        ids_hash=planned.images.ids_hash,
+        n=len(planned.images),
+        prompts_hash=model.prompts_hash(planned.images.class_names, _templates(plan, planned)),
+        attack=planned.attack.name,
+        attack_config=planned.attack.spec(),
+        attacker=planned.attacker,
+        norm=planned.norm,
+        eps=planned.eps,
+        seed=planned.seed,
+        batch_size=plan.grid.batch_size,
+        shard_size=plan.grid.batch_size * SHARD_BATCHES,
+        device=device.type,
+    )
+
+
+def _run_cell(
+    plan: Plan,
+    planned: Planned,
+    model: VisionLanguageModel,
+    cell: Cell,
+    store: Store,
+    listener: Listener,
+    evaluation: Evaluation,
+) -> None:
+    listener.begin(cell)
+    with store.writing(cell) as writer:
+        record = store.record(cell)
+        reused = record is not None and record.status == "done"
+        if record is not None and reused:
+            rows = store.rows(cell.key)
+            listener.advance(cell, len(planned.images))
+        else:
+            try:
+                record, rows = _judge(plan, planned, model, cell).run(writer, listener)
+            except StorageError:
+                raise
+            except Exception as error:
+                writer.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+                raise
+    evaluation.results.append((record, rows))
+    evaluation.reused += reused
+    listener.end(record, reused=reused)
+
+
+def _judge(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell, device: torch.device) -> Judge:
+    native = plan.protocol.pixel_space == "native"
+    return Judge(
+        cell=cell,
+        model=model.zero_shot(
+            planned.images.class_names,
+            _templates(plan, planned),
+            normalization=plan.protocol.normalization,
+            resize_inside=native,
+        ),
+        defense=planned.defense,
+        attack=planned.attack,
+        images=planned.images,
+        transform=PixelTransform(None if native else model.image_size, model.interpolation),
+        device=model.device,
+        skip_bad=plan.grid.skip_bad,
+    )
+
+
+def _templates(plan: Plan, planned: Planned) -> tuple[str, ...]:
+    chosen = plan.protocol.templates
+    return planned.images.templates if chosen == "dataset" else tuple(chosen)
