@@ -93,7 +93,7 @@ class View:
             part._count(backwards=0)
         features = [p.features for p in parts if p.features is not None]
         return Outputs(
-            torch.cat([p.logits for p in parts]), torch.cat(features) if len(features) == len(parts) else None
+            torch.cat([p.logits.float() for p in parts]), torch.cat(features) if len(features) == len(parts) else None
         )
 
     def gradient(self, images: Tensor, goal: Goal, loss: Loss) -> Gradient:
@@ -114,7 +114,8 @@ class View:
             found = torch.zeros_like(images) if found is None else found
             total = found if total is None else total.add_(found)
             values = value.detach() if values is None else values + value.detach()
-            logits = outputs.logits.detach() if logits is None else logits + outputs.logits.detach()
+            found_logits = outputs.logits.detach().float()
+            logits = found_logits if logits is None else logits + found_logits
         assert total is not None
         assert values is not None
         assert logits is not None

@@ -179,10 +179,8 @@ def _print_plan(plan: Plan) -> None:
         forwards, backwards = cell.gradients()
         total = [total[0] + forwards, total[1] + backwards]
         budget = "–" if cell.attack.name == "none" else format_eps(cell.eps)
-        rows.append(
-            [cell.model, cell.defense.name, cell.images.name, cell.attack.name, budget, cell.attacker, cell.seed]
-            + [len(cell.images), forwards, backwards]
-        )
+        names = (cell.model, cell.defense.name, cell.images.name, cell.attack.name, budget, cell.attacker)
+        rows.append([*names, cell.seed, len(cell.images), forwards, backwards])
     headers = ["model", "defense", "dataset", "attack", "eps", "attacker", "seed", "n", "forwards", "backwards"]
     typer.echo(tabulate(rows, headers=headers, tablefmt="simple"))
     typer.echo(

@@ -25,9 +25,7 @@ def list_names(
     kind: Annotated[
         str | None, typer.Argument(help=f"One of: {', '.join(KINDS)}.", autocompletion=lambda: list(KINDS))
     ] = None,
-    everything: Annotated[
-        bool, typer.Option("--all", help="Long lists in full, such as all open_clip models.")
-    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Long lists in full.")] = False,
 ) -> None:
     """List models, datasets, attacks, defenses or protocols."""
     from vlmdefend.errors import UserError, did_you_mean

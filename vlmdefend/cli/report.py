@@ -29,9 +29,7 @@ SUFFIXES = {
 
 
 def report(
-    runs: Annotated[
-        list[Path] | None, typer.Argument(help="Run folders of `vlmdefend evaluate` [default: runs].")
-    ] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders of `evaluate` [default: runs].")] = None,
     format: Annotated[
         Format | None,
         typer.Option("--format", "-f", help="How to write it [default: by the suffix of --out, else terminal]."),

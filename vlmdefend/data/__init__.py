@@ -8,17 +8,15 @@ from vlmdefend.registry import Registry
 
 if TYPE_CHECKING:
     from vlmdefend.data.base import Source
-    from vlmdefend.data.open import load_dataset
+    from vlmdefend.data.open import listed_datasets, load_dataset
 
-SOURCES: Registry[Source] = Registry(
-    "dataset source", (f"{__name__}.sources",), separator="_"
-)
-__all__ = ["SOURCES", "load_dataset"]
+SOURCES: Registry[Source] = Registry("dataset source", (f"{__name__}.sources",), separator="_")
+__all__ = ["SOURCES", "listed_datasets", "load_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "load_dataset":
-        from vlmdefend.data.open import load_dataset
+    if name in ("listed_datasets", "load_dataset"):
+        from vlmdefend.data import open as opening
 
-        return load_dataset
+        return getattr(opening, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import random
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -70,33 +71,49 @@ class ImageSet:
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
         """A fixed, class-balanced choice of ``limit`` images (all if None or more than there are).
 
-        Within a class images are shuffled by ``seed``; classes take turns until ``limit`` is reached, so class
-        counts differ by at most one while a class has images left. The order of the set is kept.
+        Within a class images are ranked by a hash of (seed, id); classes take turns until ``limit`` is reached, so
+        class counts differ by at most one while a class has images left. The choice depends on ids alone, not on
+        where the set lies or how it is listed, and a larger limit contains the smaller one. The order of the set
+        is kept.
 
         Raises:
             UserError: ``limit`` is less than 1.
         """
-        if limit is not None and limit < 1:
-            raise UserError(f"--limit {limit}: give a number of images of at least 1, or leave it out for all.")
+        check_limit(limit)
         if limit is None or limit >= len(self):
             return self
         by_class: dict[int, list[int]] = {}
-        for i, label in enumerate(self.labels):
-            by_class.setdefault(label, []).append(i)
-        shuffler = random.Random(f"{seed}/{self.name}/{self.split}")
-        for label in sorted(by_class):
-            shuffler.shuffle(by_class[label])
-        order = sorted(by_class)
-        shuffler.shuffle(order)  # which classes get the one more, when limit is no multiple of the classes
-        turns = [by_class[label][k] for k in range(max(map(len, by_class.values()))) for label in order
-                 if k < len(by_class[label])]
-        return self.select(sorted(turns[:limit]))
+        for i in sorted(range(len(self)), key=lambda i: _rank(seed, self.ids[i])):
+            by_class.setdefault(self.labels[i], []).append(i)
+        # which classes get the one more, when limit is no multiple of their number, is also the hash's choice
+        queues = [by_class[label] for label in sorted(by_class, key=lambda c: _rank(seed, f"class {c}"))]
+        turns = (queue[k] for k in range(max(map(len, queues))) for queue in queues if k < len(queue))
+        return self.select(sorted(islice(turns, limit)))
 
     @property
     def ids_hash(self) -> str:
         """A hash of ids and labels in order: two runs with the same hash saw the same images."""
         text = "\n".join(f"{i}\t{label}" for i, label in zip(self.ids, self.labels, strict=True))
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def check_limit(limit: int | None) -> None:
+    """Refuse a limit that is no number of images.
+
+    Raises:
+        UserError: ``limit`` is less than 1.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give a number of images of at least 1, or leave it out for all.")
+
+
+def data_root(root: Path | None) -> Path:
+    """Where downloaded sets lie: ``root`` if given, else ``$VLMDEFEND_DATA``, else ``~/.cache/vlmdefend/data``."""
+    return root or Path(os.environ.get("VLMDEFEND_DATA") or "~/.cache/vlmdefend/data").expanduser()
+
+
+def _rank(seed: int, text: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogateescape")).digest()
 
 
 class Source(ABC):

@@ -51,7 +51,7 @@ class Judge:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         done = writer.finished_shards()
         listener.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
-        shards = [index for index in chunks(len(self.images), self.cell.shard_size)]
+        shards = list(chunks(len(self.images), self.cell.shard_size))
         for number in range(len(done), len(shards)):
             shard = self._shard_within_memory(number, shards[number].tolist(), listener)
             writer.add(shard)

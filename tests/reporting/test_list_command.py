@@ -1,0 +1,94 @@
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import typer
+from click.testing import Result as Outcome
+from rich.cells import cell_len
+from typer.testing import CliRunner
+
+from vlmdefend.cli.list_ import list_names
+from vlmdefend.errors import UserError
+
+LONG = "counterattacks the image for a few steps, away from where its own features point, and keeps it if they are calm"
+
+
+def run(*args: str) -> Outcome:
+    app = typer.Typer()
+    app.command()(list_names)
+    return CliRunner().invoke(app, list(args), env={"COLUMNS": "80"})
+
+
+class FakeRegistry:
+    """Names to classes; ``broken`` cannot be imported."""
+
+    def __init__(self, *classes: type[Any]) -> None:
+        self.classes = {c.name: c for c in classes}  # type: ignore[attr-defined]
+
+    def names(self) -> list[str]:
+        return [*self.classes, "broken"]
+
+    def get(self, name: str) -> type[Any]:
+        if name == "broken":
+            raise ImportError("No module named 'torchattacks'")
+        return self.classes[name]
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, module: str, **content: object) -> None:
+    made = ModuleType(module)
+    made.__dict__.update(content)
+    monkeypatch.setitem(sys.modules, module, made)
+
+
+def described(name: str, **content: object) -> type[Any]:
+    return type(name, (), {"name": name, **content})
+
+
+def test_defenses_show_paradigm_source_and_how_they_are_attacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SimpleNamespace(text="BPDA through the counterattack", samples=1)
+    ttc = described(
+        "ttc", paradigm="training-free", summary=LONG, citation="Xing et al. 2025", stochastic=True, recipe=recipe
+    )
+    none = described("none", paradigm="none", summary="the bare model", citation="–", recipe="exact gradient")
+    fake(monkeypatch, "vlmdefend.defenses", DEFENSES=FakeRegistry(ttc, none))
+    outcome = run("defenses")
+    assert outcome.exit_code == 0, outcome.exception
+    joined = " ".join(outcome.stdout.split())
+    assert max(map(cell_len, outcome.stdout.splitlines())) <= 80
+    assert "random; adaptive attack:" in joined
+    assert "the bare model; adaptive attack: exact gradient" in joined
+    assert "cannot be loaded: No module named 'torchattacks'" in joined
+
+
+def test_attacks_show_norms_and_fall_back_to_the_docstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    pgd = described("pgd", norms=("linf", "l2"), summary="projected gradient descent", citation="Madry et al. 2018")
+    bare = described("mine", __doc__="One of mine [bold].\n\nMore.")
+    fake(monkeypatch, "vlmdefend.attacks", ATTACKS=FakeRegistry(pgd, bare))
+    shown = run("attacks").stdout
+    assert "linf l2" in shown
+    assert "projected gradient descent (Madry et al. 2018)" in shown
+    assert "One of mine [bold]." in shown
+
+
+def test_datasets_models_and_protocols_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = SimpleNamespace(name="fashion", summary="clothes", classes=10, where="embedded")
+    fake(monkeypatch, "vlmdefend.data.open", listed_datasets=lambda: [line])
+    fake(
+        monkeypatch, "vlmdefend.models.names", listed_models=lambda: [SimpleNamespace(name="tiny-vit", summary="ours")]
+    )
+    fake(
+        monkeypatch,
+        "vlmdefend.evaluation.protocol",
+        listed_protocols=lambda: [SimpleNamespace(name="tecoa", summary="native size", citation="Mao et al. 2023")],
+    )
+    assert "fashion  10       embedded  clothes" in run("datasets").stdout
+    assert "tiny-vit  ours" in run("models").stdout
+    assert "tecoa     native size (Mao et al. 2023)" in run("protocol").stdout
+
+
+def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+    for args, expected in ((["defences"], "did you mean 'defenses'?"), ([], "models|datasets|attacks")):
+        outcome = run(*args)
+        assert isinstance(outcome.exception, UserError)
+        assert expected in str(outcome.exception)

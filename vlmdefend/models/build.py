@@ -1,0 +1,193 @@
+"""From a blueprint (architecture, preprocessing, where the weights are) to a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from vlmdefend.errors import UserError
+from vlmdefend.models.checkpoint import (
+    CONFIG,
+    WEIGHTS,
+    find_weights,
+    is_image_tower,
+    load_image_tower,
+    load_weights,
+    read_config,
+    read_weights,
+)
+from vlmdefend.models.fetch import Repository
+from vlmdefend.models.vision_language import VisionLanguageModel
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A model before its weights are read."""
+
+    name: str
+    config: dict[str, Any]  # open_clip's model_cfg and preprocess_cfg
+    weights: Callable[[], Path]  # finds or downloads the file
+    tokenizer: Callable[[], Any]
+    source: str  # what a message calls the configuration
+    folder: Path | None = None  # where it lies, if on this machine
+
+
+def tags(architecture: str) -> list[str]:
+    """The tags open_clip lists for an architecture."""
+    return list(open_clip.list_pretrained_tags_by_model(architecture))
+
+
+def from_folder(name: str, folder: Path) -> Blueprint:
+    """A folder in open_clip's format.
+
+    Raises:
+        UserError: no such folder, or its configuration is missing or invalid.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{name}: there is no folder {folder}; give the path of a folder with {CONFIG} and {WEIGHTS}.")
+    return Blueprint(
+        name=name,
+        config=read_config(folder / CONFIG),
+        weights=lambda: find_weights(folder),
+        tokenizer=lambda: open_clip.get_tokenizer(f"local-dir:{folder}"),
+        source=str(folder / CONFIG),
+        folder=folder,
+    )
+
+
+def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> Blueprint:
+    """A hub repository in open_clip's format.
+
+    Raises:
+        UserError: not of the form ORG/NAME, or its files cannot be had.
+    """
+    if repo.count("/") != 1 or not all(repo.split("/")):
+        raise UserError(f"{name!r} is not a hub repository; write it as hf-hub:ORG/NAME.")
+    repository = Repository(name, repo, _command(name, None, cache_dir))
+    config_file = repository.file([CONFIG], cache_dir)
+    config = read_config(config_file)
+    own_tokenizer = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    tokenizer_name = name if own_tokenizer else f"local-dir:{config_file.parent}"
+    return Blueprint(
+        name=name,
+        config=config,
+        weights=lambda: repository.file([WEIGHTS, "open_clip_pytorch_model.bin"], cache_dir),
+        tokenizer=lambda: open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir),
+        source=f"{CONFIG} of {name}",
+    )
+
+
+def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path | None) -> Blueprint:
+    """An architecture of open_clip's, with the activation, the preprocessing and the weights of ``tag`` (or none)."""
+    pretrained = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
+    quick = f"{architecture}-quickgelu"
+    if pretrained.get("quick_gelu") and open_clip.get_model_config(quick):
+        architecture = quick
+    model_cfg = open_clip.get_model_config(architecture)
+    if pretrained.get("quick_gelu"):
+        model_cfg["quick_gelu"] = True
+    repo, _, file = pretrained.get("hf_hub", "").rpartition("/")
+    repository = Repository(name, repo, _command(architecture, tag, cache_dir))
+    names = [f"{Path(file).stem}.safetensors", file] if file else [WEIGHTS, "open_clip_pytorch_model.bin"]
+    return Blueprint(
+        name=name,
+        config={"model_cfg": model_cfg, "preprocess_cfg": pretrained},
+        weights=lambda: repository.file(names, cache_dir),
+        tokenizer=lambda: open_clip.get_tokenizer(architecture, cache_dir=cache_dir),
+        source=f"open_clip's {architecture}",
+    )
+
+
+def assemble(
+    blueprint: Blueprint, *, weights: str | Path | None = None, device: str | torch.device | None = None
+) -> VisionLanguageModel:
+    """Build the model and load its weights, or those of the file ``weights``.
+
+    Raises:
+        UserError: the configuration cannot be built, the weights cannot be had or do not fit.
+    """
+    replacement = read_weights(weights) if weights is not None else None
+    own = None if replacement is not None else blueprint.weights()
+    clip = _create(blueprint)
+    if replacement is None or weights is None:
+        assert own is not None
+        load_weights(clip, read_weights(own), own)
+    elif is_image_tower(clip, replacement):
+        base = _text_tower_file(blueprint, weights)
+        load_weights(clip, read_weights(base), base)
+        load_image_tower(clip, replacement, weights)
+    else:
+        load_weights(clip, replacement, weights)
+    return VisionLanguageModel(
+        name=blueprint.name if weights is None else f"{blueprint.name}+{Path(weights).stem}",
+        clip=clip,
+        tokenizer=_tokenizer(blueprint),
+        model_cfg=blueprint.config["model_cfg"],
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+
+
+def _text_tower_file(blueprint: Blueprint, weights: str | Path) -> Path:
+    """The named model's own weights, which give the text tower."""
+    try:
+        return blueprint.weights()
+    except UserError as error:
+        raise UserError(f"{weights} holds an image tower alone, and {error}") from None
+
+
+def _create(blueprint: Blueprint) -> Any:
+    """The architecture with weights not yet loaded; the global random state is left as it was."""
+    with tempfile.TemporaryDirectory() as folder, _quiet(), torch.random.fork_rng(devices=[]):
+        (Path(folder) / CONFIG).write_text(json.dumps(blueprint.config), encoding="utf-8")
+        try:
+            return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
+        except Exception as error:  # whatever a wrong configuration makes open_clip's constructors raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise UserError(f"{blueprint.source} cannot be built by open_clip ({reason}).") from error
+
+
+def _tokenizer(blueprint: Blueprint) -> Any:
+    try:
+        with _quiet():
+            return blueprint.tokenizer()
+    except ImportError as error:
+        raise UserError(
+            f"the tokenizer of {blueprint.name} needs another package: `pip install transformers`."
+        ) from error
+    except Exception as error:  # hub, files and formats of a tokenizer that is not open_clip's own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UserError(f"the tokenizer of {blueprint.name} cannot be had ({reason}).") from error
+
+
+def _command(model: str, tag: str | None, cache_dir: str | Path | None) -> str:
+    """The line of Python that downloads it with plain open_clip."""
+    options = [repr(model)]
+    options += [f"pretrained={tag!r}"] if tag else []
+    options += [f"cache_dir={str(cache_dir)!r}"] if cache_dir else []
+    return f"import open_clip; open_clip.create_model({', '.join(options)})"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip's remarks on models without weights off the terminal, and its handler off the root logger."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    silent = logging.NullHandler()
+    root.addHandler(silent)
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.removeHandler(silent)

@@ -1,0 +1,318 @@
+"""Model files: weights read without ever running what is in them, and open_clip's folder format written whole."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import pickle
+import shutil
+import zipfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlmdefend.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmdefend.models.vision_language import VisionLanguageModel
+
+CONFIG = "open_clip_config.json"
+WEIGHTS = "open_clip_model.safetensors"
+METADATA = "vlmdefend.json"
+WEIGHTS_NAMES = (  # open_clip's own order of preference, and the compressed form of the embedded models
+    WEIGHTS,
+    WEIGHTS + ".xz",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "open_clip_pytorch_model.pth",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+)
+NESTED = ("state_dict", "vision_encoder_state_dict", "model_state_dict", "model")
+WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives carry them as tensors
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a ``.safetensors`` (also ``.xz``), ``.pt``, ``.pth`` or ``.bin`` file, on the CPU, by name.
+
+    Dictionaries nested as ``state_dict``, ``vision_encoder_state_dict`` or ``model`` are opened, wrappers'
+    prefixes (``module.``) dropped. Pickles are read with ``weights_only=True``: nothing in a file is run.
+
+    Raises:
+        UserError: no such file, cut short, not weights (a web page, a git-lfs pointer), or a pickle of more than
+            tensors.
+    """
+    file = Path(path).expanduser()
+    check_weights_file(file)
+    if file.name.endswith((".safetensors", ".safetensors.xz")):
+        return _plain_names(_read_safetensors(file), file)
+    return _plain_names(_read_pickle(file), file)
+
+
+def find_weights(folder: Path) -> Path:
+    """The weights file of a model folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    for name in WEIGHTS_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"{folder} has no weights: {WEIGHTS} is missing; copy it there or write the model again.")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """``open_clip_config.json``: a dictionary with at least ``model_cfg``.
+
+    Raises:
+        UserError: missing, not JSON, or without ``model_cfg``.
+    """
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; a model folder needs open_clip's {CONFIG} beside {WEIGHTS}.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not readable JSON ({error}); copy or write the model again.") from None
+    parts = config.get("model_cfg") if isinstance(config, dict) else None
+    if not isinstance(parts, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(parts):
+        raise UserError(f"{file} does not describe a model: model_cfg must hold embed_dim, vision_cfg and text_cfg.")
+    return {"model_cfg": parts, "preprocess_cfg": config.get("preprocess_cfg") or {}}
+
+
+def load_weights(clip: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy ``state`` into the whole model, all names and shapes matching; open_clip's older layouts are converted.
+
+    Raises:
+        UserError: names the first weight that is missing, unknown, or of another shape.
+    """
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+
+    wanted = clip.state_dict()
+    state = convert_state_dict(clip, {k: v for k, v in state.items() if k not in NOT_WEIGHTS})
+    if "positional_embedding" in state and "positional_embedding" not in wanted:
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in wanted and state[name].numel() == 1:
+            state[name] = state[name].reshape(wanted[name].shape)
+    position_ids = "text.transformer.embeddings.position_ids"
+    if position_ids not in wanted:
+        state.pop(position_ids, None)
+    if all("positional_embedding" in name for name in _faults(wanted, state)):
+        resize_pos_embed(state, clip)
+        resize_text_pos_embed(state, clip)
+    _load_exactly(clip, state, source)
+
+
+def is_image_tower(clip: nn.Module, state: dict[str, Tensor]) -> bool:
+    """Whether ``state`` holds weights of the image tower alone, with or without the prefix ``visual.``."""
+    prefixed = [name.startswith("visual.") for name in state]
+    known = set(state) & set(_visual(clip).state_dict())
+    return all(prefixed) or (not any(prefixed) and len(known) > len(state) / 2)
+
+
+def load_image_tower(clip: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy an image tower's ``state`` into ``clip.visual``, all names and shapes matching.
+
+    Raises:
+        UserError: as :func:`load_weights`.
+    """
+    _load_exactly(_visual(clip), _image_tower(state), source)
+
+
+def save_folder(model: VisionLanguageModel, folder: str | Path, metadata: dict[str, Any]) -> Path:
+    """Write ``model`` in open_clip's folder format; ``local-dir:FOLDER`` reads it, here and in plain open_clip.
+
+    The metadata (base model, how it was made; the package version and the weights' hash are added) goes into the
+    safetensors header and into ``vlmdefend.json``. A new folder appears whole or not at all. A model that is
+    already there is replaced; other files beside it stay; if killed in between, the folder holds the old weights,
+    the new ones, or none, never a part.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder holds something that is not a model, or cannot be written.
+    """
+    target = Path(folder).expanduser()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give a folder to write the model to.")
+    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+        raise UserError(f"{target} is not empty and holds no model; give a new folder, so that nothing is lost.")
+    facts = {"vlmdefend": _version(), "base_model": model.name, **metadata, "weights_hash": model.weights_hash}
+    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.partial")
+    try:
+        partial.mkdir(parents=True)
+        _write_model(model, partial, facts)
+        _move_into_place(partial, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}); give another folder.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def check_weights_file(file: Path) -> None:
+    """Look at the first bytes of a file.
+
+    Raises:
+        UserError: no such file, a folder, empty, a git-lfs pointer or a web page.
+    """
+    if file.is_dir():
+        raise UserError(f"{file} is a folder; give a weights file, or the folder as the model local-dir:{file}.")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a .safetensors, .pt or .pth file.")
+    with file.open("rb") as opened:
+        head = opened.read(512)
+    if not head:
+        raise UserError(f"{file} is empty; download or write it again.")
+    if head.startswith(b"version https://git-lfs"):
+        raise UserError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository.")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise UserError(f"{file} is a web page, not weights; download the file itself (its raw or resolved address).")
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".xz":
+            return dict(load_bytes(lzma.decompress(file.read_bytes())))
+        return dict(load_file(file))
+    except (SafetensorError, lzma.LZMAError, EOFError, ValueError, OSError) as error:
+        raise UserError(
+            f"{file} is cut short or not a safetensors file ({_first_line(error)}); download or write it again."
+        ) from None
+
+
+def _read_pickle(file: Path) -> Any:
+    if _is_torchscript(file):
+        raise UserError(
+            f"{file} is a TorchScript archive, which holds code; turn it into tensors with "
+            f"`python -c \"import torch; torch.save(torch.jit.load('{file}', 'cpu').state_dict(), 'weights.pt')\"` "
+            "if you trust it, and give weights.pt."
+        )
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error) and "Weights only" not in str(error):
+            raise UserError(f"{file} is not a file of weights; give a .safetensors, .pt or .pth file.") from None
+        raise UserError(
+            f"{file} is a pickle that holds more than tensors and is not opened, since that could run code; "
+            "save its state dict alone, best as .safetensors."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise UserError(
+            f"{file} is cut short or not a file of weights ({_first_line(error)}); download or write it again."
+        ) from None
+
+
+def _is_torchscript(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def _plain_names(read: Any, file: Path) -> dict[str, Tensor]:
+    """Open nested dictionaries, keep tensors, drop the prefixes that every name shares."""
+    while isinstance(read, dict) and any(isinstance(read.get(key), dict) for key in NESTED):
+        read = next(read[key] for key in NESTED if isinstance(read.get(key), dict))
+    state = (
+        {k: v for k, v in read.items() if isinstance(k, str) and isinstance(v, Tensor)}
+        if isinstance(read, dict)
+        else {}
+    )
+    if not state:
+        raise UserError(f"{file} holds no named tensors; save the model's state dict, best as .safetensors.")
+    for prefix in WRAPPERS * 2:
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _load_exactly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    faults = list(_faults(module.state_dict(), state).values())
+    if faults:
+        more = f" and {len(faults) - 1} more like it" if len(faults) > 1 else ""
+        raise UserError(f"{source} does not fit the model: {faults[0]}{more}; choose the architecture it was made for.")
+    module.load_state_dict(state)
+
+
+def _faults(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, str]:
+    """What is wrong with each name of ``state``: other shapes first, then missing, then unknown names."""
+    shapes = {
+        name: f"{name} is {tuple(state[name].shape)} where the model has {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in state and state[name].shape != tensor.shape
+    }
+    missing = {name: f"{name} is missing" for name in wanted if name not in state}
+    return shapes | missing | {name: f"the model has no {name}" for name in state if name not in wanted}
+
+
+def _visual(clip: nn.Module) -> nn.Module:
+    visual = clip.visual
+    assert isinstance(visual, nn.Module)
+    return visual
+
+
+def _image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix("visual."): v for k, v in state.items() if k not in NOT_WEIGHTS}
+
+
+def _write_model(model: VisionLanguageModel, folder: Path, facts: dict[str, Any]) -> None:
+    preprocess = {k: model.preprocess_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode")}
+    config = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / METADATA).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
+    header = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in facts.items()}
+    save_file(_separate(model.clip.state_dict()), folder / WEIGHTS, metadata={"format": "pt", **header})
+    if model.model_cfg["text_cfg"].get("hf_tokenizer_name") and hasattr(model.tokenizer, "save_pretrained"):
+        model.tokenizer.save_pretrained(str(folder))  # plain open_clip looks for it in the folder
+
+
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, none sharing memory: what the format can hold."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in state.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        separate[name] = own
+    return separate
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    if not target.is_dir() or not any(target.iterdir()):
+        partial.replace(target)
+        return
+    if (target / CONFIG).read_bytes() != (partial / CONFIG).read_bytes():
+        for name in WEIGHTS_NAMES:  # another architecture: never its configuration beside the old weights
+            (target / name).unlink(missing_ok=True)
+    last = {WEIGHTS: 1, METADATA: 2}
+    for file in sorted(partial.iterdir(), key=lambda f: last.get(f.name, 0)):
+        file.replace(target / file.name)
+
+
+def _version() -> str:
+    try:
+        return version("vlmdefend")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")[:160]

@@ -1,0 +1,123 @@
+"""Pixels in [0, 1] to class logits: normalisation, and the resize where the protocol has it inside, are in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmdefend.errors import UserError
+from vlmdefend.types import Outputs
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from vlmdefend.rng import ImageRng
+
+
+class ZeroShotClassifier(nn.Module):
+    """A frozen CLIP-like model with a fixed list of classes; satisfies :class:`vlmdefend.types.Pipeline`.
+
+    Args:
+        clip: an open_clip model (CLIP, CustomTextCLIP, CoCa); used, not copied.
+        text_features: (C, D) unit rows, one per class.
+        mean: per channel, subtracted from pixels in [0, 1].
+        std: per channel, divided by.
+        image_size: S, the side that the model takes.
+        resize_inside: images of any size come in and are resized to S x S, differentiably, before normalisation.
+    """
+
+    stochastic: bool = False
+    text_features: Tensor  # (C, D)
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        text_features: Tensor,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        image_size: int,
+        resize_inside: bool = False,
+    ) -> None:
+        super().__init__()
+        self.clip: Any = clip
+        self.image_size = image_size
+        self.resize_inside = resize_inside
+        self.num_classes = len(text_features)
+        device = text_features.device
+        self.register_buffer("text_features", text_features, persistent=False)
+        self.register_buffer("mean", torch.tensor(mean, device=device).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=device).view(3, 1, 1), persistent=False)
+        self.training = False
+        self._resizers: dict[tuple[int, torch.device], Tensor] = {}
+
+    def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
+        """(B, 3, H, W) float32 in [0, 1] -> logits (B, C) and unnormalised features (B, D).
+
+        Raises:
+            UserError: H or W is not the model's size and nothing resizes inside.
+        """
+        features = self.features(images)
+        return Outputs(self.logits(features), features)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D), not normalised."""
+        if self.resize_inside:
+            images = self._resized(images)
+        elif images.shape[-2:] != (self.image_size, self.image_size):
+            height, width = images.shape[-2:]
+            raise UserError(
+                f"images are {height}x{width} but the model takes {self.image_size}x{self.image_size}; "
+                "prepare them at that size or choose a protocol that resizes inside the model."
+            )
+        with _evaluating(self.clip):
+            features: Tensor = self.clip.encode_image((images - self.mean).div_(self.std), normalize=False)
+        return features
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) image features of any length -> (B, C), scaled as the model was trained."""
+        logits: Tensor = self.clip.logit_scale.exp() * F.normalize(features, dim=-1) @ self.text_features.T
+        bias = getattr(self.clip, "logit_bias", None)
+        return logits if bias is None else logits + bias
+
+    def train(self, mode: bool = True) -> ZeroShotClassifier:
+        """Do nothing: a classifier under attack stays in evaluation mode."""
+        return self
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """Bicubic to (S, S) as two matrix products: the values of ``F.interpolate``, deterministic on a GPU too."""
+        height, width = images.shape[-2:]
+        if height != self.image_size:
+            images = self._resizer(height, images.device) @ images
+        if width != self.image_size:
+            images = images @ self._resizer(width, images.device).T
+        return images
+
+    def _resizer(self, size: int, device: torch.device) -> Tensor:
+        """(S, size) weights. Enlarging interpolates plainly, as the papers do; shrinking filters first (antialias)."""
+        key = (size, device)
+        if key not in self._resizers:
+            rows = torch.eye(size).view(1, 1, size, size)
+            weights = F.interpolate(rows, (self.image_size, size), mode="bicubic", antialias=self.image_size < size)
+            self._resizers[key] = weights[0, 0].to(device)
+        return self._resizers[key]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, every flag as it was afterwards: no BatchNorm statistic moves."""
+    training = [m for m in module.modules() if m.training]
+    for m in training:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
