@@ -38,7 +38,8 @@ def run(command: list[str], folder: Path) -> bytes:
     except FileNotFoundError as error:
         raise AssetError(f"'{command[0]}' is not installed, and '{' '.join(command)}' is needed.") from error
     except subprocess.CalledProcessError as error:
-        reason = "; ".join(error.stderr.decode(errors="replace").split("\n")[:2]) or "no reason given"
+        lines = [line for line in error.stderr.decode(errors="replace").splitlines() if " warn " not in line]
+        reason = "; ".join(lines[:2]) or "no reason given"
         raise AssetError(f"'{' '.join(command)}' failed: {reason}") from error
 
 

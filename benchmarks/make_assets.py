@@ -36,6 +36,8 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.packages is None and options.what in ("images", "all"):
         parser.error("--packages DIR is needed: a cache folder for the source packages")
+    if options.steps is not None and options.weights_to is None:
+        parser.error("--steps leaves half-trained models: name another folder for them with --weights-to")
     return options
 
 
@@ -59,7 +61,8 @@ def make(options: argparse.Namespace) -> None:
 
 def main() -> int:
     """Exit code 0, or 2 with one sentence on what to do."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.setLevel(logging.INFO)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
         make(arguments())
     except AssetError as error:

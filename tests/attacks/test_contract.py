@@ -18,7 +18,10 @@ from vlmdefend.types import Outputs, Threat
 SHAPE = (3, 8, 8)
 SMALL = {"linf": 4 / 255, "l2": 0.15}
 CASES = [
-    pytest.param(cls.name, norm, id=f"{cls.name}-{norm}") for cls in ATTACKS for norm in ("linf", "l2") if norm in cls.norms
+    pytest.param(cls.name, norm, id=f"{cls.name}-{norm}")
+    for cls in ATTACKS
+    for norm in ("linf", "l2")
+    if norm in cls.norms
 ]
 contract = pytest.mark.parametrize(("name", "norm"), CASES)
 
@@ -31,7 +34,13 @@ class InDouble(Wrapped):
 
 
 def attack(
-    name: str, model: Wrapped, images: torch.Tensor, labels: torch.Tensor, ids: list[str], threat: Threat, width: int = 4
+    name: str,
+    model: Wrapped,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    ids: list[str],
+    threat: Threat,
+    width: int = 4,
 ) -> Attacked:
     return ATTACKS.create(name)(View(model, ImageRng(0, ids), width=width), images, labels, threat)
 

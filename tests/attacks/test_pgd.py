@@ -35,7 +35,7 @@ def test_reaches_the_known_minimum_of_a_linear_model(norm: str, shape: tuple[int
     model = linear(shape, 4)
     images, labels, ids = labelled(model, shape, count)
     radius = minimal_radius(model, images, labels, norm)
-    attack = Pgd(steps=50, alpha="2.5eps/steps", loss=loss)
+    attack = Pgd(steps=50, alpha="2.5eps/steps", loss=loss, restarts=5)
     reachable = radius * 1.25 < 0.2  # the box [0, 1] is no obstacle within the images' margin of 0.2
     over = attack(View(model, ImageRng(0, ids)), images, labels, Threat(norm, radius * 1.25))
     assert over.fooled[reachable].all()
@@ -67,7 +67,7 @@ def test_iterates_equal_torchattacks(start: bool, seed: int, monkeypatch: pytest
 def test_the_active_set_fools_the_same_images_as_the_fixed_batch() -> None:
     model = convolutional(seed=5)
     images, labels, ids = labelled(model, (3, 8, 8), 40)
-    threat = Threat("linf", 3 / 255)
+    threat = Threat("linf", 8 / 255)
     attack = Pgd(steps=20)
     shrinking = View(model, ImageRng(0, ids), width=8)
     fixed = View(model, ImageRng(0, ids), width=8, stop=False)

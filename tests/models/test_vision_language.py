@@ -56,7 +56,9 @@ def test_a_trained_image_tower_keeps_the_texts_and_a_trained_text_tower_does_not
     assert not torch.equal(model.text_features(CLASSES, TEMPLATES), first)
 
 
-def test_weights_hash_tells_weights_apart_and_follows_them(folders: dict[str, Path], model: VisionLanguageModel) -> None:
+def test_weights_hash_tells_weights_apart_and_follows_them(
+    folders: dict[str, Path], model: VisionLanguageModel
+) -> None:
     first = model.weights_hash
     assert len(first) == 16
     assert first == model.weights_hash == load_model(f"local-dir:{folders['vit']}", device="cpu").weights_hash

@@ -74,8 +74,12 @@ def test_attacks_show_norms_and_fall_back_to_the_docstring(monkeypatch: pytest.M
 def test_datasets_models_and_protocols_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     line = SimpleNamespace(name="fashion", summary="clothes", classes=10, where="embedded")
     fake(monkeypatch, "vlmdefend.data.open", listed_datasets=lambda: [line])
+    model = SimpleNamespace(name="tiny-vit", summary="ours", where="embedded")
+    pair = SimpleNamespace(name="RN50:yfcc15m", summary="theirs", where="hub")
     fake(
-        monkeypatch, "vlmdefend.models.names", listed_models=lambda: [SimpleNamespace(name="tiny-vit", summary="ours")]
+        monkeypatch,
+        "vlmdefend.models.names",
+        listed_models=lambda *, every_pair: [model, pair] if every_pair else [model],
     )
     fake(
         monkeypatch,
@@ -83,7 +87,9 @@ def test_datasets_models_and_protocols_are_listed(monkeypatch: pytest.MonkeyPatc
         listed_protocols=lambda: [SimpleNamespace(name="tecoa", summary="native size", citation="Mao et al. 2023")],
     )
     assert "fashion  10       embedded  clothes" in run("datasets").stdout
-    assert "tiny-vit  ours" in run("models").stdout
+    assert "tiny-vit  embedded  ours" in run("models").stdout
+    assert "RN50:yfcc15m" not in run("models").stdout
+    assert "RN50:yfcc15m  hub       theirs" in run("models", "--all").stdout
     assert "tecoa     native size (Mao et al. 2023)" in run("protocol").stdout
 
 
@@ -92,3 +98,21 @@ def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
         outcome = run(*args)
         assert isinstance(outcome.exception, UserError)
         assert expected in str(outcome.exception)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("attacks", "pgd"),
+        ("defenses", "none"),
+        ("datasets", "fashion"),
+        ("models", "tiny-vit"),
+        ("protocols", "unified"),
+    ],
+)
+def test_the_real_lists_fit_80_columns(kind: str, expected: str) -> None:
+    outcome = run(kind)
+    assert outcome.exit_code == 0, outcome.exception
+    assert expected in {line.partition(" ")[0] for line in outcome.stdout.splitlines()}
+    assert max(map(cell_len, outcome.stdout.splitlines())) <= 80
+    assert "cannot be loaded" not in outcome.stdout

@@ -28,9 +28,9 @@ def _defenses() -> list[str]:
 
 
 def _datasets() -> list[str]:
-    from vlmdefend.data.open import dataset_names
+    from vlmdefend.data.open import listed_datasets
 
-    return dataset_names()
+    return [line.name for line in listed_datasets()]
 
 
 def _models() -> list[str]:

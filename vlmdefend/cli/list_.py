@@ -25,7 +25,7 @@ def list_names(
     kind: Annotated[
         str | None, typer.Argument(help=f"One of: {', '.join(KINDS)}.", autocompletion=lambda: list(KINDS))
     ] = None,
-    everything: Annotated[bool, typer.Option("--all", help="Long lists in full.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Also every ARCH:TAG of open_clip (models).")] = False,
 ) -> None:
     """List models, datasets, attacks, defenses or protocols."""
     from vlmdefend.errors import UserError, did_you_mean
@@ -83,17 +83,21 @@ def datasets() -> tuple[tuple[str, ...], list[Entry]]:
 
 
 def models(everything: bool) -> tuple[tuple[str, ...], list[Entry]]:
-    """Every model name."""
+    """Every model name and form of a name; ``everything`` spells out each ``ARCH:TAG`` of open_clip (seconds)."""
     from vlmdefend.models.names import listed_models
 
-    return (), [_described(model) for model in listed_models()]
+    lines = listed_models(every_pair=everything)
+    return ("where",), [Entry(line.name, (line.where,), line.summary) for line in lines]
 
 
 def protocols() -> tuple[tuple[str, ...], list[Entry]]:
     """Every protocol."""
     from vlmdefend.evaluation.protocol import listed_protocols
 
-    return (), [_described(protocol) for protocol in listed_protocols()]
+    entries = []
+    for protocol in listed_protocols():
+        entries.append(Entry(protocol.name, (), _cited(protocol.summary, protocol.citation)))
+    return (), entries
 
 
 def show(kind: str, listed: tuple[tuple[str, ...], list[Entry]]) -> None:
@@ -126,15 +130,15 @@ def _classes(registry: Registry[Any]) -> Iterable[tuple[str, type[Any] | None, s
 
 
 def _sentence(cls: type[Any]) -> str:
-    """What it does and where it is from, in one sentence."""
+    """What it does and where it is from."""
     summary = getattr(cls, "summary", "") or (cls.__doc__ or "").strip().partition("\n")[0]
-    citation = getattr(cls, "citation", "").strip(" -–")
-    return f"{summary} ({citation})" if citation else summary
+    return _cited(summary, getattr(cls, "citation", ""))
 
 
-def _described(thing: Any) -> Entry:
-    citation = getattr(thing, "citation", "").strip(" -–")
-    return Entry(thing.name, (), f"{thing.summary} ({citation})" if citation else thing.summary)
+def _cited(summary: str, citation: str) -> str:
+    """A citation in brackets; a dash says that there is none."""
+    source = citation.strip(" -–")
+    return f"{summary} ({source})" if source else summary
 
 
 def _plain(text: str) -> str:

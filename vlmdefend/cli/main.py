@@ -8,6 +8,8 @@ import typer
 
 from vlmdefend import __version__
 from vlmdefend.cli.evaluate import evaluate
+from vlmdefend.cli.list_ import list_names
+from vlmdefend.cli.report import report
 from vlmdefend.errors import UserError
 
 app = typer.Typer(
@@ -18,6 +20,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(evaluate)
+app.command()(report)
+app.command("list")(list_names)
 
 
 def _version(wanted: bool) -> None:

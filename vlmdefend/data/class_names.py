@@ -22,7 +22,8 @@ def underscores(name: str) -> str:
 def imagenet_names() -> dict[str, str]:
     """WordNet id -> readable name of the 1,000 ImageNet classes, in the order of their labels.
 
-    The ids come from timm, the names (OpenAI's, one per id in sorted order) from open_clip.
+    The ids come from timm, the names (OpenAI's list as open_clip keeps it, in the order of the sorted ids) from
+    open_clip.
     """
     wnids = importlib.import_module("timm.data").ImageNetInfo().label_names()
     names = importlib.import_module("open_clip.zero_shot_metadata").IMAGENET_CLASSNAMES

@@ -24,7 +24,7 @@ class Counted:
         # every gradient path passes the features; the logits come after them
         end = outputs.logits if outputs.features is None else outputs.features
         if end.requires_grad:
-            end.register_hook(lambda gradient: self._count_backward(len(gradient)))
+            end.register_hook(lambda gradient: self._count_backward(len(gradient)))  # type: ignore[no-untyped-call]
         return outputs
 
     def _count_backward(self, images: int) -> None:

@@ -69,7 +69,7 @@ class Grid(BaseModel):
         for key in config:
             if key not in cls.model_fields:
                 raise did_you_mean("config key", key, list(cls.model_fields))
-        given = {k: v for k, v in flags.items() if v is not None and v != [] and v is not False}
+        given = {k: v for k, v in flags.items() if v is not None and v is not False and v != [] and v != ()}
         try:
             return cls(**{**config, **given})
         except ValidationError as error:

@@ -113,9 +113,10 @@ def _create_attack(text: str, steps: int | None) -> Attack:
 
 
 def _default_eps(protocol: Protocol, images: ImageSet, norm: Norm) -> list[float]:
-    from vlmdefend.data.open import is_embedded
+    from vlmdefend.data.open import listed_datasets
 
     if norm != protocol.norm:
         raise UserError(f"protocol {protocol.name} has no eps list for {norm}; give --eps, for example --eps 0.5.")
-    chosen = protocol.eps_embedded if protocol.eps_embedded and is_embedded(images.name) else protocol.eps
+    embedded = {line.name for line in listed_datasets() if line.where == "embedded"}
+    chosen = protocol.eps_embedded if protocol.eps_embedded and images.name in embedded else protocol.eps
     return [parse_eps(text, norm) for text in chosen]

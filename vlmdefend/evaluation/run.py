@@ -140,7 +140,7 @@ def _run_cell(
     listener.end(record, reused=reused)
 
 
-def _judge(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell, device: torch.device) -> Judge:
+def _judge(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell) -> Judge:
     native = plan.protocol.pixel_space == "native"
     return Judge(
         cell=cell,

@@ -49,4 +49,5 @@ class LowPass(Defense):
         weight = torch.exp(
             -0.5 * ((rows[:, None] / (self.radius * height)) ** 2 + (columns / (self.radius * width)) ** 2)
         )
-        return torch.fft.irfft2(torch.fft.rfft2(images) * weight, s=(height, width))
+        filtered: Tensor = torch.fft.irfft2(torch.fft.rfft2(images) * weight, s=(height, width))
+        return filtered
