@@ -48,6 +48,15 @@ def test_a_bare_folder_is_told_its_prefix(tmp_path: Path) -> None:
         load_dataset(str(tmp_path))
 
 
+def test_a_folder_that_may_not_be_read_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=rf"{tmp_path} cannot be read \(Permission denied\)"):
+        load_dataset(f"folder:{tmp_path}")
+
+
 @pytest.mark.parametrize("prefix", ["folder:", "wds:"])
 def test_a_prefix_without_a_path_shows_its_form(prefix: str) -> None:
     with pytest.raises(UserError, match=f"write {prefix}PATH"):

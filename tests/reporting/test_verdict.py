@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from vlmdefend.evaluation.diagnostics import Result
-from vlmdefend.evaluation.records import Checks, Skipped
+from vlmdefend.evaluation.records import Checks, Cost, Skipped
 from vlmdefend.reporting import over_seeds, verdict_lines
 from vlmdefend.reporting.verdict import Line
 
@@ -207,3 +207,12 @@ def test_cost_is_per_image_and_adds_attacks_but_not_repetitions_of_one(make: Mak
     assert line.cost.deployed_ms == pytest.approx(50.0)
     assert (line.cost.attack_forwards, line.cost.attack_backwards) == (22.0, 20.0)
     assert line.cost.peak_memory_mb == 512.0
+
+
+def test_the_time_of_the_deployed_pipeline_is_that_of_the_fastest_cell(make: Make) -> None:
+    slow = Cost(clean_images=10, clean_forwards=10, clean_seconds=5.0)
+    fast = Cost(clean_images=10, clean_forwards=10, clean_seconds=0.1)
+    lines = verdict_lines([make(range(5), cost=slow), make(range(5), attacker="transfer", cost=fast)])
+    assert only(lines).cost.deployed_ms == pytest.approx(10.0)
+    assert only(lines).cost.deployed_forwards == 1.0
+    assert only(lines).cost.attack_forwards is None

@@ -29,10 +29,10 @@ SUFFIXES = {
 
 
 def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders of `evaluate` [default: runs].")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders of `evaluate` (default: runs).")] = None,
     format: Annotated[
         Format | None,
-        typer.Option("--format", "-f", help="How to write it [default: by the suffix of --out, else terminal]."),
+        typer.Option("--format", "-f", help="How to write it (default: by the suffix of --out, else terminal)."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file instead of the terminal.")] = None,
     model: Annotated[list[str] | None, typer.Option(help="Only this model; may be repeated.")] = None,

@@ -45,7 +45,11 @@ def load_dataset(
     """
     check_limit(limit)
     source, full_name = _find(name)
-    images = source.open(full_name, split, None if root is None else Path(root).expanduser())
+    try:
+        images = source.open(full_name, split, None if root is None else Path(root).expanduser())
+    except OSError as error:
+        reason = f"{error.filename or full_name} cannot be read ({error.strerror or error})"
+        raise UserError(f"dataset {full_name}: {reason}; check the path and its permissions.") from None
     if classes is not None:
         images = replace(images, class_names=_checked_classes(images, classes))
     if templates is not None:

@@ -88,7 +88,7 @@ def open_layout(name: str, folder: Path, split: str) -> ImageSet:
     top = split_folder(folder, split)
     if top is None:
         splits = [p.name for p in subfolders(folder) if shard_paths(p)]
-        have = f"it has {', '.join(splits)}" if splits else "no folder in it holds 0.tar, 1.tar ..."
+        have = f"it has {', '.join(splits)}" if splits else "no folder in it holds shards (0.tar, 1.tar ...)"
         raise UserError(f"{name}: has no split {split!r} in {folder}; {have}.")
     paths = shard_paths(top)
     if not paths:

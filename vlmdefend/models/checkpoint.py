@@ -7,6 +7,7 @@ import lzma
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -54,9 +55,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     file = Path(path).expanduser()
     check_weights_file(file)
-    if file.name.endswith((".safetensors", ".safetensors.xz")):
-        return _plain_names(_read_safetensors(file), file)
-    return _plain_names(_read_pickle(file), file)
+    return _plain_names(_read_safetensors(file) if _is_safetensors(file) else _read_pickle(file), file)
 
 
 def find_weights(folder: Path) -> Path:
@@ -144,13 +143,14 @@ def save_folder(model: VisionLanguageModel, folder: str | Path, metadata: dict[s
     Raises:
         UserError: the folder holds something that is not a model, or cannot be written.
     """
-    target = Path(folder).expanduser()
+    target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a folder to write the model to.")
     if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
         raise UserError(f"{target} is not empty and holds no model; give a new folder, so that nothing is lost.")
     facts = {"vlmdefend": _version(), "base_model": model.name, **metadata, "weights_hash": model.weights_hash}
-    partial = target.absolute().with_name(f".{target.absolute().name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         _write_model(model, partial, facts)
@@ -172,14 +172,25 @@ def check_weights_file(file: Path) -> None:
         raise UserError(f"{file} is a folder; give a weights file, or the folder as the model local-dir:{file}.")
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a .safetensors, .pt or .pth file.")
-    with file.open("rb") as opened:
-        head = opened.read(512)
+    try:
+        with file.open("rb") as opened:
+            head = opened.read(512)
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions.") from None
     if not head:
         raise UserError(f"{file} is empty; download or write it again.")
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{file} is a git-lfs pointer, not the weights; run `git lfs pull` in its repository.")
     if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
         raise UserError(f"{file} is a web page, not weights; download the file itself (its raw or resolved address).")
+
+
+def _is_safetensors(file: Path) -> bool:
+    """By its name, or because a header of JSON follows the 8 bytes of its length."""
+    if file.name.endswith((".safetensors", ".safetensors.xz")):
+        return True
+    with file.open("rb") as opened:
+        return opened.read(10)[8:] == b'{"'
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
@@ -201,18 +212,16 @@ def _read_pickle(file: Path) -> Any:
             "if you trust it, and give weights.pt."
         )
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error) and "Weights only" not in str(error):
-            raise UserError(f"{file} is not a file of weights; give a .safetensors, .pt or .pth file.") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on pickle protocols; what cannot be read raises
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
         raise UserError(
-            f"{file} is a pickle that holds more than tensors and is not opened, since that could run code; "
-            "save its state dict alone, best as .safetensors."
+            f"{file} is not a file of tensors alone, and nothing else is opened, since a pickle can run code; "
+            "give the model's state dict alone, best as .safetensors."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise UserError(
-            f"{file} is cut short or not a file of weights ({_first_line(error)}); download or write it again."
-        ) from None
+    except Exception:  # zip, tar and pickle readers each have their own for a damaged file
+        raise UserError(f"{file} is cut short or not a file of weights; download or write it again.") from None
 
 
 def _is_torchscript(file: Path) -> bool:
