@@ -162,7 +162,7 @@ def test_every_pair_of_open_clip_is_a_name_with_the_activation_it_was_trained_wi
 def test_an_architecture_alone_is_refused_with_its_tags() -> None:
     with pytest.raises(UserError, match=r"'ViT-B-16' is an architecture without weights.*laion2b_s34b_b88k.*--weights"):
         load_model("ViT-B-16")
-    with pytest.raises(UserError, match="'coca_base' .*; give a local file with --weights"):
+    with pytest.raises(UserError, match=r"'coca_base' .*; give a local file with --weights"):
         load_model("coca_base")
 
 

@@ -28,7 +28,8 @@ class Defense(ABC):
     """One defense. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
 
     Class attributes: ``name`` (the file's name), ``paradigm``, ``summary`` and ``citation`` (one line each),
-    ``stochastic`` (its outputs are drawn anew at every call), and ``recipe``: without one a defense cannot be
+    ``stochastic`` (its outputs are drawn anew at every call), ``neutral`` (options at which it does nothing, if there
+    are such: a test holds it to that), and ``recipe``: without one a defense cannot be
     defined, for then nobody could tell whether it defends.
     """
 
@@ -37,6 +38,7 @@ class Defense(ABC):
     summary: ClassVar[str]
     citation: ClassVar[str]
     stochastic: ClassVar[bool] = False
+    neutral: ClassVar[dict[str, Any] | None] = None
     recipe: ClassVar[Recipe]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

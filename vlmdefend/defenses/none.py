@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
@@ -19,6 +19,7 @@ class NoDefense(Defense):
     paradigm: ClassVar[Paradigm] = "none"
     summary: ClassVar[str] = "the bare model"
     citation: ClassVar[str] = "–"
+    neutral: ClassVar[dict[str, Any] | None] = {}
     recipe: ClassVar[Recipe] = Recipe("exact gradient")
 
     def wrap(self, model: Pipeline) -> Pipeline:

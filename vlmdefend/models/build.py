@@ -20,13 +20,11 @@ from vlmdefend.models.checkpoint import (
     CONFIG,
     WEIGHTS,
     find_weights,
-    is_image_tower,
-    load_image_tower,
-    load_weights,
     read_config,
     read_weights,
 )
 from vlmdefend.models.fetch import Repository
+from vlmdefend.models.loading import is_image_tower, load_image_tower, load_weights
 from vlmdefend.models.vision_language import VisionLanguageModel
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmdefend.errors import UserError
 
@@ -40,7 +40,6 @@ WEIGHTS_NAMES = (  # open_clip's own order of preference, and the compressed for
 )
 NESTED = ("state_dict", "vision_encoder_state_dict", "model_state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's archives carry them as tensors
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -86,47 +85,6 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(parts, dict) or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(parts):
         raise UserError(f"{file} does not describe a model: model_cfg must hold embed_dim, vision_cfg and text_cfg.")
     return {"model_cfg": parts, "preprocess_cfg": config.get("preprocess_cfg") or {}}
-
-
-def load_weights(clip: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy ``state`` into the whole model, all names and shapes matching; open_clip's older layouts are converted.
-
-    Raises:
-        UserError: names the first weight that is missing, unknown, or of another shape.
-    """
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
-
-    wanted = clip.state_dict()
-    state = convert_state_dict(clip, {k: v for k, v in state.items() if k not in NOT_WEIGHTS})
-    if "positional_embedding" in state and "positional_embedding" not in wanted:
-        state = convert_to_custom_text_state_dict(state)
-    for name in ("logit_scale", "logit_bias"):
-        if name in state and name in wanted and state[name].numel() == 1:
-            state[name] = state[name].reshape(wanted[name].shape)
-    position_ids = "text.transformer.embeddings.position_ids"
-    if position_ids not in wanted:
-        state.pop(position_ids, None)
-    if all("positional_embedding" in name for name in _faults(wanted, state)):
-        resize_pos_embed(state, clip)
-        resize_text_pos_embed(state, clip)
-    _load_exactly(clip, state, source)
-
-
-def is_image_tower(clip: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether ``state`` holds weights of the image tower alone, with or without the prefix ``visual.``."""
-    prefixed = [name.startswith("visual.") for name in state]
-    known = set(state) & set(_visual(clip).state_dict())
-    return all(prefixed) or (not any(prefixed) and len(known) > len(state) / 2)
-
-
-def load_image_tower(clip: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy an image tower's ``state`` into ``clip.visual``, all names and shapes matching.
-
-    Raises:
-        UserError: as :func:`load_weights`.
-    """
-    _load_exactly(_visual(clip), _image_tower(state), source)
 
 
 def save_folder(model: VisionLanguageModel, folder: str | Path, metadata: dict[str, Any]) -> Path:
@@ -249,35 +207,6 @@ def _plain_names(read: Any, file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load_exactly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    faults = list(_faults(module.state_dict(), state).values())
-    if faults:
-        more = f" and {len(faults) - 1} more like it" if len(faults) > 1 else ""
-        raise UserError(f"{source} does not fit the model: {faults[0]}{more}; choose the architecture it was made for.")
-    module.load_state_dict(state)
-
-
-def _faults(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, str]:
-    """What is wrong with each name of ``state``: other shapes first, then missing, then unknown names."""
-    shapes = {
-        name: f"{name} is {tuple(state[name].shape)} where the model has {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in state and state[name].shape != tensor.shape
-    }
-    missing = {name: f"{name} is missing" for name in wanted if name not in state}
-    return shapes | missing | {name: f"the model has no {name}" for name in state if name not in wanted}
-
-
-def _visual(clip: nn.Module) -> nn.Module:
-    visual = clip.visual
-    assert isinstance(visual, nn.Module)
-    return visual
-
-
-def _image_tower(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k.removeprefix("visual."): v for k, v in state.items() if k not in NOT_WEIGHTS}
-
-
 def _write_model(model: VisionLanguageModel, folder: Path, facts: dict[str, Any]) -> None:
     preprocess = {k: model.preprocess_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     config = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess}
@@ -285,6 +214,7 @@ def _write_model(model: VisionLanguageModel, folder: Path, facts: dict[str, Any]
     (folder / METADATA).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     header = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in facts.items()}
     save_file(_separate(model.clip.state_dict()), folder / WEIGHTS, metadata={"format": "pt", **header})
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone
     if model.model_cfg["text_cfg"].get("hf_tokenizer_name") and hasattr(model.tokenizer, "save_pretrained"):
         model.tokenizer.save_pretrained(str(folder))  # plain open_clip looks for it in the folder
 

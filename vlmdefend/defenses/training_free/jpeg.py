@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from vlmdefend.attacks.adaptive import bpda
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
+from vlmdefend.defenses.training_free._jpeg_stand_in import jpeg_stand_in
 from vlmdefend.errors import UserError
 from vlmdefend.types import Pipeline
 
@@ -22,18 +23,21 @@ class Jpeg(Defense):
     """JPEG compression of the input (Dziugaite et al. 2016; Guo et al. 2018).
 
     The 8-bit rounding and the codec stop the gradient, so plain white-box attacks see zeros. The adaptive attacker
-    passes the gradient straight through (BPDA with the identity): at usable qualities the codec is close to it.
+    keeps the codec's values and takes the gradient of a differentiable JPEG (BPDA). The identity as stand-in, which
+    most papers use, is clearly weaker where the codec halves the chroma resolution: ``stand_in=identity`` shows it.
 
     Options:
         quality: 1 to 100, as libjpeg counts.
+        stand_in: whose gradient the adaptive attacker takes, ``differentiable`` JPEG or the ``identity``.
     """
 
     name: ClassVar[str] = "jpeg"
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "JPEG compression of the input"
     citation: ClassVar[str] = "Dziugaite et al. 2016"
-    recipe: ClassVar[Recipe] = Recipe("BPDA: the codec's gradient is replaced by the identity")
+    recipe: ClassVar[Recipe] = Recipe("BPDA: the codec's values, the gradient of a differentiable JPEG")
     quality: int = 75
+    stand_in: Literal["differentiable", "identity"] = "differentiable"
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
@@ -44,8 +48,9 @@ class Jpeg(Defense):
         return TransformedInput(model, lambda images, rng: self.compress(images))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The same values, the identity's gradient."""
-        transform = bpda(self.compress)
+        """The codec's values, the stand-in's gradient."""
+        smooth = (lambda images: jpeg_stand_in(images, self.quality)) if self.stand_in == "differentiable" else None
+        transform = bpda(self.compress, smooth)
         return TransformedInput(model, lambda images, rng: transform(images))
 
     def compress(self, images: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ class LowPass(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "Gaussian low-pass filter on the input"
     citation: ClassVar[str] = "control; radius as in CSR (2026)"
+    neutral: ClassVar[dict[str, Any] | None] = {"radius": 1e6}
     recipe: ClassVar[Recipe] = Recipe("exact: the filter is linear and differentiable")
     radius: float = 40 / 224
 

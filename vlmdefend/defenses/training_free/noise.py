@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +19,8 @@ from vlmdefend.types import Pipeline
 class Noise(Defense):
     """One prediction on x + sigma n, n standard normal, not clamped (a control in most training-free papers).
 
-    A single draw makes each gradient noisy; the adaptive attacker averages over 20 (EOT).
+    A single draw makes each gradient noisy; the adaptive attacker averages over 20 (EOT). At ``sigma`` in {4, 8}/255,
+    as in the literature, 224-pixel images hardly change; the default is larger.
 
     Options:
         sigma: standard deviation in pixel units.
@@ -30,6 +31,7 @@ class Noise(Defense):
     summary: ClassVar[str] = "Gaussian noise on the input, one draw per prediction"
     citation: ClassVar[str] = "Cohen et al. 2019 (without the vote)"
     stochastic: ClassVar[bool] = True
+    neutral: ClassVar[dict[str, Any] | None] = {"sigma": 0.0}
     recipe: ClassVar[Recipe] = Recipe("EOT: mean gradient over 20 draws", samples=20)
     sigma: float = 16 / 255
 

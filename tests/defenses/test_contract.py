@@ -1,0 +1,133 @@
+"""Every defense of the registry keeps its paradigm's promises; a new defense file is tested without a new test."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+import vlmdefend
+from vlmdefend.data.loader import load_batch
+from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.defenses import DEFENSES
+from vlmdefend.defenses.base import Defense, Recipe
+from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch
+
+NAMES = DEFENSES.names()
+every = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def model() -> VisionLanguageModel:
+    return vlmdefend.load_model("tiny-rn", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def classifier(model: VisionLanguageModel) -> ZeroShotClassifier:
+    images = vlmdefend.load_dataset("fashion", limit=1)
+    return model.zero_shot(images.class_names, ["a photo of a {c}."])
+
+
+@pytest.fixture(scope="module")
+def batch(model: VisionLanguageModel) -> Batch:
+    return load_batch(
+        vlmdefend.load_dataset("fashion", limit=8), range(8), PixelTransform(model.image_size), skip_bad=False
+    )[0]
+
+
+def fingerprint(model: VisionLanguageModel) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.clip.state_dict().items()):
+        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def predict(pipeline, images, ids, seed: int = 0) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    with torch.no_grad():
+        return pipeline(images, ImageRng(seed, ids, "test")).logits
+
+
+@every
+def test_says_what_it_is(name: str) -> None:
+    cls = DEFENSES.get(name)
+    instance = DEFENSES.create(name)
+    assert cls.summary
+    assert cls.citation
+    assert cls.recipe.text
+    assert cls.recipe.samples >= 1
+    assert cls.paradigm in ("none", "training-time", "test-time adaptation", "training-free")
+    assert DEFENSES.create(name, **instance.spec()) == instance
+    assert name == cls.__module__.rpartition(".")[2]
+    assert not (cls.stochastic and instance.adaptive_equals_whitebox)
+
+
+@every
+@pytest.mark.parametrize("side", ["wrap", "surrogate"])
+def test_the_model_is_the_same_after_predictions_and_gradients(
+    name: str, side: str, model: VisionLanguageModel, classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    before = fingerprint(model)
+    pipeline = getattr(DEFENSES.create(name), side)(classifier)
+    pixels = batch.images.clone().requires_grad_(True)
+    logits = pipeline(pixels, ImageRng(0, batch.ids)).logits
+    assert logits.shape == (8, 10)
+    assert pipeline.num_classes == 10
+    if logits.requires_grad:
+        torch.autograd.grad(logits.sum(), pixels, allow_unused=True)
+    assert fingerprint(model) == before
+    assert all(p.grad is None for p in model.clip.parameters())
+    assert torch.equal(pixels.detach(), batch.images)
+
+
+@every
+def test_same_seed_same_prediction_and_mates_do_not_matter(
+    name: str, classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    defense = DEFENSES.create(name)
+    pipeline = defense.wrap(classifier)
+    assert pipeline.stochastic == defense.stochastic
+    together = predict(pipeline, batch.images, batch.ids)
+    assert torch.equal(together, predict(pipeline, batch.images, batch.ids))
+    assert defense.stochastic != torch.equal(together, predict(pipeline, batch.images, batch.ids, seed=1))
+    for i in (0, 5):
+        alone = predict(pipeline, batch.images[i : i + 1], batch.ids[i : i + 1])
+        assert torch.allclose(alone[0], together[i], rtol=1e-4, atol=1e-3)
+
+
+@every
+def test_the_surrogate_has_the_values_of_the_deployed_pipeline(
+    name: str, classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    defense = DEFENSES.create(name)
+    deployed = predict(defense.wrap(classifier), batch.images, batch.ids)
+    stand_in = predict(defense.surrogate(classifier), batch.images, batch.ids)
+    assert torch.allclose(deployed, stand_in, rtol=1e-4, atol=1e-3)
+
+
+@every
+def test_the_surrogate_has_a_gradient(name: str, classifier: ZeroShotClassifier, batch: Batch) -> None:
+    pixels = batch.images.clone().requires_grad_(True)
+    outputs = DEFENSES.create(name).surrogate(classifier)(pixels, ImageRng(0, batch.ids))
+    (gradient,) = torch.autograd.grad(outputs.logits.logsumexp(1).sum(), pixels)
+    assert gradient.isfinite().all()
+    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@every
+def test_at_zero_strength_it_is_the_bare_model(name: str, classifier: ZeroShotClassifier, batch: Batch) -> None:
+    neutral = DEFENSES.get(name).neutral
+    if neutral is None:
+        assert name == "jpeg", "a defense without a neutral setting needs a reason; JPEG rounds at any quality"
+        return
+    defended = predict(DEFENSES.create(name, **neutral).wrap(classifier), batch.images, batch.ids)
+    assert torch.allclose(defended, predict(classifier, batch.images, batch.ids), rtol=1e-4, atol=1e-3)
+
+
+def test_a_defense_without_a_recipe_cannot_be_defined() -> None:
+    with pytest.raises(TypeError, match="recipe"):
+        type("Hopeful", (Defense,), {"name": "hopeful", "wrap": lambda self, model: model})
+    type("Honest", (Defense,), {"name": "honest", "recipe": Recipe("exact"), "wrap": lambda self, model: model})
