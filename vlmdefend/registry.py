@@ -7,6 +7,7 @@ point group ``vlmdefend.<room>``, a user through ``--plugin FILE``.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +17,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from vlmdefend.errors import UserError, did_you_mean
+from vlmdefend.errors import UnknownName, UserError, did_you_mean
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -46,10 +47,9 @@ class Registry(Generic[T]):
         """Class decorator: enter ``cls`` under its class attribute ``name``."""
         name: str = cls.name  # type: ignore[attr-defined]
         known = self._classes.get(self._key(name))
-        if known is not None and known.__module__ != cls.__module__:
-            raise UserError(
-                f"{self.kind} {name!r} is defined twice, in {known.__module__} and {cls.__module__}; rename one."
-            )
+        home = known.__module__ if known is not None else self._built_in(self._key(name))
+        if home is not None and home != cls.__module__:
+            raise UserError(f"{self.kind} {name!r} is defined twice, in {home} and {cls.__module__}; rename one.")
         self._classes[self._key(name)] = cls
         return cls
 
@@ -62,10 +62,14 @@ class Registry(Generic[T]):
 
         Raises:
             UnknownName: with the nearest names.
+            UserError: its file needs a package that is not installed.
         """
         key = self._key(name)
         if key not in self._classes and key in self._files():
-            importlib.import_module(self._files()[key])
+            try:
+                importlib.import_module(self._files()[key])
+            except ImportError as error:
+                raise UserError(f"{self.kind} {name!r} cannot be loaded ({error}); install what it needs.") from error
         if key not in self._classes:
             raise did_you_mean(self.kind, name, self.names())
         return self._classes[key]
@@ -73,7 +77,15 @@ class Registry(Generic[T]):
     def create(self, text: str, **options: Any) -> T:
         """Build one from ``name`` or ``name:option=value:option=value``; ``options`` come on top."""
         name, written = parse_spec(text)
-        cls = self.get(name)
+        try:
+            cls = self.get(name)
+        except UnknownName:
+            first, colon, rest = name.partition(":")
+            if colon and self._key(first) in map(self._key, self.names()):
+                raise UserError(
+                    f"{self.kind} {text!r}: option {rest!r} has no value; write {first}:{rest or 'option'}=VALUE."
+                ) from None
+            raise
         return cls(**check_options(self.kind, cls, {**written, **options}))
 
     def __iter__(self) -> Iterator[type[T]]:
@@ -82,6 +94,11 @@ class Registry(Generic[T]):
 
     def _key(self, name: str) -> str:
         return name.strip().lower().replace("-", "_")
+
+    def _built_in(self, key: str) -> str | None:
+        """The module of this house that owns a name, imported or not."""
+        module = self._files().get(key)
+        return module if module is not None and module.rpartition(".")[0] in self._packages else None
 
     def _spelled(self, key: str) -> str:
         return key.replace("_", self._separator)
@@ -104,11 +121,19 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     """Split ``name:option=value:...`` into the name and the written options.
 
     A part without ``=`` belongs to the name, so that ``torchattacks:CW`` stays whole.
+
+    Raises:
+        UserError: an option that is written twice.
     """
     parts = text.split(":")
     name = ":".join(p for p in parts if "=" not in p)
-    options = dict(p.split("=", 1) for p in parts if "=" in p)
-    return name, {key.strip().replace("-", "_"): value.strip() for key, value in options.items()}
+    options: dict[str, str] = {}
+    for key, _, value in (p.partition("=") for p in parts if "=" in p):
+        option = key.strip().replace("-", "_")
+        if option in options:
+            raise UserError(f"{text!r} gives {option} twice; keep one.")
+        options[option] = value.strip()
+    return name, options
 
 
 def check_options(kind: str, cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +153,12 @@ def check_options(kind: str, cls: type[Any], options: dict[str, Any]) -> dict[st
 
 def _coerce(where: str, value: Any, annotation: Any) -> Any:
     """Text to the annotated type through pydantic, which knows unions, literals and tuples."""
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
 
     if isinstance(value, str) and value.lower() == "none":
         value = None
     try:
-        return TypeAdapter(annotation).validate_python(value)
+        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
         expected = error.errors()[0]["msg"]
         raise UserError(f"{where}={value!r}: {expected[0].lower()}{expected[1:]}.") from None
@@ -148,7 +173,8 @@ def load_plugin(path: str, warn: Callable[[str], None]) -> None:
     file = Path(path).expanduser()
     if not file.is_file():
         raise UserError(f"--plugin {path}: no such file; give the path of a Python file that registers a class.")
-    name = f"vlmdefend_plugin_{file.stem}"
+    place = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]  # two folders may hold a file of one name
+    name = f"vlmdefend_plugin_{file.stem}_{place}"
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise UserError(f"--plugin {path}: not a Python file.")
@@ -156,6 +182,7 @@ def load_plugin(path: str, warn: Callable[[str], None]) -> None:
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        warn(f"plugin {path} was not loaded: {type(error).__name__}: {error}")
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        warn(f"plugin {path} was not loaded: {type(error).__name__}: {reason}")

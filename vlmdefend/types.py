@@ -132,7 +132,9 @@ def parse_eps(text: str, norm: Norm = "linf") -> float:
 
 
 def format_eps(eps: float) -> str:
-    """``0.01568...`` as ``4/255`` where it is such a fraction, else a short decimal."""
+    """``0.01568...`` as ``4/255`` where it is such a fraction and no short decimal, else a decimal."""
+    if float(f"{eps:.2g}") == eps:
+        return f"{eps:.2g}"
     levels = Fraction(eps * 255).limit_denominator(2)
     if abs(float(levels) / 255 - eps) < 1e-9:
         return "0" if levels == 0 else f"{float(levels):g}/255"

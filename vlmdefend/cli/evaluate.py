@@ -125,9 +125,10 @@ def evaluate(
     from vlmdefend.evaluation.grid import Grid, read_config
     from vlmdefend.registry import load_plugin
 
-    for file in plugin or []:
-        load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
     settings = read_config(config) if config else {}
+    from_config = settings.pop("plugin", None) or []
+    for file in plugin or (from_config if isinstance(from_config, list) else [from_config]):
+        load_plugin(str(file), lambda message: typer.echo(f"warning: {message}", err=True))
     given_out = ctx.get_parameter_source("out")
     if "out" in settings:
         from_file = Path(str(settings.pop("out")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import typer
 
@@ -40,7 +41,9 @@ def main(
 def run() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2; a defect is one line and exit code 1."""
     try:
-        app()
+        # without a command: the help; not standalone: typer's own errors come here too
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
@@ -48,7 +51,18 @@ def run() -> None:
         sys.stderr.close()
         sys.exit(0)
     except Exception as error:
+        if hasattr(error, "format_message"):  # an unknown option or command: typer's, or click's in older versions
+            typer.echo(f"error: {_usage(error)}", err=True)
+            sys.exit(2)
         if "--debug" in sys.argv:
             raise
         typer.echo(f"internal error: {type(error).__name__}: {error} (--debug shows where)", err=True)
         sys.exit(1)
+
+
+def _usage(error: Any) -> str:
+    """What typer says of a wrong command line, in one sentence with a next step."""
+    message = " ".join(str(error.format_message()).split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "vlmdefend"
+    return f"{message[:1].lower()}{message[1:]}; `{command} --help` shows what there is."

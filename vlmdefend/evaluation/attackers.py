@@ -12,7 +12,7 @@ from vlmdefend.attacks.view import View
 from vlmdefend.defenses.base import Defense
 from vlmdefend.evaluation.records import Attacker
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, Threat, per_image
+from vlmdefend.types import Outputs, Pipeline, Threat, per_image
 
 
 class Crafted(NamedTuple):
@@ -23,6 +23,28 @@ class Crafted(NamedTuple):
     gradient_values: int
     zero_gradients: int
     outside: int
+    finite: bool  # every logit that the attacker was shown
+
+
+class Watched:
+    """A pipeline that remembers whether its logits were ever not finite: an attack blind with them proves nothing."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.num_classes, self.stochastic = pipeline.num_classes, pipeline.stochastic
+        self._finite: Tensor | None = None  # on the device: a test at every query would wait for it
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        """Predict and watch."""
+        outputs = self.pipeline(images, rng)
+        finite = outputs.logits.detach().isfinite().all()
+        self._finite = finite if self._finite is None else self._finite & finite
+        return outputs
+
+    @property
+    def finite(self) -> bool:
+        """True if all logits so far were finite."""
+        return self._finite is None or bool(self._finite)
 
 
 def view_of(
@@ -35,11 +57,11 @@ def view_of(
     the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored.
     """
     if attacker == "transfer":
-        return View(model, rng, width=width, stop=False)
+        return View(Watched(model), rng, width=width, stop=False)
     if attacker == "whitebox":
-        return View(defense.wrap(model), rng, width=width, stop=not defense.stochastic)
+        return View(Watched(defense.wrap(model)), rng, width=width, stop=not defense.stochastic)
     return View(
-        defense.surrogate(model),
+        Watched(defense.surrogate(model)),
         rng,
         width=width,
         samples=defense.recipe.samples,
@@ -64,6 +86,7 @@ def craft(
     best, margins = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
     steps = torch.zeros(len(images), dtype=torch.int64)
     values = zeros = outside = 0
+    finite = True
     for weight in weights:
         view = view_of(attacker, defense, model, rng.child(f"detector {weight}" if weight else attacker), width, weight)
         found = attack(view, images, labels, threat)
@@ -74,4 +97,5 @@ def craft(
         values += view.ledger.gradient_values
         zeros += int(view.ledger.zero_gradients)
         outside += found.outside
-    return Crafted(best, steps, values, zeros, outside)
+        finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
+    return Crafted(best, steps, values, zeros, outside, finite)

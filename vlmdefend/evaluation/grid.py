@@ -44,19 +44,21 @@ class Grid(BaseModel):
 
     @field_validator("model", "defense", "dataset", "attack", "attacker", "eps", "seed", mode="before")
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
+    def _split_commas(cls, value: Any, info: Any) -> Any:
         """``a,b`` and a lone value are lists too; doubles are dropped, the order is kept."""
-        if value is None:
+        if value is None and info.field_name == "eps":
             return None
         parts = value if isinstance(value, (list, tuple)) else [value]
-        words = [word.strip() for part in parts for word in str(part).split(",") if word.strip()]
-        return list(dict.fromkeys(words)) or None
+        words = [word.strip() for part in parts for word in str(part).split(",") if part is not None and word.strip()]
+        if not words:
+            raise UserError(f"--{info.field_name} {value!r}: is empty; give at least one, or leave the option out.")
+        return list(dict.fromkeys(words))
 
     @field_validator("limit", "batch_size", "threads", "steps")
     @classmethod
     def _at_least_one(cls, value: int | None, info: Any) -> int | None:
         if value is not None and value < 1:
-            raise UserError(f"--{info.field_name.replace('_', '-')} {value}: must be at least 1.")
+            raise UserError(f"--{info.field_name.replace('_', '-')} {value}: must be at least 1; give a larger number.")
         return value
 
     @classmethod
@@ -74,10 +76,11 @@ class Grid(BaseModel):
             return cls(**{**config, **given})
         except ValidationError as error:
             first = error.errors()[0]
-            name = str(first["loc"][0])
-            value = {**config, **given}.get(name)
+            name = str(first["loc"][0]).replace("_", "-").replace("templates", "template")
             message = first["msg"][0].lower() + first["msg"][1:]
-            raise UserError(f"--{name.replace('_', '-')} {value!r}: {message}.") from None
+            raise UserError(
+                f"--{name} {first['input']!r}: {message}; `vlmdefend evaluate --help` says what it takes."
+            ) from None
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -89,13 +92,14 @@ def read_config(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config {file}: cannot be read: {error.strerror}.") from None
+        raise UserError(f"--config {file}: cannot be read ({error.strerror}); give a YAML file.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise UserError(f"--config {file}: is not valid YAML{line}; write one `option: value` per line.") from None
     if not isinstance(content, dict):
-        raise UserError(f"--config {file}: expected `option: value` lines, found {type(content).__name__}.")
+        found = "nothing" if content is None else f"a {type(content).__name__}"
+        raise UserError(f"--config {file}: holds {found}; write one `option: value` per line.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
@@ -107,8 +111,10 @@ def read_class_names(file: Path) -> list[str]:
     """
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {file}: cannot be read as text: {error}.") from None
+    except OSError as error:
+        raise UserError(f"--classes {file}: cannot be read ({error.strerror}); give a text file of names.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--classes {file}: is not UTF-8 text; write one class name per line.") from None
     if not names:
         raise UserError(f"--classes {file}: is empty; write one class name per line.")
     return names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,22 +95,23 @@ def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> lis
 
 
 def check_templates(templates: Any) -> Any:
-    """Refuse a template without its placeholder."""
+    """Refuse a template without its placeholder, or with another one."""
     for template in () if templates == "dataset" else templates:
         if "{c}" not in template:
             raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
+        if re.search(r"[{}]", template.replace("{c}", "")):
+            raise UserError(f"--template {template!r}: has other braces than {{c}}; write the words themselves.")
     return templates
 
 
 def _create_attack(text: str, steps: int | None) -> Attack:
-    """``--steps`` is for the attacks that take steps; the others go without."""
-    from dataclasses import fields
-
+    """``--steps`` is for the attacks that take steps and do not say how many; the others go without."""
     from vlmdefend.registry import parse_spec
 
-    cls = ATTACKS.get(parse_spec(text)[0])
-    takes_steps = steps is not None and any(f.name == "steps" for f in fields(cls))  # type: ignore[arg-type]
-    return ATTACKS.create(text, **({"steps": steps} if takes_steps else {}))
+    attack = ATTACKS.create(text)
+    if steps is None or "steps" not in attack.spec() or "steps" in parse_spec(text)[1]:
+        return attack
+    return ATTACKS.create(text, steps=steps)
 
 
 def _default_eps(protocol: Protocol, images: ImageSet, norm: Norm) -> list[float]:

@@ -27,7 +27,7 @@ class Cell(_Strict):
     protocol: str
     protocol_hash: str
     model: str
-    weights_hash: str
+    weights_hash: str  # of the weights, the architecture and the preprocessing
     defense: str
     defense_config: dict[str, Any]
     dataset: str

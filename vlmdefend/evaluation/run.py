@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -9,7 +12,9 @@ from typing import Any
 
 import torch
 
+from vlmdefend.attacks.base import Attack
 from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import StorageError, UserError
 from vlmdefend.evaluation.grid import Grid
 from vlmdefend.evaluation.listener import Failure, Listener
@@ -64,8 +69,10 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
         cells = list(group)
         try:
             model = load_model(name, weights=plan.grid.weights, device=device)
-        except UserError as error:
-            failure = Failure(f"model {name}", str(error), True)
+        except Exception as error:
+            if debug and not isinstance(error, UserError):
+                raise
+            failure = _failure(f"model {name}", error)
             evaluation.failures.append(failure)
             listener.fail(failure, sum(len(planned.images) for planned in cells))
             continue
@@ -78,8 +85,7 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
             except Exception as error:
                 if debug and not isinstance(error, UserError):
                     raise
-                users = isinstance(error, UserError)
-                failure = Failure(cell.title(), str(error) if users else f"{type(error).__name__}: {error}", users)
+                failure = _failure(cell.title(), error)
                 evaluation.failures.append(failure)
                 listener.fail(failure, len(planned.images))
     return evaluation
@@ -91,16 +97,16 @@ def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch
         protocol=plan.protocol.name,
         protocol_hash=plan.protocol.hash,
         model=planned.model,
-        weights_hash=model.weights_hash,
+        weights_hash=_model_hash(model),
         defense=planned.defense.name,
-        defense_config=planned.defense.spec(),
+        defense_config=planned.defense.spec() | _code_hash(planned.defense),
         dataset=planned.images.name,
         split=planned.images.split,
         ids_hash=planned.images.ids_hash,
         n=len(planned.images),
         prompts_hash=model.prompts_hash(planned.images.class_names, _templates(plan, planned)),
         attack=planned.attack.name,
-        attack_config=planned.attack.spec(),
+        attack_config=planned.attack.spec() | _code_hash(planned.attack),
         attacker=planned.attacker,
         norm=planned.norm,
         eps=planned.eps,
@@ -125,7 +131,7 @@ def _run_cell(
         record = store.record(cell)
         reused = record is not None and record.status == "done"
         if record is not None and reused:
-            rows = store.rows(cell.key)
+            rows = store.rows(record)
             listener.advance(cell, len(planned.images))
         else:
             try:
@@ -133,7 +139,7 @@ def _run_cell(
             except StorageError:
                 raise
             except Exception as error:
-                writer.fail(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+                writer.fail(_failure(cell.title(), error).message)
                 raise
     evaluation.results.append((record, rows))
     evaluation.reused += reused
@@ -162,3 +168,28 @@ def _judge(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell)
 def _templates(plan: Plan, planned: Planned) -> tuple[str, ...]:
     chosen = plan.protocol.templates
     return planned.images.templates if chosen == "dataset" else tuple(chosen)
+
+
+def _model_hash(model: VisionLanguageModel) -> str:
+    """A hash of the weights and how they are used: with another activation or mean they are another model."""
+    used = json.dumps([model.weights_hash, model.model_cfg, model.preprocess_cfg], sort_keys=True, default=str)
+    return hashlib.sha256(used.encode()).hexdigest()[:16]
+
+
+def _code_hash(method: Attack | Defense) -> dict[str, str]:
+    """For a method that is not of this package, a hash of its file: edited, it is another method."""
+    if type(method).__module__.partition(".")[0] == "vlmdefend":
+        return {}
+    try:
+        file = inspect.getsourcefile(type(method))
+        code = Path(file or "").read_bytes()
+    except (TypeError, OSError):  # written in a notebook
+        return {}
+    return {"file_hash": hashlib.sha256(code).hexdigest()[:8]}
+
+
+def _failure(what: str, error: Exception) -> Failure:
+    """One line; a defect is named by its type."""
+    users = isinstance(error, UserError)
+    message = " ".join(str(error).split())
+    return Failure(what, message if users else f"{type(error).__name__}: {message}", users)

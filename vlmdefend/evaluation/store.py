@@ -71,10 +71,14 @@ class Store:
         try:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise Busy(
                     f"{cell.title()}: another process is writing this cell in {self.folder}; wait for it "
                     "(the same command then finds the result), or give another --out."
+                ) from None
+            except OSError as error:
+                raise StorageError(
+                    f"{self.folder}: its file system cannot lock files ({error.strerror}); give an --out on another disk."
                 ) from None
             yield CellWriter(folder, cell)
         finally:
@@ -84,9 +88,20 @@ class Store:
         """Every record of the folder, in a stable order."""
         return [read_record(file) for file in sorted(self.folder.glob("cells/*/record.json"))]
 
-    def rows(self, key: str) -> list[Row]:
-        """The per-image rows of a finished cell."""
-        return read_rows(self.cell_folder(key) / "rows.jsonl")
+    def rows(self, record: Record) -> list[Row]:
+        """The per-image rows of a finished cell.
+
+        Raises:
+            UserError: missing, cut off, or not as many as the record says.
+        """
+        file = self.cell_folder(record.key) / "rows.jsonl"
+        rows = read_rows(file)
+        if len(rows) != record.n:
+            raise UserError(
+                f"{file}: holds {len(rows)} images where its record says {record.n}; delete the folder {file.parent} "
+                "and run the same command again."
+            )
+        return rows
 
 
 class CellWriter:
@@ -145,7 +160,8 @@ class CellWriter:
                     file.flush()
                     os.fsync(file.fileno())
             except OSError:
-                os.truncate(self._partial, before)
+                if self._partial.exists():
+                    os.truncate(self._partial, before)
                 raise
 
     def fail(self, message: str) -> None:
@@ -241,6 +257,4 @@ def _disk(path: Path) -> Iterator[None]:
                 f"{path}: no space left to write; finished cells are kept. Free some space and run the same command "
                 "again to go on."
             ) from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise StorageError(f"{path}: cannot be written: {error.strerror}; give another --out.") from None
-        raise
+        raise StorageError(f"{path}: cannot be written ({error.strerror or error}); give another --out.") from None

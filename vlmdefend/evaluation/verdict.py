@@ -168,6 +168,11 @@ class Judge:
             rng,
             self.width,
         )
+        if not crafted.finite:
+            raise UserError(
+                f"{self.cell.title()}: logits or gradients were not finite (nan or infinite) on images that the attack "
+                "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
+            )
         inside = threat.contains(crafted.images, clean)
         adversarial[right[inside]] = crafted.images[inside]
         steps[right.cpu()] = crafted.steps

@@ -114,20 +114,17 @@ def assemble(
     Raises:
         UserError: the configuration cannot be built, the weights cannot be had or do not fit.
     """
-    replacement = read_weights(weights) if weights is not None else None
-    own = None if replacement is not None else blueprint.weights()
+    source = blueprint.weights() if weights is None else Path(weights)
+    state = read_weights(source)
     clip = _create(blueprint)
-    if replacement is None or weights is None:
-        assert own is not None
-        load_weights(clip, read_weights(own), own)
-    elif is_image_tower(clip, replacement):
-        base = _text_tower_file(blueprint, weights)
+    if weights is not None and is_image_tower(clip, state):
+        base = _text_tower_file(blueprint, source)
         load_weights(clip, read_weights(base), base)
-        load_image_tower(clip, replacement, weights)
+        load_image_tower(clip, state, source)
     else:
-        load_weights(clip, replacement, weights)
+        load_weights(clip, state, source)
     return VisionLanguageModel(
-        name=blueprint.name if weights is None else f"{blueprint.name}+{Path(weights).stem}",
+        name=blueprint.name if weights is None else f"{blueprint.name}+{source.stem}",
         clip=clip,
         tokenizer=_tokenizer(blueprint),
         model_cfg=blueprint.config["model_cfg"],
@@ -135,7 +132,7 @@ def assemble(
     )
 
 
-def _text_tower_file(blueprint: Blueprint, weights: str | Path) -> Path:
+def _text_tower_file(blueprint: Blueprint, weights: Path) -> Path:
     """The named model's own weights, which give the text tower."""
     try:
         return blueprint.weights()
