@@ -42,7 +42,7 @@ def run() -> None:
     """Entry point: what the user can mend is one sentence and exit code 2; a defect is one line and exit code 1."""
     try:
         # without a command: the help; not standalone: typer's own errors come here too
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        code = app(sys.argv[1:] or ["--help"], prog_name="vlmdefend", standalone_mode=False)
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)

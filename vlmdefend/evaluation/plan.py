@@ -14,6 +14,7 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.grid import Grid, read_class_names
+from vlmdefend.evaluation.machine import choose_device
 from vlmdefend.evaluation.protocol import Protocol, get_protocol
 from vlmdefend.evaluation.records import Attacker
 from vlmdefend.types import Norm, parse_eps
@@ -56,6 +57,7 @@ def make_plan(grid: Grid) -> Plan:
     """
     from vlmdefend.models.names import check_name
 
+    choose_device(grid.device)
     protocol = get_protocol(grid.protocol)
     if grid.templates is not None:
         chosen = grid.templates if grid.templates == "dataset" else tuple(grid.templates)

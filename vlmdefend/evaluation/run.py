@@ -64,6 +64,8 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
     if plan.grid.threads:
         torch.set_num_threads(plan.grid.threads)
     device = choose_device(plan.grid.device)
+    torch.backends.cudnn.allow_tf32 = False  # a verdict is computed in float32, on every device
+    torch.backends.cuda.matmul.allow_tf32 = False
     evaluation = Evaluation()
     for name, group in groupby(plan.cells, key=lambda planned: planned.model):
         cells = list(group)
@@ -96,7 +98,7 @@ def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch
     return Cell(
         protocol=plan.protocol.name,
         protocol_hash=plan.protocol.hash,
-        model=planned.model,
+        model=model.name,  # with --weights it names the file too
         weights_hash=_model_hash(model),
         defense=planned.defense.name,
         defense_config=planned.defense.spec() | _code_hash(planned.defense),
