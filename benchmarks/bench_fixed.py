@@ -22,7 +22,7 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 
 STEPS, EPS = 10, 4 / 255
-ROUNDS = {"tiny-vit": 40, "ViT-B/32": 6, "RN50": 8}  # paired rounds per model: short runs need more of them
+ROUNDS = {"tiny-vit": 30, "ViT-B/32": 4, "RN50": 5}  # paired rounds per model: short runs need more of them
 MEMORY_TARGET = {"ViT-B/32": 0.75}  # of torchattacks' peak; 1.0 elsewhere
 Run = Callable[[], object]
 Row = dict[str, str]
@@ -111,7 +111,6 @@ def memory() -> list[Row]:
 
 def peak_bytes(run: Run) -> int:
     """The highest sum of bytes allocated and not yet freed during ``run``, on the CPU."""
-    run()  # caches that outlive a run are not its peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -137,12 +136,12 @@ def verdict(met: bool) -> str:
 
 
 def _take_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of each program in each round; every other round goes backwards. One round warms up."""
+    """CPU seconds of each program in each round; every other round goes backwards. One run warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(-1, rounds):
+    next(iter(runs.values()))()
+    for turn in range(rounds):
         for name in list(runs) if turn % 2 else reversed(runs):
             clock = time.process_time()
             runs[name]()
-            if turn >= 0:
-                seconds[name].append(time.process_time() - clock)
+            seconds[name].append(time.process_time() - clock)
     return seconds

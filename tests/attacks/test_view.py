@@ -1,4 +1,4 @@
-"""Views count what is asked of them; slots decide every image once; BPDA has one tensor's values, another's gradient."""
+"""Views count what is asked; slots decide every image once; BPDA has one tensor's values, another's gradient."""
 
 from __future__ import annotations
 

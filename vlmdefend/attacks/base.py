@@ -30,7 +30,8 @@ class Attack(ABC):
     """One attack. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
 
     Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``),
-    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient.
+    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient, ``quick`` options under which the
+    contract tests run it, where its default budget is large.
     """
 
     name: ClassVar[str]
@@ -38,6 +39,7 @@ class Attack(ABC):
     citation: ClassVar[str]
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
     gradient_free: ClassVar[bool] = False
+    quick: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:

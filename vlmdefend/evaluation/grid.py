@@ -68,9 +68,10 @@ class Grid(BaseModel):
         Raises:
             UserError: an unknown key or a value of the wrong type, in one sentence.
         """
-        for key in config:
-            if key not in cls.model_fields:
-                raise did_you_mean("config key", key, list(cls.model_fields))
+        for kind, keys in (("config key", config), ("option", flags)):
+            for key in keys:
+                if key not in cls.model_fields:
+                    raise did_you_mean(kind, key, list(cls.model_fields))
         given = {k: v for k, v in flags.items() if v is not None and v is not False and v != [] and v != ()}
         try:
             return cls(**{**config, **given})

@@ -78,7 +78,7 @@ class Store:
                 ) from None
             except OSError as error:
                 raise StorageError(
-                    f"{self.folder}: its file system cannot lock files ({error.strerror}); give an --out on another disk."
+                    f"{self.folder}: its disk cannot lock files ({error.strerror}); give an --out on another disk."
                 ) from None
             yield CellWriter(folder, cell)
         finally:
@@ -236,7 +236,8 @@ def read_rows(file: Path) -> list[Row]:
         UserError: missing or cut off.
     """
     try:
-        return [Row.model_validate_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        # not splitlines: a file name may hold one of the other line separators of Unicode
+        return [Row.model_validate_json(line) for line in file.read_bytes().removesuffix(b"\n").split(b"\n")]
     except (ValidationError, UnicodeDecodeError):
         raise UserError(
             f"{file}: holds a line that is no row (cut off or edited); delete the folder {file.parent} and run the "

@@ -155,14 +155,13 @@ class Judge:
         steps = torch.zeros(len(batch.ids), dtype=torch.int64)
         if not len(right):
             return adversarial, steps, Checks()
-        clean = batch.images[right]
         rng = ImageRng(self.cell.seed, [batch.ids[i] for i in right.tolist()], "attacker")
         crafted = craft(
             self.cell.attacker,
             self.attack,
             self.defense,
             self.counted,
-            clean,
+            batch.images[right],  # a copy, which the attack may overwrite
             batch.labels[right],
             threat,
             rng,
@@ -173,7 +172,7 @@ class Judge:
                 f"{self.cell.title()}: logits or gradients were not finite (nan or infinite) on images that the attack "
                 "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
             )
-        inside = threat.contains(crafted.images, clean)
+        inside = threat.contains(crafted.images, batch.images[right])
         adversarial[right[inside]] = crafted.images[inside]
         steps[right.cpu()] = crafted.steps
         checks = Checks(

@@ -1,0 +1,99 @@
+"""What is planned: the cells, their cost, the attackers that differ; and what does not change the result."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Cli
+
+
+def planned(evaluate: Cli, *options: str) -> list[list[str]]:
+    """The cells that ``--dry-run`` prints, as columns."""
+    outcome = evaluate(*options, "--dry-run")
+    assert outcome.code == 0, outcome.err
+    table, _, summary = outcome.out.partition("\n\n")
+    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[2:]]
+    assert summary.startswith(f"{len(rows)} cells, ")
+    return rows
+
+
+def test_a_dry_run_computes_nothing_loads_no_weights_and_writes_nothing(
+    evaluate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmdefend.models.build.read_weights", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr("vlmdefend.evaluation.run.load_model", lambda *args, **options: pytest.fail("loaded"))
+    outcome = evaluate("-d", "none,jpeg", "-a", "none,pgd", "--eps", "4/255,8/255", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert "Nothing was computed" in outcome.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_model_that_must_be_downloaded_downloads_nothing(
+    evaluate: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vlmdefend.models.fetch.Repository.file", lambda *args: pytest.fail("the hub was asked"))
+    assert [row[0] for row in planned(evaluate, "-m", "ViT-B/32", "-a", "none")] == ["ViT-B/32"]
+
+
+def test_every_list_multiplies_the_grid(evaluate: Cli) -> None:
+    rows = planned(evaluate, "-m", "tiny-vit,tiny-rn", "-d", "none", "-a", "pgd,fgsm", "--eps", "1/255,2/255,4/255")
+    assert len(rows) == 2 * 2 * 3
+
+
+def test_the_default_grid_is_the_embedded_model_on_the_embedded_images_at_the_protocols_radii(cli: Cli) -> None:
+    outcome = cli("evaluate", "--attack", "pgd", "--dry-run")
+    assert outcome.code == 0
+    assert "3 cells" in outcome.out
+    assert all(eps in outcome.out for eps in ("4/255", "8/255", "16/255"))
+
+
+@pytest.mark.parametrize(
+    ("defense", "attackers"),
+    [
+        ("none", ["whitebox"]),  # nothing to know: one attacker
+        ("low_pass", ["transfer", "whitebox"]),  # autograd sees all of it: adaptive is white-box
+        ("jpeg", ["transfer", "whitebox", "adaptive"]),
+        ("noise", ["transfer", "whitebox", "adaptive"]),
+    ],
+)
+def test_attackers_that_would_do_the_same_are_run_once(defense: str, attackers: list[str], evaluate: Cli) -> None:
+    assert [row[5] for row in planned(evaluate, "-d", defense)] == attackers
+
+
+def test_asking_for_the_adaptive_attacker_of_an_exact_defense_runs_the_white_box_one(evaluate: Cli) -> None:
+    assert [row[5] for row in planned(evaluate, "-d", "low_pass", "--attacker", "adaptive")] == ["whitebox"]
+
+
+def test_clean_accuracy_is_one_cell_whatever_the_radii_and_attackers(evaluate: Cli) -> None:
+    assert len(planned(evaluate, "-d", "jpeg", "-a", "none", "--eps", "1/255,2/255")) == 1
+
+
+def test_a_cell_written_twice_is_run_once(evaluate: Cli) -> None:
+    assert len(planned(evaluate, "-a", "pgd,pgd:steps=10", "--eps", "4/255,4.0/255")) == 1
+
+
+def test_steps_reach_the_attacks_that_take_steps_and_do_not_say_how_many(evaluate: Cli) -> None:
+    rows = planned(evaluate, "-a", "pgd,pgd:steps=3,fgsm", "--steps", "5")
+    assert [int(row[-1]) // 16 for row in rows] == [5, 3, 1]
+
+
+def robust(out: Path) -> set[str]:
+    (file,) = out.glob("cells/*/rows.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {r["id"] for r in rows if r["label"] == r["clean_prediction"] == r["adversarial_prediction"]}
+
+
+@pytest.mark.parametrize("model", ["tiny-vit", "tiny-rn"])
+def test_the_verdict_depends_neither_on_the_batch_size_nor_on_the_threads(model: str, cli: Cli, tmp_path: Path) -> None:
+    verdicts = []
+    for batch_size, threads in (("8", "1"), ("32", "1"), ("32", "2")):
+        out = tmp_path / f"{batch_size}-{threads}"
+        options = ("-m", model, "--limit", "40", "--eps", "4/255", "--batch-size", batch_size, "--threads", threads)
+        assert cli("evaluate", *options, "--device", "cpu", "--out", out).code == 0
+        verdicts.append(robust(out))
+    assert verdicts[0] == verdicts[1] == verdicts[2]
+    assert 0 < len(verdicts[0]) < 40

@@ -1,0 +1,178 @@
+"""A linear classifier on sixteen small pictures, judged with any attack and defense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.data.base import BadImage, ImageSet
+from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.defenses.base import Defense, Paradigm, Recipe
+from vlmdefend.defenses.none import NoDefense
+from vlmdefend.evaluation.listener import Listener
+from vlmdefend.evaluation.records import Cell, Record, Row
+from vlmdefend.evaluation.store import CellWriter, Store
+from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline
+
+COUNT, SIZE, CLASSES = 16, 6, 3
+
+FIELDS: dict[str, Any] = {
+    "protocol": "unified",
+    "protocol_hash": "p",
+    "model": "linear",
+    "weights_hash": "w",
+    "defense": "none",
+    "defense_config": {},
+    "dataset": "toy",
+    "split": "test",
+    "ids_hash": "i",
+    "n": COUNT,
+    "prompts_hash": "t",
+    "attack": "pgd",
+    "attack_config": {},
+    "attacker": "whitebox",
+    "norm": "linf",
+    "eps": 8 / 255,
+    "seed": 0,
+    "batch_size": 4,
+    "shard_size": 8,
+    "device": "cpu",
+}
+
+
+def cell(**fields: Any) -> Cell:
+    return Cell(**{**FIELDS, **fields})
+
+
+class Linear:
+    """Logits are linear in the pixels."""
+
+    num_classes = CLASSES
+    stochastic = False
+
+    def __init__(self) -> None:
+        self.weight = torch.randn(CLASSES, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(0))
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        features = images.flatten(1) - 0.5
+        return Outputs(features @ self.weight.T, features)
+
+
+def pictures(model: Linear, bad: tuple[int, ...] = ()) -> ImageSet:
+    """Every fourth label is wrong on purpose."""
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (COUNT, SIZE, SIZE, 3), generator=generator, dtype=torch.uint8)
+    images = pixels.permute(0, 3, 1, 2).float() / 255
+    right = model(images, ImageRng(0, [""] * COUNT)).logits.argmax(dim=1).tolist()
+
+    def read(i: int) -> Image.Image:
+        if i in bad:
+            raise BadImage(f"image-{i:02d}: broken; replace the file.")
+        return Image.fromarray(pixels[i].numpy())
+
+    return ImageSet(
+        name="toy",
+        split="test",
+        class_names=("a", "b", "c"),
+        templates=("a {c}.",),
+        ids=tuple(f"image-{i:02d}" for i in range(COUNT)),
+        labels=tuple(label if i % 4 else (label + 1) % CLASSES for i, label in enumerate(right)),
+        read=read,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Around(Defense):
+    """Any function of (model, images, rng) as a defense."""
+
+    name: ClassVar[str] = "around"
+    paradigm: ClassVar[Paradigm] = "training-free"
+    summary: ClassVar[str] = "a test's own"
+    citation: ClassVar[str] = "–"
+    recipe: ClassVar[Recipe] = Recipe("exact")
+    call: Callable[[Pipeline, Tensor, ImageRng], Outputs]
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        return Called(model, self.call, type(self).stochastic)
+
+
+class Random(Around):
+    """The same, and it says that it draws."""
+
+    stochastic: ClassVar[bool] = True
+
+
+class Called:
+    def __init__(self, model: Pipeline, call: Callable[..., Outputs], stochastic: bool) -> None:
+        self.model, self.call, self.num_classes, self.stochastic = model, call, model.num_classes, stochastic
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        return self.call(self.model, images, rng)
+
+
+class Notes(Listener):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.images = 0
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def advance(self, cell: Cell, images: int) -> None:
+        self.images += images
+
+
+@contextmanager
+def bench(folder: Path, *, bad: tuple[int, ...] = (), skip_bad: bool = False, **fields: Any) -> Iterator[Any]:
+    """A judge and the writer of its cell."""
+    model = Linear()
+    attack: Attack = fields.pop("attack", Pgd())
+    defense: Defense = fields.pop("defense", NoDefense())
+    chosen = cell(attack=attack.name, defense=defense.name, **fields)
+    judge = Judge(
+        cell=chosen,
+        model=model,
+        defense=defense,
+        attack=attack,
+        images=pictures(model, bad),
+        transform=PixelTransform(None, "bicubic"),
+        device=torch.device("cpu"),
+        skip_bad=skip_bad,
+    )
+    with Store(folder).writing(chosen) as writer:
+        yield judge, writer
+
+
+Verdict = Callable[..., tuple[Record, list[Row]]]
+
+
+@pytest.fixture
+def listener() -> Notes:
+    return Notes()
+
+
+@pytest.fixture
+def verdict(tmp_path: Path, listener: Notes) -> Verdict:
+    """``verdict(attack=..., defense=..., eps=...)`` -> the record and its rows, computed anew at each call."""
+    calls = iter(range(1000))
+
+    def judged(**options: Any) -> tuple[Record, list[Row]]:
+        with bench(tmp_path / str(next(calls)), **options) as (judge, writer):
+            return judge.run(writer, listener)  # type: ignore[no-any-return]
+
+    return judged
+
+
+__all__ = ["COUNT", "Around", "CellWriter", "Notes", "Random", "Verdict", "bench", "cell"]

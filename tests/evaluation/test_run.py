@@ -1,0 +1,125 @@
+"""What makes a cell another cell, and what one model's trouble does to the others."""
+
+from __future__ import annotations
+
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmdefend.evaluation.grid import Grid
+from vlmdefend.evaluation.listener import Listener
+from vlmdefend.evaluation.plan import make_plan
+from vlmdefend.evaluation.run import evaluate, run_plan
+from vlmdefend.evaluation.store import Store
+from vlmdefend.models.names import ASSETS
+
+QUICK: dict[str, Any] = {"attack": "none", "limit": 8, "device": "cpu", "batch_size": 8}
+
+
+def keys(out: Path, **options: Any) -> set[str]:
+    found = evaluate(out=out, **{**QUICK, **options})
+    assert not found.failures, found.failures
+    return {record.key for record, _ in found.results}
+
+
+def model_folder(folder: Path, **preprocess: Any) -> Path:
+    """The embedded model as a folder of the user's, with another preprocessing."""
+    folder.mkdir(exist_ok=True)
+    config = json.loads((ASSETS / "tiny-vit" / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] = {**config.get("preprocess_cfg", {}), **preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    weights = (ASSETS / "tiny-vit" / "open_clip_model.safetensors.xz").read_bytes()
+    (folder / "open_clip_model.safetensors").write_bytes(lzma.decompress(weights))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"templates": ["a {c}"]},
+        {"batch_size": 4},
+        {"limit": 9},
+        {"model": "tiny-rn"},
+        {"defense": "jpeg"},
+        {"defense": "jpeg:quality=50"},
+        {"dataset": "emoji:sketch"},
+        {"split": "train"},
+    ],
+    ids=str,
+)
+def test_another_choice_is_another_cell(change: dict[str, Any], tmp_path: Path) -> None:
+    base = keys(tmp_path)
+    assert base == keys(tmp_path)
+    assert not base & keys(tmp_path, **change)
+
+
+def test_another_radius_norm_or_option_of_the_attack_is_another_cell(tmp_path: Path) -> None:
+    attacks: list[dict[str, Any]] = [
+        {},
+        {"eps": "5/255"},
+        {"norm": "l2"},
+        {"attack": "fgsm:loss=dlr"},
+        {"attack": "pgd:steps=1"},
+    ]
+    found = [keys(tmp_path, **{"attack": "fgsm", "eps": "4/255", **options}) for options in attacks]
+    assert len(set.union(*found)) == len(attacks)
+
+
+def test_other_class_names_are_another_cell(tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join("abcdefghij"))
+    assert not keys(tmp_path / "runs") & keys(tmp_path / "runs", classes=names)
+
+
+def test_other_weights_or_another_preprocessing_in_the_same_folder_are_another_cell(tmp_path: Path) -> None:
+    name = f"local-dir:{model_folder(tmp_path / 'model')}"
+    first = keys(tmp_path / "runs", model=name)
+    assert first == keys(tmp_path / "runs", model=name)
+    model_folder(tmp_path / "model", mean=[0.1, 0.1, 0.1])
+    second = keys(tmp_path / "runs", model=name)
+    assert not first & second, "the weights are the same, what they are shown is not"
+
+
+def test_how_it_is_run_is_not_part_of_the_cell(tmp_path: Path) -> None:
+    assert keys(tmp_path) == keys(tmp_path, threads=1) == keys(tmp_path, skip_bad=True)
+
+
+def test_a_model_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmdefend.evaluation import run
+
+    load = run.load_model
+
+    def broken(name: str, **options: Any) -> Any:
+        if name == "tiny-rn":
+            raise RuntimeError("a defect\nof the loader")
+        return load(name, **options)
+
+    monkeypatch.setattr(run, "load_model", broken)
+    found = evaluate(out=tmp_path, **{**QUICK, "model": ["tiny-rn", "tiny-vit"]})
+    assert [record.cell.model for record, _ in found.results] == ["tiny-vit"]
+    (failure,) = found.failures
+    assert failure == ("model tiny-rn", "RuntimeError: a defect of the loader", False)
+
+
+def test_every_cell_is_announced_and_all_its_images_are_counted(tmp_path: Path) -> None:
+    class Counts(Listener):
+        begun = images = ended = 0
+
+        def begin(self, cell: Any) -> None:
+            self.begun += 1
+
+        def advance(self, cell: Any, images: int) -> None:
+            self.images += images
+
+        def end(self, record: Any, *, reused: bool) -> None:
+            self.ended += 1
+
+    plan = make_plan(Grid.build({}, {**QUICK, "defense": ["none", "jpeg"]}))
+    for _ in range(2):  # computed, then found done
+        heard = Counts()
+        run_plan(plan, Store(tmp_path), heard)
+        assert (heard.begun, heard.ended, heard.images) == (2, 2, 16)
