@@ -125,9 +125,10 @@ def peak_bytes(run: Run) -> int:
     return peak
 
 
-def spread(values: list[float]) -> str:
+def spread(values: list[float], digits: int = 2) -> str:
     """``median [min-max]``."""
-    return f"{median(values):.3f} [{min(values):.3f}-{max(values):.3f}]"
+    low, middle, high = (f"{value:.{digits}f}" for value in (min(values), median(values), max(values)))
+    return f"{middle} [{low}-{high}]"
 
 
 def verdict(met: bool) -> str:

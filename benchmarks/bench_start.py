@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from bench_fixed import Row, spread, verdict
 
@@ -24,7 +25,7 @@ def start() -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         demo = _seconds(COMMAND, "evaluate", "--attack", "pgd", "--out", f"{folder}/runs")
     return [
-        _row("vlmdefend --help", spread(helped), "≤ 0.5 s", sorted(helped)[HELP_RUNS // 2] <= 0.5),
+        _row("vlmdefend --help", spread(helped), "≤ 0.5 s", median(helped) <= 0.5),
         _row("torch imported for it", "no" if probe == "False" else "yes", "no", probe == "False"),
         _row("vlmdefend evaluate --attack pgd", f"{demo:.1f}", "< 90 s", demo < 90),
     ]

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
 
 from vlmdefend.errors import UnknownName, UserError, did_you_mean
 
@@ -33,6 +33,8 @@ class Registry(Generic[T]):
         separator: ``"-"`` or ``"_"``: how a name is spelled where its file has an underscore.
     """
 
+    _all: ClassVar[list[Registry[Any]]] = []
+
     def __init__(
         self, kind: str, packages: tuple[str, ...], *, shared: tuple[str, ...] = (), separator: str = "-"
     ) -> None:
@@ -41,6 +43,7 @@ class Registry(Generic[T]):
         self._shared = frozenset(shared)
         self._separator = separator
         self._classes: dict[str, type[Any]] = {}
+        Registry._all.append(self)
         self._modules: dict[str, str] | None = None
 
     def register(self, cls: C) -> C:
@@ -70,6 +73,16 @@ class Registry(Generic[T]):
                 importlib.import_module(self._files()[key])
             except ImportError as error:
                 raise UserError(f"{self.kind} {name!r} cannot be loaded ({error}); install what it needs.") from error
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise UserError(
+                    f"{self.kind} {name!r} cannot be loaded ({reason}); mend or remove its file."
+                ) from error
+        if key not in self._classes and key in self._files():
+            raise UserError(
+                f"{self.kind} {name!r}: {self._files()[key]} registers no class of that name; the entry point and the "
+                "class attribute `name` must agree."
+            )
         if key not in self._classes:
             raise did_you_mean(self.kind, name, self.names())
         return self._classes[key]
@@ -113,7 +126,7 @@ class Registry(Generic[T]):
                         if not file.stem.startswith("_") and file.stem not in self._shared:
                             self._modules[file.stem] = f"{package}.{file.stem}"
             for point in entry_points(group=self._packages[0]):
-                self._modules.setdefault(self._key(point.name), point.value.partition(":")[0])
+                self._modules.setdefault(self._key(point.name), point.module)
         return self._modules
 
 
@@ -142,12 +155,13 @@ def check_options(kind: str, cls: type[Any], options: dict[str, Any]) -> dict[st
     Raises:
         UserError: for an option the class does not take or a value of another type.
     """
-    parameters = inspect.signature(cls, eval_str=True).parameters
+    parameters = inspect.signature(cls).parameters
+    types = get_type_hints(cls)  # each inherited option in the module that wrote it
     checked = {}
     for key, value in options.items():
         if key not in parameters:
             raise did_you_mean(f"option of {kind} {cls.name}", key, list(parameters) or ["none"])
-        checked[key] = _coerce(f"{cls.name}:{key}", value, parameters[key].annotation)
+        checked[key] = _coerce(f"{cls.name}:{key}", value, types[key])
     return checked
 
 
@@ -180,9 +194,12 @@ def load_plugin(path: str, warn: Callable[[str], None]) -> None:
         raise UserError(f"--plugin {path}: not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    before = [(registry, dict(registry._classes)) for registry in Registry._all]
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
+        for registry, classes in before:
+            registry._classes = classes
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         warn(f"plugin {path} was not loaded: {type(error).__name__}: {reason}")

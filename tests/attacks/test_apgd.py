@@ -52,7 +52,7 @@ def test_reaches_the_known_minimum_of_a_linear_model(name: str, norm: str, shape
     images, labels, ids = labelled(model, shape, count)
     radius = minimal_radius(model, images, labels, norm)
     reachable = radius * 1.25 < 0.2  # the box [0, 1] is no obstacle within the images' margin of 0.2
-    attack = ATTACKS.create(name)
+    attack = ATTACKS.create(name, steps=40)
     over = attack(View(model, ImageRng(0, ids)), images, labels, Threat(norm, radius * 1.25))
     assert over.fooled[reachable].all()
     under = attack(View(model, ImageRng(0, ids)), images, labels, Threat(norm, radius * 0.98))
@@ -98,7 +98,7 @@ def test_the_active_set_fools_the_same_images_as_the_fixed_batch(name: str, norm
     model = convolutional(seed=9)
     images, labels, ids = labelled(model, SHAPE, 30)
     threat = Threat(norm, {"linf": 3 / 255, "l2": 0.15}[norm])
-    attack = ATTACKS.create(name, steps=40)
+    attack = ATTACKS.create(name, steps=16)
     one = attack(View(model, ImageRng(0, ids), width=8), images, labels, threat)
     two = attack(View(model, ImageRng(0, ids), width=8, stop=False), images, labels, threat)
     assert torch.equal(one.fooled, two.fooled)

@@ -72,7 +72,7 @@ def test_reaches_the_known_minimum_of_a_linear_model(name: str, norm: str, shape
     images, labels, ids = labelled(model, shape, count)
     radius = minimal_radius(model, images, labels, norm)
     reachable = radius * 1.05 < 0.2  # the box [0, 1] is no obstacle within the images' margin of 0.2
-    attack = ATTACKS.create(name, steps=20)
+    attack = ATTACKS.create(name, steps=10)
     over = attack(View(model, ImageRng(0, ids)), images, labels, Threat(norm, radius * 1.05))
     assert over.fooled[reachable].all()
     assert over.outside == 0
@@ -87,14 +87,14 @@ def test_is_no_weaker_than_the_authors_code(name: str, norm: str, theirs: str, e
     model = convolutional(seed=9)
     images, labels, ids = labelled(model, SHAPE, 30)
     state = torch.random.get_rng_state()
-    options = {"norm": theirs, "eps": eps, "n_iter": 30, "targeted": name == "fab-t", "n_target_classes": 4}
+    options = {"norm": theirs, "eps": eps, "n_iter": 15, "targeted": name == "fab-t", "n_target_classes": 4}
     reference = peer.FABAttack_PT(nn.Sequential(model.body, model.head), **options)
     reference.device = images.device
     found = reference.perturb(images, labels)
     torch.random.set_rng_state(state)
     with torch.no_grad():
         fooled = (model(found).logits.argmax(1) != labels) & Threat(norm, eps).contains(found, images)
-    ours = ATTACKS.create(name, steps=30)(View(model, ImageRng(0, ids)), images, labels, Threat(norm, eps))
+    ours = ATTACKS.create(name, steps=15)(View(model, ImageRng(0, ids)), images, labels, Threat(norm, eps))
     assert int(ours.fooled.sum()) >= int(fooled.sum()) > 0
 
 
@@ -102,13 +102,13 @@ def test_is_no_weaker_than_the_authors_code(name: str, norm: str, theirs: str, e
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_the_active_set_fools_the_same_images_as_the_fixed_batch(name: str, norm: str) -> None:
     model = convolutional(seed=9)
-    images, labels, ids = labelled(model, SHAPE, 30)
+    images, labels, ids = labelled(model, SHAPE, 16)
     threat = Threat(norm, {"linf": 3 / 255, "l2": 0.15}[norm])
-    attack = ATTACKS.create(name, steps=20)
+    attack = ATTACKS.create(name, steps=6)
     views = [View(model, ImageRng(0, ids), width=8, stop=stop) for stop in (True, False)]
     one, two = (attack(view, images, labels, threat) for view in views)
     assert torch.equal(one.fooled, two.fooled)
-    assert 0 < int(one.fooled.sum()) < 30
+    assert 0 < int(one.fooled.sum()) < 16
     assert int(one.steps.sum()) < int(two.steps.sum())
     forwards, backwards = attack.budget()
     assert int(views[1].ledger.forwards.max()) <= forwards + 2
@@ -118,10 +118,10 @@ def test_the_active_set_fools_the_same_images_as_the_fixed_batch(name: str, norm
 @pytest.mark.parametrize("name", NAMES)
 def test_more_restarts_never_help_the_model(name: str) -> None:
     model = convolutional(seed=9)
-    images, labels, ids = labelled(model, SHAPE, 30)
+    images, labels, ids = labelled(model, SHAPE, 16)
     threat = Threat("linf", 1.5 / 255)
-    one = ATTACKS.create(name, steps=4)(View(model, ImageRng(0, ids)), images, labels, threat)
-    three = ATTACKS.create(name, steps=4, restarts=3)(View(model, ImageRng(0, ids)), images, labels, threat)
+    one = ATTACKS.create(name, steps=3)(View(model, ImageRng(0, ids)), images, labels, threat)
+    three = ATTACKS.create(name, steps=3, restarts=3)(View(model, ImageRng(0, ids)), images, labels, threat)
     assert (three.fooled | ~one.fooled).all()
 
 
@@ -130,7 +130,7 @@ def test_more_restarts_never_help_the_model(name: str) -> None:
 def test_few_classes_are_enough(name: str, classes: int) -> None:
     model = linear((8,), classes)
     images, labels, ids = labelled(model, (8,), 8)
-    found = ATTACKS.create(name)(View(model, ImageRng(0, ids)), images, labels, Threat("linf", 0.6))
+    found = ATTACKS.create(name, steps=10)(View(model, ImageRng(0, ids)), images, labels, Threat("linf", 0.6))
     assert found.fooled.any()
 
 

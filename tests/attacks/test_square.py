@@ -91,7 +91,7 @@ def test_the_active_set_fools_the_same_images_as_the_fixed_batch(norm: str) -> N
     model = convolutional(seed=9)
     images, labels, ids = labelled(model, SHAPE, 30)
     threat = Threat(norm, {"linf": 3 / 255, "l2": 0.3}[norm])
-    attack = Square(queries=200)
+    attack = Square(queries=80)
     views = [View(model, ImageRng(0, ids), width=8, stop=stop) for stop in (True, False)]
     one, two = (attack(view, images, labels, threat) for view in views)
     assert torch.equal(one.fooled, two.fooled)

@@ -10,14 +10,20 @@ import torch
 from PIL import Image
 
 import vlmdefend
+from vlmdefend.attacks.adaptive import bpda
+from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.view import View
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.defenses.base import TransformedInput
+from vlmdefend.defenses.training_free import _jpeg_stand_in
 from vlmdefend.defenses.training_free._jpeg_stand_in import jpeg_stand_in
 from vlmdefend.defenses.training_free.jpeg import Jpeg
 from vlmdefend.defenses.training_free.low_pass import LowPass
 from vlmdefend.defenses.training_free.noise import Noise
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch, Threat
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +49,34 @@ def test_the_stand_in_is_much_closer_to_the_codec_than_the_identity(photos: torc
     stand_in = (jpeg_stand_in(photos, quality) - exact).abs().mean()
     identity = (photos - exact).abs().mean()
     assert stand_in < identity / 2
+
+
+def robust_under(transform, classifier, batch: Batch, eps: float, steps: int) -> int:  # type: ignore[no-untyped-def]
+    pipeline = TransformedInput(classifier, lambda images, rng: transform(images))
+    view = View(pipeline, ImageRng(0, batch.ids))
+    return int((~Pgd(steps=steps)(view, batch.images, batch.labels, Threat("linf", eps)).fooled).sum())
+
+
+@pytest.mark.parametrize(("name", "eps"), [("tiny-vit", 16 / 255), ("tiny-rn", 6 / 255)])
+def test_no_simpler_stand_in_breaks_more(name: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Identity, rounding passed straight through, and the cubic gradient without its floor leave more images right."""
+    model = vlmdefend.load_model(name)
+    images = vlmdefend.load_dataset("fashion", limit=100)
+    batch = load_batch(images, range(100), PixelTransform(model.image_size), skip_bad=False)[0]
+    classifier = model.zero_shot(images.class_names, ["a photo of a {c}."])
+    jpeg = Jpeg(quality=50)
+
+    def left(stand_in) -> int:  # type: ignore[no-untyped-def]
+        return robust_under(bpda(jpeg.compress, stand_in), classifier, batch, eps, 10)
+
+    ours = left(lambda x: jpeg_stand_in(x, 50))
+    others = {"identity": left(None)}
+    monkeypatch.setattr(_jpeg_stand_in, "FLOOR", 0.0)
+    others["cubic"] = left(lambda x: jpeg_stand_in(x, 50))
+    monkeypatch.setattr(_jpeg_stand_in._Round, "backward", staticmethod(lambda ctx, *gradients: gradients[0]))
+    others["straight through"] = left(lambda x: jpeg_stand_in(x, 50))
+    assert ours <= min(others.values()), (ours, others)
+    assert ours < others["identity"]
 
 
 def test_the_stand_in_takes_any_size() -> None:

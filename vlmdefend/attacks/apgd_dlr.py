@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ class ApgdDlr(Attack):
     name: ClassVar[str] = "apgd-dlr"
     summary: ClassVar[str] = "Auto-PGD on the difference of logits ratio, 100 steps"
     citation: ClassVar[str] = "Croce & Hein 2020"
+    quick: ClassVar[dict[str, Any]] = {"steps": 20}
     steps: int = 100
     restarts: int = 1
     rho: float = 0.75

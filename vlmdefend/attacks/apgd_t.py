@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -39,6 +39,7 @@ class ApgdT(Attack):
     name: ClassVar[str] = "apgd-t"
     summary: ClassVar[str] = "Auto-PGD towards the 9 likeliest wrong classes, 100 steps each"
     citation: ClassVar[str] = "Croce & Hein 2020"
+    quick: ClassVar[dict[str, Any]] = {"steps": 8, "targets": 3}
     steps: int = 100
     restarts: int = 1
     rho: float = 0.75

@@ -54,7 +54,7 @@ class AutoAttack(Attack):
     name: ClassVar[str] = "autoattack"
     summary: ClassVar[str] = "apgd-ce, apgd-t, fab-t and square, each on what is still robust"
     citation: ClassVar[str] = "Croce & Hein 2020"
-    quick: ClassVar[dict[str, Any]] = {"steps": 10, "queries": 50}
+    quick: ClassVar[dict[str, Any]] = {"steps": 4, "queries": 20}
     version: Literal["standard", "rand", "fare", "tecoa"] = "standard"
     steps: int = 100
     queries: int = 5000

@@ -91,7 +91,9 @@ class Attack(ABC):
             logits = part(found)
             found_goal = goal.select(todo)
             found_margin = found_goal.margin(logits)
-            better = found_margin >= margin[todo] if self.keeps_best else torch.ones_like(fooled[todo])
+            # between two draws of a random pipeline "better" would mean luckier
+            keep = self.keeps_best and not view.stochastic
+            better = found_margin >= margin[todo] if keep else torch.ones_like(fooled[todo])
             result[todo] = torch.where(per_image(better, found), found, clean)
             margin[todo] = torch.where(better, found_margin, margin[todo])
             fooled[todo] = torch.where(better, found_goal.reached(logits), fooled[todo])

@@ -41,7 +41,7 @@ class Fab(Attack):
     name: ClassVar[str] = "fab"
     summary: ClassVar[str] = "minimal-norm attack by projection onto linearised boundaries, 100 steps"
     citation: ClassVar[str] = "Croce & Hein 2020b"
-    quick: ClassVar[dict[str, Any]] = {"steps": 20}
+    quick: ClassVar[dict[str, Any]] = {"steps": 6, "targets": 3}
     steps: int = 100
     restarts: int = 1
     targets: int = 9

@@ -42,7 +42,7 @@ class FabT(Attack):
     name: ClassVar[str] = "fab-t"
     summary: ClassVar[str] = "FAB towards the 9 likeliest wrong classes, 100 steps each"
     citation: ClassVar[str] = "Croce & Hein 2020b"
-    quick: ClassVar[dict[str, Any]] = {"steps": 20}
+    quick: ClassVar[dict[str, Any]] = {"steps": 6, "targets": 3}
     steps: int = 100
     restarts: int = 1
     targets: int = 9

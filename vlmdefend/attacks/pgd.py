@@ -43,9 +43,9 @@ class Pgd(Attack):
         restarts: independent random starts, each on the images that the earlier ones did not fool.
         random_start: start uniformly in the ball rather than at the clean image.
         last: score the last iterate, as many papers do, instead of the best of all iterates; every image then gets
-            all its steps.
-        target: a target class for a targeted attack: ``random``, ``second`` (most likely wrong class), ``least``, or
-            a class index.
+            all its steps. Always so against a random pipeline.
+        target: a class that the loss aims at: ``random``, ``second`` (most likely wrong class), ``least``, or a class
+            index. Another wrong prediction on the way counts too; with ``last`` the target is pursued to the end.
     """
 
     name: ClassVar[str] = "pgd"
@@ -74,7 +74,7 @@ class Pgd(Attack):
     def budget(self, samples: int = 1) -> tuple[int, int]:
         """``steps`` gradients per restart, and a forward for the last iterate."""
         clean = int(self.target is not None or self.loss in NEEDS_REFERENCE)
-        forwards = self.restarts * (self.steps + (not self.last)) + clean
+        forwards = self.restarts * (self.steps + (not self.last or self.restarts > 1)) + clean
         return forwards * samples, self.restarts * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
@@ -85,7 +85,10 @@ class Pgd(Attack):
         todo = torch.arange(len(images))
         for restart in range(self.restarts):
             draws = rng.child(f"restart {restart}").select(todo)
-            found, margin = self._climb(view.select(todo), images[todo], goal.select(todo), threat.select(todo), draws)
+            part = view.select(todo)
+            found, margin = self._climb(part, images[todo], goal.select(todo), threat.select(todo), draws)
+            if self._last(view) and self.restarts > 1:
+                margin = Goal(labels[todo]).margin(part(found))
             better = margin > best_margin[todo] if restart else torch.ones_like(margin, dtype=torch.bool)
             best[todo] = torch.where(per_image(better, found), found, best[todo])
             best_margin[todo] = torch.where(better, margin, best_margin[todo])
@@ -95,8 +98,17 @@ class Pgd(Attack):
                 break
         return best
 
+    def _last(self, view: View) -> bool:
+        """Whether the last iterate counts: the best of several random draws would only be the luckiest."""
+        return self.last or view.stochastic
+
     def _climb(self, view: View, images: Tensor, goal: Goal, threat: Threat, rng: ImageRng) -> tuple[Tensor, Tensor]:
-        """One start: (N, ...) best iterates and (N,) their margins (``last``: the last ones, margin -inf)."""
+        """One start: (N, ...) best iterates and (N,) their margins (``last``: the last ones, margin -inf).
+
+        Best, and early leave, are by the margin over the label, whatever class a targeted loss aims at: the verdict
+        counts every wrong prediction.
+        """
+        last, away = self._last(view), Goal(goal.labels)
         loss, step_ = LOSSES[self.loss], linf_step_ if threat.norm == "linf" else l2_step_
         result = torch.empty_like(images)
         margins = torch.full((len(images),), -torch.inf, device=images.device)
@@ -106,15 +118,15 @@ class Pgd(Attack):
             origin = images[index]
             x = threat.select(index).random_start(origin, rng.select(index)) if self.random_start else origin.clone()
             state = {"x": x, "origin": origin, "taken": torch.zeros(len(index), dtype=torch.int64)}
-            if not self.last:
+            if not last:
                 state["best"], state["margin"] = x.clone(), margins[index]
             return state
 
         def step(part: _Part, index: Tensor, state: State) -> Tensor:
             query = part.view.gradient(state["x"], part.goal, loss)
             fooled = torch.zeros(len(index), dtype=torch.bool)
-            if not self.last:
-                margin = part.goal.margin(query.logits)
+            if not last:
+                margin = away.select(index).margin(query.logits)
                 better = margin > state["margin"]
                 state["margin"] = torch.where(better, margin, state["margin"])
                 torch.where(per_image(better, state["x"]), state["x"], state["best"], out=state["best"])
@@ -127,8 +139,8 @@ class Pgd(Attack):
             leaving = done.nonzero()[:, 0]
             if len(leaving):
                 place = index[leaving]
-                result[place] = state["x" if self.last else "best"][leaving]
-                if not self.last:
+                result[place] = state["x" if last else "best"][leaving]
+                if not last:
                     margins[place] = state["margin"][leaving]
                     surviving = (done & ~fooled).nonzero()[:, 0]
                     unseen.append((index[surviving], state["x"][surviving]))
@@ -143,7 +155,7 @@ class Pgd(Attack):
         )
         for place, x in unseen:
             if len(place):
-                margin = goal.select(place).margin(view.select(place)(x))
+                margin = away.select(place).margin(view.select(place)(x))
                 better = margin > margins[place]
                 result[place] = torch.where(per_image(better, x), x, result[place])
                 margins[place] = torch.where(better, margin, margins[place])

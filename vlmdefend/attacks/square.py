@@ -41,7 +41,7 @@ class Square(Attack):
     summary: ClassVar[str] = "random search over squares without gradients, 5,000 queries"
     citation: ClassVar[str] = "Andriushchenko et al. 2020"
     gradient_free: ClassVar[bool] = True
-    quick: ClassVar[dict[str, Any]] = {"queries": 150}
+    quick: ClassVar[dict[str, Any]] = {"queries": 60}
     queries: int = 5000
     p_init: float = 0.8
     rescale: bool = True

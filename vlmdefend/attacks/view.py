@@ -30,6 +30,7 @@ class Ledger:
     forwards: Tensor  # (N,) int64
     backwards: Tensor  # (N,) int64
     gradient_values: int = 0
+    # pixel gradients that are zero or not finite
     zero_gradients: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 
 
@@ -68,6 +69,11 @@ class View:
     def num_classes(self) -> int:
         """C, the number of logits."""
         return self.pipeline.num_classes
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether two queries of the same images may differ."""
+        return self.pipeline.stochastic
 
     def __len__(self) -> int:
         return len(self._at)
@@ -121,7 +127,8 @@ class View:
         assert logits is not None
         self._count(backwards=1)
         self.ledger.gradient_values += total.numel()
-        self.ledger.zero_gradients = self.ledger.zero_gradients.to(total.device) + (total == 0).sum()
+        dead = (total == 0) | ~total.isfinite()  # neither moves its pixel
+        self.ledger.zero_gradients = self.ledger.zero_gradients.to(total.device) + dead.sum()
         if self.samples > 1:
             total, values, logits = total.div_(self.samples), values / self.samples, logits / self.samples
         return Gradient(logits, values, total)

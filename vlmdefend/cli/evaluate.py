@@ -23,7 +23,7 @@ def evaluate(
         typer.Option(
             "--model",
             "-m",
-            help="tiny-vit, ViT-B/32, ARCH:TAG, hf-hub:..., local-dir:PATH.  [default: tiny-vit]",
+            help="tiny-vit, ViT-B/32, ARCH:TAG, hf-hub:..., local-dir:PATH.  \\[default: tiny-vit]",
             autocompletion=complete.models,
             rich_help_panel=WHAT,
         ),
@@ -33,7 +33,7 @@ def evaluate(
         typer.Option(
             "--defense",
             "-d",
-            help="none, jpeg, noise:sigma=0.03 ...  [default: none]",
+            help="none, jpeg, noise:sigma=0.03 ...  \\[default: none]",
             autocompletion=complete.defenses,
             rich_help_panel=WHAT,
         ),
@@ -42,15 +42,17 @@ def evaluate(
         Names,
         typer.Option(
             "--dataset",
-            help="fashion, emoji:sketch, cifar10, folder:PATH, wds:PATH ...  [default: fashion]",
+            help="fashion, emoji:sketch, cifar10, folder:PATH, wds:PATH ...  \\[default: fashion]",
             autocompletion=complete.datasets,
             rich_help_panel=WHAT,
         ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="[default: test]", rich_help_panel=WHAT)] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data set.  \\[default: test]", rich_help_panel=WHAT)
+    ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="Class-balanced, seeded subset of so many images.  [default: 1000]", rich_help_panel=WHAT),
+        typer.Option(help="Class-balanced, seeded subset of so many images.  \\[default: 1000]", rich_help_panel=WHAT),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All images of the split.", rich_help_panel=WHAT)] = False,
     classes: Annotated[
@@ -76,27 +78,29 @@ def evaluate(
         typer.Option(
             "--attack",
             "-a",
-            help="pgd, fgsm, none, pgd:steps=100:loss=dlr ...  [default: pgd]",
+            help="pgd, fgsm, none, pgd:steps=100:loss=dlr ...  \\[default: pgd]",
             autocompletion=complete.attacks,
             rich_help_panel=HOW,
         ),
     ] = None,
     eps: Annotated[
         Names,
-        typer.Option(help="Radius, 4/255 or 0.03.  [default: the protocol's list]", rich_help_panel=HOW),
+        typer.Option(help="Radius, 4/255 or 0.03.  \\[default: the protocol's list]", rich_help_panel=HOW),
     ] = None,
     norm: Annotated[
-        str | None, typer.Option(help="linf or l2.  [default: the protocol's]", rich_help_panel=HOW)
+        str | None, typer.Option(help="linf or l2.  \\[default: the protocol's]", rich_help_panel=HOW)
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of the attacks that take steps.", rich_help_panel=HOW)
     ] = None,
     attacker: Annotated[
         Names,
-        typer.Option(help="transfer, whitebox, adaptive.  [default: all three]", rich_help_panel=HOW),
+        typer.Option(help="transfer, whitebox, adaptive.  \\[default: all three]", rich_help_panel=HOW),
     ] = None,
-    protocol: Annotated[str | None, typer.Option(help="[default: unified]", rich_help_panel=HOW)] = None,
-    seed: Annotated[Names, typer.Option(help="One or several.  [default: 0]", rich_help_panel=HOW)] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="Named set of choices.  \\[default: unified]", rich_help_panel=HOW)
+    ] = None,
+    seed: Annotated[Names, typer.Option(help="One or several.  \\[default: 0]", rich_help_panel=HOW)] = None,
     out: Annotated[Path, typer.Option(help="Run folder; the same command resumes in it.", rich_help_panel=RUN)] = Path(
         "runs"
     ),
@@ -104,14 +108,14 @@ def evaluate(
         Path | None, typer.Option(help="YAML file with these options; flags win.", rich_help_panel=RUN)
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Images in the model at once.  [default: 64]", rich_help_panel=RUN)
+        int | None, typer.Option(help="Images in the model at once.  \\[default: 64]", rich_help_panel=RUN)
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.  [default: the GPU if any]", rich_help_panel=RUN)
+        str | None, typer.Option(help="cpu, cuda, cuda:1.  \\[default: the GPU if any]", rich_help_panel=RUN)
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  [default: torch's]", rich_help_panel=RUN)] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: torch's]", rich_help_panel=RUN)] = None,
     plugin: Annotated[
-        Names, typer.Option(help="Python file that registers attacks or defenses.", rich_help_panel=RUN)
+        Names, typer.Option(help="Python file that registers attacks, defenses or data sources.", rich_help_panel=RUN)
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells and their cost; compute nothing.", rich_help_panel=RUN)
@@ -163,7 +167,8 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
     if evaluation.results:
         print_verdict(evaluation.results)
         found = f", {evaluation.reused} of them found done" if evaluation.reused else ""
-        typer.echo(f"\n{len(evaluation.results)} cells in {out}{found}; `vlmdefend report {out}` shows them again.")
+        cells = f"{len(evaluation.results)} cell{'s' if len(evaluation.results) > 1 else ''}"
+        typer.echo(f"\n{cells} in {out}{found}; `vlmdefend report {out}` shows them again.")
     for failure in evaluation.failures:
         typer.echo(f"error: {failure.what}: {failure.message}", err=True)
     if evaluation.failures:

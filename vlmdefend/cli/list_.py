@@ -29,7 +29,10 @@ def list_names(
 ) -> None:
     """List models, datasets, attacks, defenses or protocols."""
     from vlmdefend.errors import UserError, did_you_mean
+    from vlmdefend.registry import load_plugin
 
+    for file in plugin or []:
+        load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
     if kind is None:
         raise UserError(f"say what to list: vlmdefend list {'|'.join(KINDS)}.")
     plural = kind.strip().lower()

@@ -40,7 +40,7 @@ class Lines(Listener):
             f"clean {100 * record.clean_correct / record.n:.1f} %{robust} ({how})"
         )
 
-    def fail(self, failure: Failure, images: int) -> None:
+    def fail(self, failure: Failure, images: int, cells: int = 1) -> None:
         """Say that there is nothing; the message comes at the end."""
         self.done += 1
         self.say(f"[{self.done}/{self.cells}] {failure.what}: failed")
@@ -72,9 +72,9 @@ class Bar(Lines):
         """Move the bar."""
         self.progress.advance(self.task, images)
 
-    def fail(self, failure: Failure, images: int) -> None:
+    def fail(self, failure: Failure, images: int, cells: int = 1) -> None:
         """A failed cell's images will not come."""
-        super().fail(failure, images)
+        super().fail(failure, images, cells)
         self.progress.advance(self.task, images)
 
 

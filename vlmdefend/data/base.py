@@ -41,6 +41,7 @@ class ImageSet:
     ids: tuple[str, ...]
     labels: tuple[int, ...]
     read: Callable[[int], Image.Image]
+    encoded: Callable[[int], bytes] | None = None  # the file's bytes, where files may change under the same id
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.labels):
@@ -60,12 +61,13 @@ class ImageSet:
 
     def select(self, index: Sequence[int]) -> ImageSet:
         """The images at ``index``, in that order."""
-        chosen, read = list(index), self.read
+        chosen, read, encoded = list(index), self.read, self.encoded
         return replace(
             self,
             ids=tuple(self.ids[i] for i in chosen),
             labels=tuple(self.labels[i] for i in chosen),
             read=lambda i: read(chosen[i]),
+            encoded=None if encoded is None else lambda i: encoded(chosen[i]),
         )
 
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
@@ -89,6 +91,18 @@ class ImageSet:
         queues = [by_class[label] for label in sorted(by_class, key=lambda c: _rank(seed, f"class {c}"))]
         turns = (queue[k] for k in range(max(map(len, queues))) for queue in queues if k < len(queue))
         return self.select(sorted(islice(turns, limit)))
+
+    def content_hash(self) -> str:
+        """A hash of all files' bytes, read once; empty where the images cannot change under their ids."""
+        if self.encoded is None:
+            return ""
+        digest = hashlib.sha256()
+        for i in range(len(self)):
+            try:
+                digest.update(hashlib.sha256(self.encoded(i)).digest())
+            except OSError:  # reading it again will say why, or skip it
+                digest.update(b"unreadable")
+        return digest.hexdigest()[:16]
 
     @property
     def ids_hash(self) -> str:

@@ -151,6 +151,7 @@ def image_set(name: str, split: str, paths: Sequence[Path], described_in: Path) 
         ids=tuple(keys),
         labels=tuple(labels),
         read=lambda i: decode(samples[i].bytes_of(samples[i].image or ""), f"{samples[i].where}.{samples[i].image}"),
+        encoded=lambda i: samples[i].bytes_of(samples[i].image or ""),
     )
 
 

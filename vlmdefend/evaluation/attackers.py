@@ -80,8 +80,13 @@ def craft(
     threat: Threat,
     rng: ImageRng,
     width: int,
+    *,
+    stop: bool = True,
 ) -> Crafted:
-    """Attack B images; an adaptive attacker of a detector tries each weight of the detector term, best per image."""
+    """Attack B images; an adaptive attacker of a detector tries each weight of the detector term, best per image.
+
+    ``stop=False``: the view's word that an image is fooled is not the deployed pipeline's.
+    """
     weights = (defense.recipe.detector_weights if attacker == "adaptive" else ()) or (0.0,)
     best, margins = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
     steps = torch.zeros(len(images), dtype=torch.int64)
@@ -89,6 +94,7 @@ def craft(
     finite = True
     for weight in weights:
         view = view_of(attacker, defense, model, rng.child(f"detector {weight}" if weight else attacker), width, weight)
+        view.stop = view.stop and stop
         found = attack(view, images, labels, threat)
         better = found.margin > margins
         best = torch.where(per_image(better, best), found.images, best)

@@ -146,7 +146,7 @@ def _zero_gradients(result: Result) -> Iterator[Reason]:
         yield Reason(
             "MASKED?",
             f"zero gradients {_who(cell)}",
-            f"{_percent(share)} of the pixel gradients of {_who(cell)} are exactly zero",
+            f"{_percent(share)} of the pixel gradients of {_who(cell)} are zero or not finite",
             cell.eps,
             (cell.attacker,),
         )

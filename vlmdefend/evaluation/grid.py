@@ -54,6 +54,18 @@ class Grid(BaseModel):
             raise UserError(f"--{info.field_name} {value!r}: is empty; give at least one, or leave the option out.")
         return list(dict.fromkeys(words))
 
+    @field_validator("templates", mode="before")
+    @classmethod
+    def _lone_template(cls, value: Any) -> Any:
+        """One template is a list of one; a comma in it is the prompt's."""
+        return [value] if isinstance(value, str) and value != "dataset" else value
+
+    @field_validator("norm", mode="before")
+    @classmethod
+    def _lower(cls, value: Any) -> Any:
+        """``L2`` is ``l2``."""
+        return value.lower() if isinstance(value, str) else value
+
     @field_validator("limit", "batch_size", "threads", "steps")
     @classmethod
     def _at_least_one(cls, value: int | None, info: Any) -> int | None:
@@ -71,7 +83,14 @@ class Grid(BaseModel):
         for kind, keys in (("config key", config), ("option", flags)):
             for key in keys:
                 if key not in cls.model_fields:
-                    raise did_you_mean(kind, key, list(cls.model_fields))
+                    hint = "the keys are the options of `vlmdefend evaluate --help`."
+                    raise did_you_mean(kind, key, list(cls.model_fields), hint=hint)
+        if config.get("limit") is not None and config.get("full"):
+            raise UserError("the config file has both limit and full: true; keep one of them.")
+        if flags.get("limit") is not None and flags.get("full"):
+            raise UserError("--limit and --full contradict each other; give one of them.")
+        if flags.get("limit") is not None or flags.get("full"):
+            config = {key: value for key, value in config.items() if key not in ("limit", "full")}
         given = {k: v for k, v in flags.items() if v is not None and v is not False and v != [] and v != ()}
         try:
             return cls(**{**config, **given})
@@ -101,7 +120,10 @@ def read_config(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"--config {file}: holds {found}; write one `option: value` per line.")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
+    keys = {str(key).replace("-", "_"): value for key, value in content.items()}
+    if "template" in keys:  # the option's name is as good as the field's
+        keys["templates"] = keys.pop("template")
+    return keys
 
 
 def read_class_names(file: Path) -> list[str]:

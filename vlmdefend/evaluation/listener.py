@@ -27,8 +27,8 @@ class Listener:
     def end(self, record: Record, *, reused: bool) -> None:
         """A cell has its record; ``reused``: it was found done."""
 
-    def fail(self, failure: Failure, images: int) -> None:
-        """A cell, of so many images, has none."""
+    def fail(self, failure: Failure, images: int, cells: int = 1) -> None:
+        """Cells, of so many images together, have none."""
 
     def note(self, message: str) -> None:
         """Something the user should know."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import re
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
 import vlmdefend
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -45,14 +50,22 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak where the device counts one."""
+    """Start a new peak, where the device or the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    elif CLEAR_REFS.exists():
+        with contextlib.suppress(OSError):
+            CLEAR_REFS.write_text("5")  # Linux: the process's high-water mark starts anew
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """CUDA: the most that tensors took since the reset. CPU: the most the process ever had resident."""
+    """CUDA: the most that tensors took since the reset. CPU: the most the process had resident (ever, where the
+    system cannot reset it)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if CLEAR_REFS.exists():
+        mark = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if mark:
+            return int(mark[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

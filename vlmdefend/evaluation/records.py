@@ -33,6 +33,8 @@ class Cell(_Strict):
     dataset: str
     split: str
     ids_hash: str
+    images_hash: str = ""  # of the encoded files, where the source can change under the same names
+    skip_bad: bool = False
     n: int = Field(ge=1)
     prompts_hash: str
     attack: str
@@ -43,6 +45,7 @@ class Cell(_Strict):
     seed: int
     batch_size: int = Field(ge=1)
     shard_size: int = Field(ge=1)
+    code_hash: str = ""  # of the rooms that compute: results of other code are other results
     device: str  # "cpu" or "cuda": the last bit of a float differs between them
 
     @property
@@ -116,7 +119,7 @@ class Checks(_Strict):
     """What was measured to find a masked gradient or a broken pipeline (product.md, diagnostics)."""
 
     gradient_values: int = 0  # pixel gradients seen
-    zero_gradients: int = 0  # of these, exactly zero
+    zero_gradients: int = 0  # of these, exactly zero or not finite: the pixel does not move
     forwards_differ: bool = False  # a defense that says it is deterministic answered twice differently
     batch_dependent: bool = False  # a prediction changed with the batch mates
     attacked_survivors: int = 0  # attacked images that stayed right

@@ -6,9 +6,11 @@ import hashlib
 import inspect
 import json
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -26,7 +28,10 @@ from vlmdefend.evaluation.verdict import Judge
 from vlmdefend.models import load_model
 from vlmdefend.models.vision_language import VisionLanguageModel
 
-SHARD_BATCHES = 2  # a shard is this many batches: enough to refill freed places, little to lose in a kill
+# A shard is so many batches; a kill loses the one that runs. On a GPU a batch takes seconds, and refilling the places
+# of decided images keeps it busy; on a CPU it may take minutes, and a batch that shrinks costs no more per image.
+SHARD_BATCHES = {"cpu": 1, "cuda": 4}
+ROOMS = ("rng.py", "types.py", "data", "models", "kernels", "attacks", "defenses", "evaluation")
 
 
 @dataclass
@@ -66,6 +71,7 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
     device = choose_device(plan.grid.device)
     torch.backends.cudnn.allow_tf32 = False  # a verdict is computed in float32, on every device
     torch.backends.cuda.matmul.allow_tf32 = False
+    contents = {images: images.content_hash() for images in dict.fromkeys(cell.images for cell in plan.cells)}
     evaluation = Evaluation()
     for name, group in groupby(plan.cells, key=lambda planned: planned.model):
         cells = list(group)
@@ -76,10 +82,10 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
                 raise
             failure = _failure(f"model {name}", error)
             evaluation.failures.append(failure)
-            listener.fail(failure, sum(len(planned.images) for planned in cells))
+            listener.fail(failure, sum(len(planned.images) for planned in cells), len(cells))
             continue
         for planned in cells:
-            cell = bind(plan, planned, model, device)
+            cell = bind(plan, planned, model, device, contents[planned.images])
             try:
                 _run_cell(plan, planned, model, cell, store, listener, evaluation)
             except StorageError:
@@ -93,7 +99,7 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
     return evaluation
 
 
-def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch.device) -> Cell:
+def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch.device, images_hash: str = "") -> Cell:
     """The cell with the hashes that need the model."""
     return Cell(
         protocol=plan.protocol.name,
@@ -105,6 +111,8 @@ def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch
         dataset=planned.images.name,
         split=planned.images.split,
         ids_hash=planned.images.ids_hash,
+        images_hash=images_hash,
+        skip_bad=plan.grid.skip_bad,
         n=len(planned.images),
         prompts_hash=model.prompts_hash(planned.images.class_names, _templates(plan, planned)),
         attack=planned.attack.name,
@@ -114,7 +122,8 @@ def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch
         eps=planned.eps,
         seed=planned.seed,
         batch_size=plan.grid.batch_size,
-        shard_size=plan.grid.batch_size * SHARD_BATCHES,
+        shard_size=plan.grid.batch_size * SHARD_BATCHES.get(device.type, 1),
+        code_hash=_house_hash(),
         device=device.type,
     )
 
@@ -181,13 +190,28 @@ def _model_hash(model: VisionLanguageModel) -> str:
 def _code_hash(method: Attack | Defense) -> dict[str, str]:
     """For a method that is not of this package, a hash of its file: edited, it is another method."""
     if type(method).__module__.partition(".")[0] == "vlmdefend":
-        return {}
+        return {}  # in the house's hash
     try:
-        file = inspect.getsourcefile(type(method))
-        code = Path(file or "").read_bytes()
-    except (TypeError, OSError):  # written in a notebook
-        return {}
+        code = Path(inspect.getsourcefile(type(method)) or "").read_bytes()
+    except (TypeError, OSError):
+        try:
+            code = inspect.getsource(type(method)).encode()  # a notebook's cell
+        except (TypeError, OSError):
+            code = uuid4().bytes  # nobody can tell whether it is the same: never reuse
     return {"file_hash": hashlib.sha256(code).hexdigest()[:8]}
+
+
+@cache
+def _house_hash() -> str:
+    """A hash of the code that computes results, so that a mended attack does not find the old numbers done."""
+    house = Path(__file__).parent.parent
+    files = sorted(
+        file for room in ROOMS for file in ([house / room] if room.endswith(".py") else (house / room).rglob("*.py"))
+    )
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(house).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]
 
 
 def _failure(what: str, error: Exception) -> Failure:

@@ -166,6 +166,7 @@ class Judge:
             threat,
             rng,
             self.width,
+            stop=self._surrogate_agrees(batch),
         )
         if not crafted.finite:
             raise UserError(
@@ -197,6 +198,18 @@ class Judge:
                 "damaged or its precision too low."
             )
         return logits
+
+    def _surrogate_agrees(self, batch: Batch) -> bool:
+        """Whether an adaptive attacker may stop early: only if its stand-in has the deployed pipeline's values."""
+        if self.cell.attacker != "adaptive" or self.defense.adaptive_equals_whitebox:
+            return True
+        images, ids = batch.images[:4], batch.ids[:4]
+        spent = self._spent()
+        with torch.no_grad():
+            stand_in = self.defense.surrogate(self.counted)(images, ImageRng(self.cell.seed, ids, "deployed")).logits
+        agrees = torch.allclose(stand_in, self._predict(images, ids), rtol=1e-3, atol=1e-2)
+        self.counted.forwards, self.counted.backwards = spent
+        return agrees
 
     def _check_pipeline(self, batch: Batch) -> Checks:
         """Ask the deployed pipeline for a few images again, and one by one."""

@@ -55,6 +55,7 @@ class Folder(Source):
             ids=tuple(printable(p, top) for p in paths),
             labels=tuple(labels),
             read=lambda i: decode(paths[i], str(paths[i])),
+            encoded=lambda i: paths[i].read_bytes(),
         )
 
 

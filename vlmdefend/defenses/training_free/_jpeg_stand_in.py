@@ -2,9 +2,10 @@
 
 Colour transform, 2x2 chroma averaging, 8x8 DCT, quantisation with the standard's tables (ITU-T T.81, annex K) at
 libjpeg's quality scaling, and the way back. Rounding keeps its values; its gradient is that of the cubic
-approximation of Shin & Song 2017 ("JPEG-resistant adversarial images"), 3 (x - round(x))^2: small where a coefficient
-sits firmly on its level, so that the attack spends its budget on coefficients that survive the codec. On the embedded
-images this breaks more than the identity or a rounding passed straight through.
+approximation of Shin & Song 2017 ("JPEG-resistant adversarial images"), 3 (x - round(x))^2, small where a coefficient
+sits firmly on its level, so that the attack spends its budget on coefficients that survive the codec; plus a floor of
+0.1, without which a coefficient that is exactly on its level would never move. On the embedded images this breaks
+more than the identity, a rounding passed straight through, or the cubic alone (a test holds it to that).
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ CHROMINANCE = [
     99, 99, 99, *[99] * 32,
 ]
 # fmt: on
+FLOOR = 0.1
 TO_YCBCR = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
 
 
 class _Round(torch.autograd.Function):
-    """Round, with the gradient 3 (x - round(x))^2."""
+    """Round, with the gradient 0.1 + 3 (x - round(x))^2."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (offset,) = ctx.saved_tensors
-        slope: Tensor = 3.0 * offset**2
+        slope: Tensor = FLOOR + 3.0 * offset**2
         return gradients[0] * slope
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,11 +24,10 @@ class Jpeg(Defense):
 
     The 8-bit rounding and the codec stop the gradient, so plain white-box attacks see zeros. The adaptive attacker
     keeps the codec's values and takes the gradient of a differentiable JPEG (BPDA). The identity as stand-in, which
-    most papers use, is clearly weaker where the codec halves the chroma resolution: ``stand_in=identity`` shows it.
+    most papers use, is clearly weaker, not least because the codec halves the chroma resolution.
 
     Options:
         quality: 1 to 100, as libjpeg counts.
-        stand_in: whose gradient the adaptive attacker takes, ``differentiable`` JPEG or the ``identity``.
     """
 
     name: ClassVar[str] = "jpeg"
@@ -37,7 +36,6 @@ class Jpeg(Defense):
     citation: ClassVar[str] = "Dziugaite et al. 2016"
     recipe: ClassVar[Recipe] = Recipe("BPDA: the codec's values, the gradient of a differentiable JPEG")
     quality: int = 75
-    stand_in: Literal["differentiable", "identity"] = "differentiable"
 
     def __post_init__(self) -> None:
         if not 1 <= self.quality <= 100:
@@ -49,8 +47,7 @@ class Jpeg(Defense):
 
     def surrogate(self, model: Pipeline) -> Pipeline:
         """The codec's values, the stand-in's gradient."""
-        smooth = (lambda images: jpeg_stand_in(images, self.quality)) if self.stand_in == "differentiable" else None
-        transform = bpda(self.compress, smooth)
+        transform = bpda(self.compress, lambda images: jpeg_stand_in(images, self.quality))
         return TransformedInput(model, lambda images, rng: transform(images))
 
     def compress(self, images: Tensor) -> Tensor:

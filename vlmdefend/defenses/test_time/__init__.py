@@ -1,0 +1,1 @@
+"""Prompts or weights are adapted to each sample, then restored."""
