@@ -125,7 +125,7 @@ def peak_bytes(run: Run) -> int:
     return peak
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def spread(values: list[float], digits: int = 3) -> str:
     """``median [min-max]``."""
     low, middle, high = (f"{value:.{digits}f}" for value in (min(values), median(values), max(values)))
     return f"{middle} [{low}-{high}]"

@@ -24,6 +24,10 @@ CLASSES = 1000
 class Wrapped(nn.Module):
     """Plain open_clip as a user hands it to torchattacks: normalise, encode, normalise, x 100, text matrix."""
 
+    text: Tensor  # (C, D)
+    mean: Tensor  # (3, 1, 1)
+    std: Tensor  # (3, 1, 1)
+
     def __init__(self, clip: Any, text: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.clip: Any = clip

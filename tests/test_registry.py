@@ -83,7 +83,7 @@ def test_a_method_that_needs_a_missing_package_is_one_sentence(tmp_path: Path, m
     (package / "__init__.py").write_text("")
     (package / "needy.py").write_text("import a_package_nobody_has")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match=r"widget 'needy' cannot be loaded \(No module named 'a_package_nobody_has'\)"):
+    with pytest.raises(UserError, match=r"widget 'needy' cannot be loaded \(.*No module named 'a_package_nobody_has'"):
         Registry[Any]("widget", ("poor_room",)).get("needy")
 
 
@@ -211,6 +211,29 @@ def test_a_plugin_file_is_imported_once_given_and_a_missing_one_refused(tmp_path
         load_plugin(str(tmp_path / "missing.py"), warnings.append)
     with pytest.raises(UserError, match="not a Python file"):
         load_plugin(str(put(tmp_path / "notes.txt")), warnings.append)
+
+
+def test_a_plugin_that_fails_leaves_nothing_behind_and_takes_nothing_away(tmp_path: Path, monkeypatch: Any) -> None:
+    """What it registered before it failed is forgotten; a method that it was the first to import is not."""
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: ())
+    room = tmp_path / "quiet_room"
+    room.mkdir()
+    (room / "__init__.py").write_text(
+        "from vlmdefend.registry import Registry\nROOM = Registry('widget', (__name__,))\n"
+    )
+    thing = "from quiet_room import ROOM\n@ROOM.register\nclass Thing:\n    name = 'NAME'\n"
+    (room / "thing.py").write_text(thing.replace("NAME", "thing"))
+    (tmp_path / "mine.py").write_text("import quiet_room.thing\n" + thing.replace("NAME", "mine") + "raise ValueError")
+    monkeypatch.syspath_prepend(tmp_path)
+    warnings: list[str] = []
+    load_plugin(str(tmp_path / "mine.py"), warnings.append)
+    assert len(warnings) == 1
+    registry = sys.modules["quiet_room"].ROOM
+    assert registry.names() == ["thing"]
+    assert registry.get("thing").name == "thing"
+    (tmp_path / "mine.py").write_text(thing.replace("NAME", "mine"))
+    load_plugin(str(tmp_path / "mine.py"), warnings.append)
+    assert registry.names() == ["mine", "thing"], "mended, it loads"
 
 
 def put(file: Path) -> Path:

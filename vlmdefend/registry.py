@@ -194,12 +194,11 @@ def load_plugin(path: str, warn: Callable[[str], None]) -> None:
         raise UserError(f"--plugin {path}: not a Python file.")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    before = [(registry, dict(registry._classes)) for registry in Registry._all]
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         sys.modules.pop(name, None)
-        for registry, classes in before:
-            registry._classes = classes
+        for registry in Registry._all:  # what it registered before it failed; not what it imported
+            registry._classes = {key: cls for key, cls in registry._classes.items() if cls.__module__ != name}
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         warn(f"plugin {path} was not loaded: {type(error).__name__}: {reason}")

@@ -50,7 +50,7 @@ def test_a_flag_wins_over_the_file(evaluate: Cli, put: Put, tmp_path: Path) -> N
         ("seed: many", "--seed 'many'", "valid integer"),
         ("skip_bad: perhaps", "--skip-bad 'perhaps'", "valid boolean"),
         ("defense:", "--defense None", "give at least one"),
-        ("templates: a photo", "'a photo'", "--help"),
+        ("templates: a photo", "--template 'a photo'", "write it where the class name goes"),
         ("eps: 8", "eps '8'", "did you mean 8/255?"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import random
 import resource
@@ -106,9 +107,9 @@ def test_ctrl_c_keeps_finished_shards_and_the_same_command_goes_on(cli: Cli, tmp
         shard = Judge._shard
         patch.setattr(Judge, "_shard", lambda judge, number, index: computed.append(1) or shard(judge, number, index))
         assert cli("evaluate", *LONG, "--out", tmp_path / "runs").code == 0
-    done = 1000 * len(list((tmp_path / "runs").glob("cells/*/record.json")))
-    assert done == 2000
-    assert len(computed) <= 14 - kept
+    cells = [record["cell"] for record in records_of(tmp_path / "runs").values()]
+    assert len(cells) == 2
+    assert len(computed) <= sum(math.ceil(cell["n"] / cell["shard_size"]) for cell in cells) - kept
 
 
 def test_the_same_command_again_computes_nothing_and_says_the_same(
@@ -239,7 +240,7 @@ def test_a_disk_that_fills_up_keeps_whole_shards_and_the_same_command_goes_on(ev
     assert "run the same command again" in outcome.errors[0]
     partial = (folder / "partial.jsonl").read_bytes()
     assert partial.endswith(b"\n"), "no half line is left"
-    assert 1 <= partial.count(b"\n") < 5
+    assert 1 <= partial.count(b"\n") < 10
     assert not (folder / "record.json").exists()
 
     assert evaluate(*options).code == 0

@@ -15,6 +15,8 @@ from vlmdefend.evaluation.records import Cell, Checks, Cost, Record, Row
 def other(value: Any) -> Any:
     """Another value of the same type."""
     choices = {"whitebox": "transfer", "linf": "l2", "cpu": "cuda"}
+    if isinstance(value, bool):
+        return not value
     if isinstance(value, str):
         return choices.get(value, f"{value} ")
     return {**value, "steps": 11} if isinstance(value, dict) else value + 1

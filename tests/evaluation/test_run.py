@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from vlmdefend.evaluation.grid import Grid
 from vlmdefend.evaluation.listener import Listener
@@ -48,6 +49,7 @@ def model_folder(folder: Path, **preprocess: Any) -> Path:
         {"defense": "jpeg:quality=50"},
         {"dataset": "emoji:sketch"},
         {"split": "train"},
+        {"skip_bad": True},
     ],
     ids=str,
 )
@@ -84,8 +86,19 @@ def test_other_weights_or_another_preprocessing_in_the_same_folder_are_another_c
     assert not first & second, "the weights are the same, what they are shown is not"
 
 
+def test_other_pictures_under_the_same_names_are_another_cell(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32), (10, 200, 30)).save(tmp_path / "set" / name / "0.png")
+    dataset = f"folder:{tmp_path / 'set'}"
+    first = keys(tmp_path / "runs", dataset=dataset)
+    assert first == keys(tmp_path / "runs", dataset=dataset)
+    Image.new("RGB", (32, 32), (10, 200, 31)).save(tmp_path / "set" / "dog" / "0.png")
+    assert not first & keys(tmp_path / "runs", dataset=dataset)
+
+
 def test_how_it_is_run_is_not_part_of_the_cell(tmp_path: Path) -> None:
-    assert keys(tmp_path) == keys(tmp_path, threads=1) == keys(tmp_path, skip_bad=True)
+    assert keys(tmp_path) == keys(tmp_path, threads=1)
 
 
 def test_a_model_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

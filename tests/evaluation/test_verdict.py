@@ -197,7 +197,6 @@ def test_a_defense_that_answers_an_attack_with_no_numbers_is_not_called_robust(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.xfail(reason="attacks/view.py counts gradients that are exactly zero, not those that are no number")
 def test_a_gradient_that_is_not_a_number_counts_as_a_masked_one(verdict: Verdict) -> None:
     """No step moves along it, so an image that survives it was not attacked."""
 

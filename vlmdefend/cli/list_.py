@@ -26,6 +26,7 @@ def list_names(
         str | None, typer.Argument(help=f"One of: {', '.join(KINDS)}.", autocompletion=lambda: list(KINDS))
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also every ARCH:TAG of open_clip (models).")] = False,
+    plugin: Annotated[list[str] | None, typer.Option(help="Python file that registers more of them.")] = None,
 ) -> None:
     """List models, datasets, attacks, defenses or protocols."""
     from vlmdefend.errors import UserError, did_you_mean
