@@ -159,3 +159,23 @@ def test_wrong_options_are_refused(options: dict[str, float]) -> None:
     for name in NAMES:
         with pytest.raises(UserError, match=next(iter(options))):
             ATTACKS.create(name, **options)
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "fab-t"])
+def test_of_a_random_pipeline_the_last_iterate_counts_and_not_the_luckiest(name: str) -> None:
+    class Noisy(Wrapped):
+        stochastic = True
+
+        def forward(self, images, rng=None):  # type: ignore[no-untyped-def]
+            noise = rng.normal((self.num_classes,)) * 5.0
+            outputs = Wrapped.forward(self, images, rng)
+            self.last = images.detach().clone()
+            return Outputs(outputs.logits + noise, outputs.features)
+
+    model = convolutional(seed=9)
+    images, labels, ids = labelled(model, SHAPE, 3)
+    model.__class__ = Noisy
+    view = View(model, ImageRng(0, ids), stop=False)
+    options = {"steps": 6} if name == "apgd-ce" else {"steps": 6, "targets": 1}
+    found = ATTACKS.create(name, **options).perturb(view, images, labels, Threat("linf", 2 / 255), view.rng)
+    assert all(any(torch.equal(image, last) for last in model.last) for image in found)

@@ -14,6 +14,7 @@ from torch import Tensor
 from vlmdefend.attacks._apgd import start_point
 from vlmdefend.attacks._runs import Harvest, Part, keep_
 from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.pgd import SURE
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
@@ -80,13 +81,14 @@ def approach(
         plane = nearest_plane(part.view, s["x"], part.goal, classes[index], threat.norm)
         fooled, margin = part.goal.reached(plane.logits), part.goal.margin(plane.logits)
         inside, distance = part.threat.contains(s["x"], s["origin"]), part.threat.distance(s["x"], s["origin"]).float()
-        keep_(s, inside & (margin > s["margin"]), margin=margin, best=s["x"])
-        keep_(s, ~inside & fooled & (distance < s["distance"]), distance=distance, near=s["x"])
+        if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
+            keep_(s, inside & (margin > s["margin"]), margin=margin, best=s["x"])
+            keep_(s, ~inside & fooled & (distance < s["distance"]), distance=distance, near=s["x"])
         retreat = fooled & ~s["retreated"]
         back = s["origin"] + (s["x"] - s["origin"]) * steps.beta
         following = torch.where(per_image(retreat, back), back, _onto_boundary(s, plane, steps, threat.norm))
         s["taken"] += ~retreat
-        decided = fooled & inside & view.stop
+        decided = (margin > SURE) & inside & view.stop
         done = (decided | (s["taken"] == steps.projections)).cpu()
         leaving = done.nonzero()[:, 0]
         if len(leaving):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.pgd import SURE
 from vlmdefend.attacks.slots import State
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
@@ -36,7 +37,7 @@ def best_of(runs: Iterable[Run], view: View, images: Tensor) -> Tensor:
         best[todo] = torch.where(per_image(better, found), found, best[todo])
         margins[todo] = torch.where(better, margin, margins[todo])
         if view.stop:
-            todo = (margins <= 0).nonzero()[:, 0].cpu()
+            todo = (margins <= SURE).nonzero()[:, 0].cpu()
         if not len(todo):
             break
     return best

@@ -90,7 +90,7 @@ class AutoAttack(Attack):
                 stacklevel=2,
             )
         part = view.select(torch.arange(len(view)))
-        if self.version == "rand" and view.pipeline.stochastic:
+        if self.version == "rand" and view.stochastic:
             part.samples = max(view.samples, EOT_SAMPLES)
 
         def run(member: Attack, todo: Tensor) -> tuple[Tensor, Tensor]:

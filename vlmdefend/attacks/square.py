@@ -13,6 +13,7 @@ from vlmdefend.attacks._runs import Part
 from vlmdefend.attacks._square import grid_of_tiles, patterns, put_square, put_stripes, shift_energy, window_sides
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.pgd import SURE
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
@@ -79,12 +80,11 @@ class Square(Attack):
             }
 
         def step(part: Part, index: Tensor, s: State) -> Tensor:
-            logits = part.view(s["x"])
-            margin = part.goal.margin(logits)
+            margin = part.goal.margin(part.view(s["x"]))
             better = margin > s["margin"]
             torch.where(better, margin, s["margin"], out=s["margin"])
             torch.where(per_image(better, s["x"]), s["x"], s["best"], out=s["best"])
-            done = ((part.goal.reached(logits) & view.stop) | (s["taken"] + 1 == self.queries)).cpu()
+            done = (((margin > SURE) & view.stop) | (s["taken"] + 1 == self.queries)).cpu()
             leaving = done.nonzero()[:, 0]
             if len(leaving):
                 result[index[leaving]] = s["best"][leaving]
