@@ -13,8 +13,7 @@ from torch import Tensor
 
 from vlmdefend.attacks._apgd import start_point
 from vlmdefend.attacks._runs import Harvest, Part, keep_
-from vlmdefend.attacks.goal import Goal
-from vlmdefend.attacks.pgd import SURE
+from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng

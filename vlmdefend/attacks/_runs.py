@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.goal import Goal
-from vlmdefend.attacks.pgd import SURE
+from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.slots import State
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError

@@ -36,6 +36,7 @@ class ApgdCe(Attack):
     summary: ClassVar[str] = "Auto-PGD on the cross-entropy, 100 steps"
     citation: ClassVar[str] = "Croce & Hein 2020"
     quick: ClassVar[dict[str, Any]] = {"steps": 20}
+    loss: ClassVar[str] = "ce"
     steps: int = 100
     restarts: int = 1
     rho: float = 0.75
@@ -57,7 +58,7 @@ class ApgdCe(Attack):
                 labels[todo],
                 threat.select(todo),
                 rng.child(f"restart {restart}").select(todo),
-                loss=LOSSES["ce"],
+                loss=LOSSES[self.loss],
                 steps=self.steps,
                 rho=self.rho,
             )

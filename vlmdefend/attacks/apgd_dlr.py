@@ -3,63 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import ClassVar
 
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks._apgd import climb
-from vlmdefend.attacks._runs import best_of, check_options
-from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.view import View
-from vlmdefend.rng import ImageRng
-from vlmdefend.types import Threat
+from vlmdefend.attacks.apgd_ce import ApgdCe
 
 
 @ATTACKS.register
 @dataclass(frozen=True, kw_only=True)
-class ApgdDlr(Attack):
+class ApgdDlr(ApgdCe):
     """Auto-PGD raising the difference of logits ratio, which no logit scale can flatten (Croce & Hein 2020, section 4).
 
-    Options:
-        steps: gradient steps per restart.
-        restarts: independent starts on the ball's surface, each on the images that the earlier ones did not fool.
-        rho: the share of steps that must raise the loss, or the step size is halved.
+    Options as of :class:`~vlmdefend.attacks.apgd_ce.ApgdCe`.
 
     Raises:
-        UserError: steps or restarts below 1, rho outside [0, 1]; a model of fewer than 3 classes, when it attacks.
+        UserError: as there; a model of fewer than 3 classes, when it attacks.
     """
 
     name: ClassVar[str] = "apgd-dlr"
     summary: ClassVar[str] = "Auto-PGD on the difference of logits ratio, 100 steps"
-    citation: ClassVar[str] = "Croce & Hein 2020"
-    quick: ClassVar[dict[str, Any]] = {"steps": 20}
-    steps: int = 100
-    restarts: int = 1
-    rho: float = 0.75
-
-    def __post_init__(self) -> None:
-        check_options(self.name, steps=self.steps, restarts=self.restarts, rho=self.rho)
-
-    def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients per restart, and a forward for the last iterate."""
-        return self.restarts * (self.steps + 1) * samples, self.restarts * self.steps * samples
-
-    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All restarts."""
-
-        def run(restart: int, todo: Tensor) -> tuple[Tensor, Tensor]:
-            return climb(
-                view.select(todo),
-                images[todo],
-                labels[todo],
-                threat.select(todo),
-                rng.child(f"restart {restart}").select(todo),
-                loss=LOSSES["dlr"],
-                steps=self.steps,
-                rho=self.rho,
-            )
-
-        return best_of((partial(run, restart) for restart in range(self.restarts)), view, images)
+    loss: ClassVar[str] = "dlr"

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from vlmdefend.types import Outputs
 
+# An image leaves when it is fooled by more than what another batch's float rounding could take back.
+SURE = 1e-3
+
 
 def best_other(logits: Tensor, classes: Tensor) -> Tensor:
     """(B,) the highest logit outside ``classes`` (B,). Masked with -inf: a product mask fails on negative logits."""

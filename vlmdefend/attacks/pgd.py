@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
@@ -20,9 +20,6 @@ from vlmdefend.kernels.l2 import l2_step_
 from vlmdefend.kernels.linf import linf_step_
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat, parse_eps, per_image
-
-# An image leaves when it is fooled by more than what another batch's float rounding could take back.
-SURE = 1e-3
 
 
 class _Part(NamedTuple):

@@ -12,8 +12,7 @@ from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks._runs import Part
 from vlmdefend.attacks._square import grid_of_tiles, patterns, put_square, put_stripes, shift_energy, window_sides
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.goal import Goal
-from vlmdefend.attacks.pgd import SURE
+from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
