@@ -215,7 +215,6 @@ def test_embedded_models_are_compressed_folders(kind: str, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize("name", names.EMBEDDED)
-@pytest.mark.skipif(not (names.ASSETS / "tiny-rn").is_dir(), reason="the embedded models are not built")
 def test_the_embedded_pair_loads(name: str) -> None:
     model = load_model(name, device="cpu")
     classifier = model.zero_shot(["cat", "dog"], ["a {c}"])

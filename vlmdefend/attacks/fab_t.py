@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks._fab import Steps, approach
-from vlmdefend.attacks._runs import Run, best_of, check_options, likely_wrong
-from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks._runs import Run, best_of, likely_wrong
+from vlmdefend.attacks.fab import Fab
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
@@ -20,20 +20,13 @@ from vlmdefend.types import Threat
 
 @ATTACKS.register
 @dataclass(frozen=True, kw_only=True)
-class FabT(Attack):
+class FabT(Fab):
     """Fast adaptive boundary attack (Croce & Hein 2020b) on one boundary at a time (Croce & Hein 2020, section 5).
 
     min(targets, C - 1) classes, likeliest first; any wrong prediction on the way is a success if its norm is at most
     eps.
 
-    Options:
-        steps: projections per class and restart; each costs a gradient, and the backward step after an adversarial
-            iterate another.
-        restarts: the first from the clean image, others from random points of the ball.
-        targets: the most wrong classes to try.
-        alpha_max: the largest weight of the clean image's own projection.
-        eta: overshoot of a projection.
-        beta: how far towards an adversarial iterate the backward step stays.
+    Options as of :class:`~vlmdefend.attacks.fab.Fab`; ``steps`` and ``restarts`` are per class here.
 
     Raises:
         UserError: steps, restarts or targets below 1.
@@ -41,17 +34,6 @@ class FabT(Attack):
 
     name: ClassVar[str] = "fab-t"
     summary: ClassVar[str] = "FAB towards the 9 likeliest wrong classes, 100 steps each"
-    citation: ClassVar[str] = "Croce & Hein 2020b"
-    quick: ClassVar[dict[str, Any]] = {"steps": 6, "targets": 3}
-    steps: int = 100
-    restarts: int = 1
-    targets: int = 9
-    alpha_max: float = 0.1
-    eta: float = 1.05
-    beta: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_options(self.name, steps=self.steps, restarts=self.restarts, targets=self.targets)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
         """At most two gradients per projection (every other iterate adversarial), and a forward per run and in all."""

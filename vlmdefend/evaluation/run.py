@@ -82,9 +82,12 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
                 raise
             failure = _failure(f"model {name}", error)
             evaluation.failures.append(failure)
+            for planned in cells:
+                store.fail(bind(plan, planned, None, device, contents[planned.images]), failure.message)
             listener.fail(failure, sum(len(planned.images) for planned in cells), len(cells))
             continue
         for planned in cells:
+            store.forget(bind(plan, planned, None, device, contents[planned.images]))
             cell = bind(plan, planned, model, device, contents[planned.images])
             try:
                 _run_cell(plan, planned, model, cell, store, listener, evaluation)
@@ -99,13 +102,15 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
     return evaluation
 
 
-def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch.device, images_hash: str = "") -> Cell:
-    """The cell with the hashes that need the model."""
+def bind(
+    plan: Plan, planned: Planned, model: VisionLanguageModel | None, device: torch.device, images_hash: str = ""
+) -> Cell:
+    """The cell with the hashes that need the model; None: of a model that could not be loaded."""
     return Cell(
         protocol=plan.protocol.name,
         protocol_hash=plan.protocol.hash,
-        model=model.name,  # with --weights it names the file too
-        weights_hash=_model_hash(model),
+        model=planned.model if model is None else model.name,  # with --weights it names the file too
+        weights_hash="" if model is None else _model_hash(model),
         defense=planned.defense.name,
         defense_config=planned.defense.spec() | _code_hash(planned.defense),
         dataset=planned.images.name,
@@ -114,7 +119,7 @@ def bind(plan: Plan, planned: Planned, model: VisionLanguageModel, device: torch
         images_hash=images_hash,
         skip_bad=plan.grid.skip_bad,
         n=len(planned.images),
-        prompts_hash=model.prompts_hash(planned.images.class_names, _templates(plan, planned)),
+        prompts_hash=VisionLanguageModel.prompts_hash(planned.images.class_names, _templates(plan, planned)),
         attack=planned.attack.name,
         attack_config=planned.attack.spec() | _code_hash(planned.attack),
         attacker=planned.attacker,

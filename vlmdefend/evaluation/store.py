@@ -6,6 +6,7 @@ line per finished shard, appended and flushed to disk, so that a kill loses at m
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -83,6 +84,16 @@ class Store:
             yield CellWriter(folder, cell)
         finally:
             lock.close()
+
+    def fail(self, cell: Cell, message: str) -> None:
+        """Record why ``cell`` has no result, unless another process is at it."""
+        with contextlib.suppress(Busy), self.writing(cell) as writer:
+            writer.fail(message)
+
+    def forget(self, cell: Cell) -> None:
+        """Drop a recorded failure that holds no longer."""
+        with _disk(self.folder):
+            (self.cell_folder(cell.key) / "record.json").unlink(missing_ok=True)
 
     def records(self) -> list[Record]:
         """Every record of the folder, in a stable order."""

@@ -170,7 +170,7 @@ class Judge:
         )
         if not crafted.finite:
             raise UserError(
-                f"{self.cell.title()}: logits or gradients were not finite (nan or infinite) on images that the attack "
+                f"{self.cell.title()}: logits were not finite (nan or infinite) on images that the attack "
                 "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
             )
         inside = threat.contains(crafted.images, batch.images[right])
