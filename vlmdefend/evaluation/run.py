@@ -222,5 +222,5 @@ def _house_hash() -> str:
 def _failure(what: str, error: Exception) -> Failure:
     """One line; a defect is named by its type."""
     users = isinstance(error, UserError)
-    message = " ".join(str(error).split())
+    message = " ".join(str(error).split()).removeprefix(f"{what}: ")
     return Failure(what, message if users else f"{type(error).__name__}: {message}", users)
