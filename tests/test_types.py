@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Norm, Threat, format_eps, parse_eps
+from vlmdefend.types import Norm, Threat, format_eps, parse_eps, patch_side
 
 NORMS: tuple[Norm, ...] = ("linf", "l2")
 
@@ -187,3 +187,59 @@ def test_distance_is_measured_in_float64() -> None:
         distance = Threat(norm, 0.1).distance(images, around)
         assert distance.dtype == torch.float64
         assert float(distance) == pytest.approx(1 / 255, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "share"),
+    [((2, 3), (4, 4), 4), ((0, 0), (0, 0), 1), ((0, 9), (3, 3), 100), ((1, 3), (2, 6), 25)],
+)
+def test_a_patch_is_measured_by_the_square_that_holds_it(
+    rows: tuple[int, int], columns: tuple[int, int], share: int
+) -> None:
+    around = torch.rand(2, 3, 10, 10) * 0.5
+    images = around.clone()
+    images[0, 1, rows[0], columns[0]] += 0.25
+    images[0, 2, rows[1], columns[1]] += 0.25
+    threat = Threat("patch", 0.25)
+    assert threat.distance(images, around).tolist() == [share / 100, 0.0]
+    assert threat.contains(images, around).tolist() == [share <= 25, True]
+    back = threat.project(images, around)
+    assert torch.equal(back[0], images[0] if share <= 25 else around[0])
+    assert torch.equal(back[1], around[1])
+
+
+def test_corruptions_keep_the_pixel_range_only_and_text_attacks_no_pixel() -> None:
+    around = torch.rand(1, 3, 4, 4)
+    other = 1 - around
+    assert Threat("corruption", 3).contains(other, around).all()
+    assert not Threat("corruption", 3).contains(other + 1, around).any()
+    assert not Threat("tokens", 3).contains(other, around).any()
+    assert Threat("tokens", 3).contains(around, around).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "value"), [("3", "corruption", 3.0), ("2", "tokens", 2.0), ("0.05", "patch", 0.05)]
+)
+def test_budgets_without_a_ball_are_read(text: str, norm: Norm, value: float) -> None:
+    assert parse_eps(text, norm) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "norm", "message"),
+    [
+        ("4/255", "corruption", "1 to 5"),
+        ("6", "corruption", "1 to 5"),
+        ("1.5", "tokens", "whole number"),
+        ("2", "patch", "at most 1"),
+    ],
+)
+def test_budgets_without_a_ball_are_refused(text: str, norm: Norm, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_eps(text, norm)
+
+
+@pytest.mark.parametrize(
+    ("eps", "height", "width", "side"), [(0.05, 32, 32, 7), (1.0, 8, 6, 6), (0.0, 8, 8, 0), (0.25, 10, 10, 5)]
+)
+def test_the_side_of_a_patch(eps: float, height: int, width: int, side: int) -> None:
+    assert patch_side(eps, height, width) == side

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from vlmdefend.rng import ImageRng
 
-Norm = Literal["linf", "l2"]
+Norm = Literal["linf", "l2", "patch", "corruption", "tokens"]
+NORMS: tuple[Norm, ...] = ("linf", "l2", "patch", "corruption", "tokens")
 
 
 class Batch(NamedTuple):
@@ -47,9 +48,14 @@ class Pipeline(Protocol):
 
 @dataclass(frozen=True)
 class Threat:
-    """What an attacker may do to the pixels of one image: stay in [0, 1] and within ``eps`` of it.
+    """What an attacker may do to one image: stay in [0, 1] and within ``eps`` of it.
 
-    ``eps`` is a number, or a (B,) tensor with one radius per image.
+    ``eps`` is a number, or a (B,) tensor with one per image. What it measures depends on ``norm``:
+
+    ``linf``, ``l2``: the radius of a ball around the pixels.
+    ``patch``: a share of the image's area; one square of at most that area may hold anything.
+    ``corruption``: a severity from 1 to 5; the pixels may become anything, for nothing is optimised.
+    ``tokens``: words of the class prompts that may change; the pixels may not.
     """
 
     norm: Norm
@@ -66,7 +72,13 @@ class Threat:
         return self.eps.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
 
     def project(self, images: Tensor, around: Tensor) -> Tensor:
-        """The nearest point of the ball, then of [0, 1]; a new tensor of the shape of ``images``."""
+        """The nearest point of the ball, then of [0, 1]; a new tensor of the shape of ``images``.
+
+        Where there is no ball, images outside the budget become ``around``.
+        """
+        if self.norm not in ("linf", "l2"):
+            clamped = images.clamp(0.0, 1.0)
+            return clamped.where(per_image(self.contains(clamped, around), images), around)
         eps = self.radius(images)
         delta = images - around
         if self.norm == "linf":
@@ -93,16 +105,23 @@ class Threat:
         return (images + noise).clamp_(0.0, 1.0)
 
     def distance(self, images: Tensor, around: Tensor) -> Tensor:
-        """(B,) float64 distance in this norm."""
+        """(B,) float64 distance in this norm; for ``patch`` the share of the smallest square that holds all changes.
+
+        Where nothing about the pixels is measured (``corruption``, ``tokens``) it is that of ``linf``.
+        """
+        if self.norm == "patch":
+            return _changed_side(images, around).double().square() / (images.shape[-2] * images.shape[-1])
         delta = (images.double() - around.double()).flatten(1)
-        return delta.abs().amax(dim=1) if self.norm == "linf" else delta.norm(dim=1)
+        return delta.norm(dim=1) if self.norm == "l2" else delta.abs().amax(dim=1)
 
     def contains(self, images: Tensor, around: Tensor, tolerance: float = 1e-6) -> Tensor:
         """(B,) bool: finite, in [0, 1] and within ``eps`` (float64, ``tolerance`` for float32 rounding)."""
         eps = self.eps if isinstance(self.eps, (int, float)) else self.eps.double().to(images.device)
         flat = images.flatten(1)
         inside = flat.isfinite().all(1) & (flat >= 0).all(1) & (flat <= 1).all(1)
-        return inside & (self.distance(images, around) <= eps + tolerance)
+        if self.norm == "corruption":
+            return inside
+        return inside & (self.distance(images, around) <= (0.0 if self.norm == "tokens" else eps + tolerance))
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
@@ -110,11 +129,30 @@ def per_image(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.dim() - 1))
 
 
+def _changed_side(images: Tensor, around: Tensor) -> Tensor:
+    """(B,) int64 side of the smallest square window of (B, C, H, W) outside of which nothing changed."""
+    changed = (images != around).any(dim=1)  # (B, H, W); not-a-number differs from everything
+    extents = []
+    for dim in (1, 2):
+        lines = changed.any(dim=3 - dim).long()  # (B, H) rows, then (B, W) columns that changed
+        size = lines.shape[1]
+        first = lines.argmax(dim=1)
+        last = size - 1 - lines.flip(1).argmax(dim=1)
+        extents.append((last - first + 1) * lines.amax(dim=1))
+    return extents[0].maximum(extents[1])
+
+
+def patch_side(eps: float, height: int, width: int) -> int:
+    """The side of the largest square that covers at most the share ``eps`` of the image, and lies inside it."""
+    return min(math.isqrt(int(eps * height * width + 1e-9)), height, width)
+
+
 def parse_eps(text: str, norm: Norm = "linf") -> float:
-    """Read a perturbation size as people write it: ``4/255``, ``0.03``.
+    """Read a perturbation size as people write it: ``4/255``, ``0.03``; a severity or a number of tokens: ``3``.
 
     Raises:
-        UserError: not a number, not finite, negative, or a bare integer such as ``8`` that surely means ``8/255``.
+        UserError: not a number, not finite, negative, or a bare integer such as ``8`` that surely means ``8/255``;
+            a patch larger than the image, a severity other than 0 to 5, a broken number of tokens.
     """
     written = str(text).strip()
     if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?(\s*/\s*\d+(\.\d*)?)?", written, re.IGNORECASE):
@@ -125,6 +163,12 @@ def parse_eps(text: str, norm: Norm = "linf") -> float:
     value = float(above) / float(below or 1)
     if not math.isfinite(value) or value < 0:
         raise UserError(f"eps {written!r} must be a finite number that is zero or more, such as 4/255.")
+    if norm == "patch" and value > 1:
+        raise UserError(f"eps {written!r}: a patch covers a share of the image's area, at most 1; write 0.05 for 5 %.")
+    if norm == "corruption" and value not in range(6):
+        raise UserError(f"eps {written!r}: of a corruption it is the severity, a whole number from 1 to 5.")
+    if norm == "tokens" and value != int(value):
+        raise UserError(f"eps {written!r}: of a text attack it is a number of tokens; write a whole number such as 2.")
     if norm == "linf" and value >= 1:
         advice = f"; did you mean {above.strip()}/255?" if not below and value <= 255 else "."
         raise UserError(f"eps {written!r} is as large as the whole pixel range [0, 1]{advice}")

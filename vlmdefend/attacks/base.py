@@ -30,8 +30,9 @@ class Attack(ABC):
     """One attack. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
 
     Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``),
-    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient, ``quick`` options under which the
-    contract tests run it, where its default budget is large.
+    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient, ``blind`` if it never asks for
+    anything, so that all attackers are one, ``quick`` options under which the contract tests run it, where its default
+    budget is large.
     """
 
     name: ClassVar[str]
@@ -39,6 +40,7 @@ class Attack(ABC):
     citation: ClassVar[str]
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
     gradient_free: ClassVar[bool] = False
+    blind: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
@@ -48,6 +50,25 @@ class Attack(ABC):
         Any number of images may come; send ``view.width`` of them through the view at a time. ``rng`` holds one
         stream per image for the attack's own draws.
         """
+
+    @property
+    def learns_from(self) -> int:
+        """How many images of a set :meth:`fit` wants to see; 0: the attack meets each image unprepared."""
+        return 0
+
+    def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
+        """An attack that uses one thing on a whole set (universal, patch) learns it here, before any ``__call__``.
+
+        Args:
+            view: what the attacker may query, of the ``learns_from`` images of the set.
+            images: (N, ...) clean images, right or wrong. Not changed.
+            labels: (N,) true classes.
+            threat: norm and radius, a number.
+
+        Returns:
+            The attack with what it learned; it then treats every image by itself.
+        """
+        return self
 
     @property
     def keeps_best(self) -> bool:

@@ -11,7 +11,7 @@ from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Threat
+from vlmdefend.types import NORMS, Norm, Threat
 
 
 @ATTACKS.register
@@ -22,7 +22,9 @@ class NoAttack(Attack):
     name: ClassVar[str] = "none"
     summary: ClassVar[str] = "no attack: clean accuracy"
     citation: ClassVar[str] = "–"
+    norms: ClassVar[tuple[Norm, ...]] = NORMS
     gradient_free: ClassVar[bool] = True
+    blind: ClassVar[bool] = True
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """The images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -70,9 +71,33 @@ def view_of(
     )
 
 
-def craft(
+def detector_weights(attacker: Attacker, defense: Defense) -> tuple[float, ...]:
+    """The weights of the detector term that are tried; without a detector the one weight 0."""
+    return (defense.recipe.detector_weights if attacker == "adaptive" else ()) or (0.0,)
+
+
+def fit(
     attacker: Attacker,
     attack: Attack,
+    defense: Defense,
+    model: Pipeline,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    rng: ImageRng,
+    width: int,
+) -> dict[float, Attack]:
+    """The attack for each weight of the detector term, after it has learned from N images of the set."""
+    fitted = {}
+    for weight in detector_weights(attacker, defense):
+        view = view_of(attacker, defense, model, rng.child(f"detector {weight}"), width, weight)
+        fitted[weight] = attack.fit(view, images, labels, threat)
+    return fitted
+
+
+def craft(
+    attacker: Attacker,
+    attacks: Mapping[float, Attack],
     defense: Defense,
     model: Pipeline,
     images: Tensor,
@@ -85,14 +110,15 @@ def craft(
 ) -> Crafted:
     """Attack B images; an adaptive attacker of a detector tries each weight of the detector term, best per image.
 
+    ``attacks`` holds the attack for each weight, as :func:`fit` returns them.
+
     ``stop=False``: the view's word that an image is fooled is not the deployed pipeline's.
     """
-    weights = (defense.recipe.detector_weights if attacker == "adaptive" else ()) or (0.0,)
     best, margins = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
     steps = torch.zeros(len(images), dtype=torch.int64)
     values = zeros = outside = 0
     finite = True
-    for weight in weights:
+    for weight, attack in attacks.items():
         view = view_of(attacker, defense, model, rng.child(f"detector {weight}" if weight else attacker), width, weight)
         view.stop = view.stop and stop
         found = attack(view, images, labels, threat)

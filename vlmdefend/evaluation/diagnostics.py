@@ -56,6 +56,8 @@ def reasons(results: Iterable[Result]) -> list[Reason]:
     done = [r for r in results if r.record.status == "done"]
     attacked = [r for r in done if is_attacked(r.record.cell)]
     found = [*_broken_pipeline(done)]
+    if any(r.record.cell.norm == "corruption" for r in attacked):
+        return found  # nothing climbs, and a severity is no ball that holds the smaller ones
     for result in attacked:
         found += [*_outside_budget(result), *_zero_gradients(result), *_not_rising(result)]
     for eps in sorted({r.record.cell.eps for r in attacked}):

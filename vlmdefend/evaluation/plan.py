@@ -19,6 +19,9 @@ from vlmdefend.evaluation.protocol import Protocol, get_protocol
 from vlmdefend.evaluation.records import Attacker
 from vlmdefend.types import Norm, parse_eps
 
+# for the threats that no protocol lists
+DEFAULT_EPS: dict[Norm, tuple[str, ...]] = {"patch": ("0.05",), "corruption": ("1", "3", "5"), "tokens": ("1", "2")}
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -62,25 +65,24 @@ def make_plan(grid: Grid) -> Plan:
     if grid.templates is not None:
         chosen = grid.templates if grid.templates == "dataset" else tuple(grid.templates)
         protocol = protocol.with_templates(check_templates(chosen))
-    norm = grid.norm or protocol.norm
     for name in grid.model:
         check_name(name, weights=grid.weights)
     defenses = [DEFENSES.create(text) for text in grid.defense]
     attacks = [_create_attack(text, grid.steps) for text in grid.attack]
-    for attack in attacks:
-        if norm not in attack.norms:
-            raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
-    typed = None if grid.eps is None else [parse_eps(text, norm) for text in grid.eps]
+    norms = {attack: _norm_of(attack, grid.norm, protocol) for attack in attacks}
+    typed = {norm: [parse_eps(text, norm) for text in grid.eps or ()] for norm in dict.fromkeys(norms.values())}
     classes = None if grid.classes is None else read_class_names(grid.classes)
     limit = None if grid.full else grid.limit or protocol.limit
     sets = [load_dataset(name, grid.split, limit=limit, root=grid.root, classes=classes) for name in grid.dataset]
     cells = [
-        Planned(model, images, defense, attack, attacker, norm, eps, seed)
+        Planned(model, images, defense, attack, attacker, norms[attack], eps, seed)
         for model in grid.model
         for images in sets
         for defense in defenses
         for attack in attacks
-        for eps in ([0.0] if attack.name == "none" else typed or _default_eps(protocol, images, norm))
+        for eps in (
+            [0.0] if attack.name == "none" else typed[norms[attack]] or _default_eps(protocol, images, norms[attack])
+        )
         for attacker in attackers_of(defense, attack, grid.attacker)
         for seed in grid.seed
     ]
@@ -89,7 +91,7 @@ def make_plan(grid: Grid) -> Plan:
 
 def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> list[Attacker]:
     """The attackers that differ: for the bare model all are one; with an exact gradient adaptive is white-box."""
-    if attack.name == "none" or defense.name == "none":
+    if attack.blind or defense.name == "none":
         return ["whitebox"]
     if not defense.adaptive_equals_whitebox:
         return asked
@@ -106,6 +108,14 @@ def check_templates(templates: Any) -> Any:
     return templates
 
 
+def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
+    """The norm that was asked for, else the protocol's, else the only ones that the attack knows: its first."""
+    norm = asked or (protocol.norm if protocol.norm in attack.norms else attack.norms[0])
+    if norm not in attack.norms:
+        raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
+    return norm
+
+
 def _create_attack(text: str, steps: int | None) -> Attack:
     """``--steps`` is for the attacks that take steps and do not say how many; the others go without."""
     from vlmdefend.registry import parse_spec
@@ -119,6 +129,8 @@ def _create_attack(text: str, steps: int | None) -> Attack:
 def _default_eps(protocol: Protocol, images: ImageSet, norm: Norm) -> list[float]:
     from vlmdefend.data.open import listed_datasets
 
+    if norm in DEFAULT_EPS:
+        return [parse_eps(text, norm) for text in DEFAULT_EPS[norm]]
     if norm != protocol.norm:
         raise UserError(f"protocol {protocol.name} has no eps list for {norm}; give --eps, for example --eps 0.5.")
     embedded = {line.name for line in listed_datasets() if line.where == "embedded"}

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from vlmdefend.types import Norm
+
 SCHEMA_VERSION = 1
 Attacker = Literal["transfer", "whitebox", "adaptive"]
 
@@ -40,7 +42,7 @@ class Cell(_Strict):
     attack: str
     attack_config: dict[str, Any]
     attacker: Attacker
-    norm: Literal["linf", "l2"]
+    norm: Norm
     eps: float = Field(ge=0)
     seed: int
     batch_size: int = Field(ge=1)

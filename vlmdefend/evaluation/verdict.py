@@ -17,7 +17,7 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import craft
+from vlmdefend.evaluation.attackers import craft, detector_weights, fit
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.evaluation.listener import Listener
 from vlmdefend.evaluation.machine import environment, peak_memory_mb, reset_peak_memory
@@ -45,6 +45,8 @@ class Judge:
         self.width = self.cell.batch_size
         self.counted = Counted(self.model)
         self.deployed = self.defense.wrap(self.counted)
+        self._attacks = dict.fromkeys(detector_weights(self.cell.attacker, self.defense), self.attack)
+        self._fit_cost = Cost()
 
     def run(self, writer: CellWriter, listener: Listener) -> tuple[Record, list[Row]]:
         """Compute the shards that are missing, then write rows and record."""
@@ -52,6 +54,8 @@ class Judge:
         done = writer.finished_shards()
         listener.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
         shards = list(chunks(len(self.images), self.cell.shard_size))
+        if self.attack.learns_from and self.cell.eps > 0 and len(done) < len(shards):
+            self._fit()
         for number in range(len(done), len(shards)):
             shard = self._shard_within_memory(number, shards[number].tolist(), listener)
             writer.add(shard)
@@ -93,6 +97,25 @@ class Judge:
                     raise UserError(f"{self.cell.title()}: a single image does not fit into memory.") from None
             self.width //= 2
             listener.note(f"out of memory: the batch is halved to {self.width} images")
+
+    def _fit(self) -> None:
+        """Let the attack learn from images spread evenly over the set; a resumed run learns the same again."""
+        count = min(self.attack.learns_from, len(self.images))
+        index = [i * len(self.images) // count for i in range(count)]
+        batch, _ = load_batch(self.images, index, self.transform, skip_bad=self.skip_bad)
+        rng = ImageRng(self.cell.seed, batch.ids, "fit")
+        before, clock = self._spent(), time.perf_counter()
+        images, labels = batch.images.to(self.device), batch.labels.to(self.device)
+        threat = Threat(self.cell.norm, self.cell.eps)
+        self._attacks = fit(
+            self.cell.attacker, self.attack, self.defense, self.counted, images, labels, threat, rng, self.width
+        )
+        spent = self._spent()
+        self._fit_cost = Cost(
+            attack_forwards=spent[0] - before[0],
+            attack_backwards=spent[1] - before[1],
+            attack_seconds=time.perf_counter() - clock,
+        )
 
     def _shard(self, number: int, index: list[int]) -> Shard:
         batch, bad = load_batch(self.images, index, self.transform, skip_bad=self.skip_bad)
@@ -147,6 +170,7 @@ class Judge:
                 )
             )
         ]
+        cost = cost + self._fit_cost if number == 0 else cost
         return Shard(number, rows, skipped, cost, checks + attack_checks + self._check_survivors(rows, right.tolist()))
 
     def _attack(self, batch: Batch, right: Tensor, threat: Threat) -> tuple[Tensor, Tensor, Checks]:
@@ -158,7 +182,7 @@ class Judge:
         rng = ImageRng(self.cell.seed, [batch.ids[i] for i in right.tolist()], "attacker")
         crafted = craft(
             self.cell.attacker,
-            self.attack,
+            self._attacks,
             self.defense,
             self.counted,
             batch.images[right],  # a copy, which the attack may overwrite
@@ -225,7 +249,8 @@ class Judge:
         )
 
     def _check_survivors(self, rows: list[Row], right: list[int]) -> Checks:
-        survivors = [rows[i] for i in right if rows[i].robust] if self.cell.eps > 0 else []
+        climbs = self.cell.eps > 0 and not self.attack.blind and not self.attack.learns_from
+        survivors = [rows[i] for i in right if rows[i].robust] if climbs else []
         return Checks(
             attacked_survivors=len(survivors),
             loss_not_rising=sum(row.adversarial_margin <= row.clean_margin for row in survivors),
