@@ -67,7 +67,7 @@ def speed() -> list[Row]:
     rows = []
     for subject in fixed_subjects():
         runs = runs_of(subject)
-        seconds = _take_turns(runs, next(n for name, n in ROUNDS.items() if subject.name.startswith(name)))
+        seconds = take_turns(runs, next(n for name, n in ROUNDS.items() if subject.name.startswith(name)))
         floors = [name for name in runs if name.startswith("floor")]
         floor = min(floors, key=lambda name: median(seconds[name]))
         peer = seconds["torchattacks"]
@@ -136,7 +136,7 @@ def verdict(met: bool) -> str:
     return "met" if met else "missed"
 
 
-def _take_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
+def take_turns(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     """CPU seconds of each program in each round; every other round goes backwards. One run warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     next(iter(runs.values()))()

@@ -22,7 +22,7 @@ CLASSES = 1000
 
 
 class Wrapped(nn.Module):
-    """Plain open_clip as a user hands it to torchattacks: normalise, encode, normalise, x 100, text matrix."""
+    """Plain open_clip as a user hands it to torchattacks: normalise, encode, normalise, scale, text matrix."""
 
     text: Tensor  # (C, D)
     mean: Tensor  # (3, 1, 1)
@@ -31,6 +31,7 @@ class Wrapped(nn.Module):
     def __init__(self, clip: Any, text: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.clip: Any = clip
+        self.scale = float(clip.logit_scale.detach().exp())  # the model's own: cross-entropy feels it
         self.register_buffer("text", text)
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
@@ -38,7 +39,7 @@ class Wrapped(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, C)."""
         features = self.clip.encode_image((images - self.mean) / self.std)
-        return 100.0 * F.normalize(features, dim=-1) @ self.text.T
+        return self.scale * F.normalize(features, dim=-1) @ self.text.T
 
 
 @dataclass
