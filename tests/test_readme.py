@@ -40,8 +40,9 @@ def make_photos(folder: Path) -> None:
 def test_readme_commands_and_examples_work(tmp_path: Path) -> None:
     make_photos(tmp_path / "photos")
     save_folder(vlmdefend.load_model("tiny-vit"), tmp_path / "my-clip", {"made": "for the README's test"})
-    plugin, script = blocks("python")
+    reading, plugin, script = blocks("python")
     (tmp_path / "gray.py").write_text(plugin, encoding="utf-8")
+    (tmp_path / "read.py").write_text(reading, encoding="utf-8")
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
     environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     program = [sys.executable, "-c", "from vlmdefend.cli.main import run; run()"]
@@ -58,11 +59,15 @@ def test_readme_commands_and_examples_work(tmp_path: Path) -> None:
     assert (tmp_path / "verdicts.csv").stat().st_size > 0
     gray = next(text for line, text in outputs.items() if "gray.py" in line)
     assert "strength=0.5" in gray
-    done = subprocess.run(
-        [sys.executable, "script.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "jpeg" in done.stdout
+    printed = {}
+    for file in ("read.py", "script.py"):
+        done = subprocess.run(
+            [sys.executable, file], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        printed[file] = done.stdout
+    assert "33 of 100 images fooled the model" in printed["read.py"]
+    assert "jpeg" in printed["script.py"]
 
 
 def test_the_table_shown_is_the_table_that_comes_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
@@ -31,16 +31,25 @@ class Registry(Generic[T]):
         packages: dotted names of the packages whose modules each hold one class.
         shared: module names in those packages that hold no method (the contract, shared losses).
         separator: ``"-"`` or ``"_"``: how a name is spelled where its file has an underscore.
+        families: modules that answer for every name ``prefix:NAME``, by prefix; each has ``create(NAME, options)`` and
+            ``names()``.
     """
 
     _all: ClassVar[list[Registry[Any]]] = []
 
     def __init__(
-        self, kind: str, packages: tuple[str, ...], *, shared: tuple[str, ...] = (), separator: str = "-"
+        self,
+        kind: str,
+        packages: tuple[str, ...],
+        *,
+        shared: tuple[str, ...] = (),
+        separator: str = "-",
+        families: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
         self._packages = packages
         self._shared = frozenset(shared)
+        self.families = dict(families or {})
         self._separator = separator
         self._classes: dict[str, type[Any]] = {}
         Registry._all.append(self)
@@ -90,6 +99,10 @@ class Registry(Generic[T]):
     def create(self, text: str, **options: Any) -> T:
         """Build one from ``name`` or ``name:option=value:option=value``; ``options`` come on top."""
         name, written = parse_spec(text)
+        family, _, member = name.partition(":")
+        if self._key(family) in self.families:
+            made: T = importlib.import_module(self.families[self._key(family)]).create(member, {**written, **options})
+            return made
         try:
             cls = self.get(name)
         except UnknownName:
@@ -133,12 +146,13 @@ class Registry(Generic[T]):
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     """Split ``name:option=value:...`` into the name and the written options.
 
-    A part without ``=`` belongs to the name, so that ``torchattacks:CW`` stays whole.
+    A part without ``=`` belongs to the name, so that ``torchattacks:CW`` stays whole; so does what is in brackets, as in
+    ``worst-of:attacks=[pgd:steps=20]+square``.
 
     Raises:
-        UserError: an option that is written twice.
+        UserError: an option that is written twice, a bracket without its partner.
     """
-    parts = text.split(":")
+    parts = split_outside(text, ":")
     name = ":".join(p for p in parts if "=" not in p)
     options: dict[str, str] = {}
     for key, _, value in (p.partition("=") for p in parts if "=" in p):
@@ -147,6 +161,26 @@ def parse_spec(text: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"{text!r} gives {option} twice; keep one.")
         options[option] = value.strip()
     return name, options
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split at the separators that are outside of square brackets.
+
+    Raises:
+        UserError: a bracket without its partner.
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += {"[": 1, "]": -1}.get(letter, 0)
+        if depth < 0:
+            break
+        if letter == separator and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth != 0:
+        raise UserError(f"{text!r}: a square bracket has no partner; write [ before and ] after each nested attack.")
+    return parts
 
 
 def check_options(kind: str, cls: type[Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -172,7 +206,8 @@ def _coerce(where: str, value: Any, annotation: Any) -> Any:
     if isinstance(value, str) and value.lower() == "none":
         value = None
     try:
-        return TypeAdapter(annotation, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
+        config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
+        return TypeAdapter(annotation, config=config).validate_python(value)
     except ValidationError as error:
         expected = error.errors()[0]["msg"]
         raise UserError(f"{where}={value!r}: {expected[0].lower()}{expected[1:]}.") from None

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Norm = Literal["linf", "l2", "patch", "corruption", "tokens"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "patch", "corruption", "tokens")
+ABSTAINED = -1  # the class of a prediction that was not made
 
 
 class Batch(NamedTuple):
@@ -33,6 +34,14 @@ class Outputs(NamedTuple):
     logits: Tensor  # (B, C), scaled by the model's logit scale
     features: Tensor | None = None  # (B, D) image features, not normalised
     detector_score: Tensor | None = None  # (B,) higher = more likely adversarial; only where a defense detects
+    abstained: Tensor | None = None  # (B,) bool: no answer is given, which counts as wrong
+    certified_radius: Tensor | None = None  # (B,) L2 distance within which the prediction provably stays
+
+    @property
+    def predictions(self) -> Tensor:
+        """(B,) int64 classes (ties to the lowest index), :data:`ABSTAINED` where no answer is given."""
+        classes = self.logits.argmax(dim=1)
+        return classes if self.abstained is None else classes.masked_fill(self.abstained, ABSTAINED)
 
 
 class Pipeline(Protocol):
@@ -43,6 +52,18 @@ class Pipeline(Protocol):
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """(B, 3, H, W) in [0, 1] and B random streams -> outputs."""
+        ...
+
+
+class EmbeddingPipeline(Pipeline, Protocol):
+    """A pipeline whose logits are cosines between image features and class embeddings, as those of CLIP are."""
+
+    text_features: Tensor  # (C, D) unit rows
+    blank_features: Tensor | None  # (D,) unit: the mean text embedding of templates that name no class
+    std: Tensor  # (3, 1, 1) what pixels in [0, 1] are divided by
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, D) image features of any length -> (B, C)."""
         ...
 
 
@@ -93,16 +114,17 @@ class Threat:
 
         L2: normal direction, radius ``eps * u^(1/d)``; a radius ``eps * u`` would crowd the centre.
         """
+        from vlmdefend.kernels.start import noisy  # brings torch
+
         shape = images.shape[1:]
-        eps = self.radius(images)
         if self.norm == "linf":
-            noise = rng.uniform(shape, -1.0, 1.0).to(images.device) * eps
+            noise = rng.uniform(shape, -1.0, 1.0).to(images.device)
         else:
             direction = rng.normal(shape).to(images.device)
             direction /= per_image(direction.flatten(1).norm(dim=1).clamp_min(1e-12), direction)
             radius = rng.uniform((1,)).to(images.device).flatten() ** (1.0 / direction[0].numel())
-            noise = direction * per_image(radius, direction) * eps
-        return (images + noise).clamp_(0.0, 1.0)
+            noise = direction * per_image(radius, direction)
+        return noisy(images, noise, self.eps)
 
     def distance(self, images: Tensor, around: Tensor) -> Tensor:
         """(B,) float64 distance in this norm; for ``patch`` the share of the smallest square that holds all changes.

@@ -16,12 +16,15 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Threat
 
 SHAPE = (3, 8, 8)
-SMALL = {"linf": 4 / 255, "l2": 0.15}
+RADII = {
+    "linf": (1 / 255, 4 / 255, 16 / 255),
+    "l2": (0.0375, 0.15, 0.6),
+    "patch": (0.02, 0.1, 0.4),
+    "corruption": (1.0, 2.0, 5.0),
+}
+SMALL = {norm: radii[1] for norm, radii in RADII.items()}
 CASES = [
-    pytest.param(cls.name, norm, id=f"{cls.name}-{norm}")
-    for cls in ATTACKS
-    for norm in ("linf", "l2")
-    if norm in cls.norms
+    pytest.param(cls.name, norm, id=f"{cls.name}-{norm}") for cls in ATTACKS for norm in RADII if norm in cls.norms
 ]
 contract = pytest.mark.parametrize(("name", "norm"), CASES)
 
@@ -43,6 +46,10 @@ def attack(
     width: int = 4,
 ) -> Attacked:
     chosen = ATTACKS.create(name, **ATTACKS.get(name).quick)
+    if chosen.learns_from:
+        lesson, classes, names = labelled(model, SHAPE, 12, seed=7)
+        whole = Threat(threat.norm, float(torch.as_tensor(threat.eps).max()))
+        chosen = chosen.fit(View(model, ImageRng(0, names), width=width), lesson, classes, whole)
     return chosen(View(model, ImageRng(0, ids), width=width), images, labels, threat)
 
 
@@ -154,7 +161,7 @@ def test_saturated_pixels_can_move(name: str, norm: str, conv: Wrapped) -> None:
     with torch.no_grad():
         labels = conv(images).logits.argmax(1)
     ids = [f"binary-{i}" for i in range(4)]
-    found = attack(name, conv, images, labels, ids, Threat(norm, 4 * SMALL[norm]))
+    found = attack(name, conv, images, labels, ids, Threat(norm, RADII[norm][2]))
     assert (found.images != images).flatten(1).any(1).all()
 
 
@@ -179,9 +186,7 @@ def test_no_images_is_no_error(name: str, norm: str, conv: Wrapped) -> None:
 def test_accuracy_falls_with_the_radius(name: str, norm: str) -> None:
     model = convolutional(seed=9)
     images, labels, ids = labelled(model, SHAPE, 24)
-    fooled = [
-        int(attack(name, model, images, labels, ids, Threat(norm, SMALL[norm] * k)).fooled.sum()) for k in (0.25, 1, 4)
-    ]
+    fooled = [int(attack(name, model, images, labels, ids, Threat(norm, eps)).fooled.sum()) for eps in RADII[norm]]
     assert fooled == sorted(fooled)
     if name != "none":
         assert fooled[-1] > fooled[0]

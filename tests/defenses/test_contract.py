@@ -15,7 +15,7 @@ from vlmdefend.defenses.base import Defense, Recipe
 from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.models.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Batch, Pipeline
 
 NAMES = DEFENSES.names()
 every = pytest.mark.parametrize("name", NAMES)
@@ -51,6 +51,13 @@ def predict(pipeline, images, ids, seed: int = 0) -> torch.Tensor:  # type: igno
         return pipeline(images, ImageRng(seed, ids, "test")).logits
 
 
+def surrogates(defense: Defense, model: Pipeline) -> tuple[Pipeline, ...]:
+    """All stand-ins of an adaptive attacker, as many as the recipe says."""
+    found = defense.surrogates(model)
+    assert len(found) == defense.recipe.surrogates
+    return found
+
+
 @every
 def test_says_what_it_is(name: str) -> None:
     cls = DEFENSES.get(name)
@@ -58,6 +65,7 @@ def test_says_what_it_is(name: str) -> None:
     assert cls.summary
     assert cls.citation
     assert cls.recipe.text
+    assert cls.changes
     assert cls.recipe.samples >= 1
     assert cls.paradigm in ("none", "training-time", "test-time adaptation", "training-free")
     assert DEFENSES.create(name, **instance.spec()) == instance
@@ -95,26 +103,35 @@ def test_same_seed_same_prediction_and_mates_do_not_matter(
     assert defense.stochastic != torch.equal(together, predict(pipeline, batch.images, batch.ids, seed=1))
     for i in (0, 5):
         alone = predict(pipeline, batch.images[i : i + 1], batch.ids[i : i + 1])
-        assert torch.allclose(alone[0], together[i], rtol=1e-4, atol=1e-3)
+        # the evaluator's own tolerance: a sign step turns the last bit of a small gradient into a step of its own
+        assert torch.allclose(alone[0], together[i], rtol=1e-3, atol=1e-2)
 
 
 @every
 def test_the_surrogate_has_the_values_of_the_deployed_pipeline(
     name: str, classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
+    """A vote has no gradient, so what stands in for it has other values, and the same winner where that is certain."""
     defense = DEFENSES.create(name)
-    deployed = predict(defense.wrap(classifier), batch.images, batch.ids)
-    stand_in = predict(defense.surrogate(classifier), batch.images, batch.ids)
-    assert torch.allclose(deployed, stand_in, rtol=1e-4, atol=1e-3)
+    with torch.no_grad():
+        deployed = defense.wrap(classifier)(batch.images, ImageRng(0, batch.ids, "test"))
+        stand_ins = [p(batch.images, ImageRng(0, batch.ids, "test")).logits for p in surrogates(defense, classifier)]
+    for stand_in in stand_ins:
+        if deployed.certified_radius is None:
+            assert torch.allclose(deployed.logits, stand_in, rtol=1e-3, atol=1e-2)
+        else:
+            certain = deployed.certified_radius == deployed.certified_radius.max()
+            assert torch.equal(deployed.predictions[certain], stand_in.argmax(dim=1)[certain])
 
 
 @every
 def test_the_surrogate_has_a_gradient(name: str, classifier: ZeroShotClassifier, batch: Batch) -> None:
-    pixels = batch.images.clone().requires_grad_(True)
-    outputs = DEFENSES.create(name).surrogate(classifier)(pixels, ImageRng(0, batch.ids))
-    (gradient,) = torch.autograd.grad(outputs.logits.logsumexp(1).sum(), pixels)
-    assert gradient.isfinite().all()
-    assert (gradient.flatten(1).norm(dim=1) > 0).all()
+    for surrogate in surrogates(DEFENSES.create(name), classifier):
+        pixels = batch.images.clone().requires_grad_(True)
+        outputs = surrogate(pixels, ImageRng(0, batch.ids))
+        (gradient,) = torch.autograd.grad(outputs.logits[:, 0].sum(), pixels)
+        assert gradient.isfinite().all()
+        assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if DEFENSES.get(name).neutral is not None])

@@ -17,7 +17,7 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.evaluation import run as run_module
-from vlmdefend.evaluation.attackers import craft
+from vlmdefend.evaluation.attackers import Variant, craft
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.evaluation.verdict import Judge
 from vlmdefend.reporting import load_runs
@@ -48,7 +48,8 @@ def test_a_surrogate_with_other_values_does_not_spare_the_images_it_misclassifie
     batch = load_batch(images, range(40), PixelTransform(model.image_size), skip_bad=False)[0]
     classifier = model.zero_shot(images.class_names, ["a photo of a {c}."])
     rng, threat = ImageRng(0, batch.ids, "attacker"), Threat("linf", 8 / 255)
-    arguments = ("adaptive", {0.0: Pgd(steps=3)}, Rolled(), classifier, batch.images, batch.labels, threat, rng, 16)
+    attacks = {Variant(): Pgd(steps=3)}
+    arguments = ("adaptive", attacks, Rolled(), classifier, batch.images, batch.labels, threat, rng, 16)
     assert (craft(*arguments).steps == 0).any()  # believed, it lets images go that the deployed model gets right
     assert (craft(*arguments, stop=False).steps == 3).all()
 

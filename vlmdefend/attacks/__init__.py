@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from vlmdefend.attacks.base import Attack
 
 ATTACKS: Registry[Attack] = Registry(
-    "attack", (__name__,), shared=("base", "view", "goal", "losses", "slots", "adaptive"), separator="-"
+    "attack",
+    (__name__,),
+    shared=("base", "view", "goal", "losses", "slots", "adaptive", "external"),
+    separator="-",
+    families={"torchattacks": f"{__name__}.external"},
 )
 __all__ = ["ATTACKS"]

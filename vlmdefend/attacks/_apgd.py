@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlmdefend.attacks._graph import ReplayedGradient
 from vlmdefend.attacks._runs import Harvest, Part, keep_
 from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.losses import Loss
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
+from vlmdefend.kernels.apgd import apgd_linf_step_
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat, per_image
 
@@ -57,6 +59,7 @@ def climb(
     """
     goal, away = Goal(labels, targets), Goal(labels)
     harvest = Harvest(images)
+    ask = ReplayedGradient(loss, len(images) // view.width * steps)
     at = checkpoints(steps)
     gaps = torch.zeros(steps + 1, dtype=torch.int64, device=images.device)  # iterations a checkpoint looks back on
     gaps[at] = torch.tensor(at, device=images.device).diff(prepend=gaps[:1])
@@ -85,7 +88,7 @@ def climb(
         }
 
     def step(part: Part, index: Tensor, s: State) -> Tensor:
-        query = part.view.gradient(s["x"], part.goal, loss)
+        query = ask(part.view, s["x"], part.goal)
         first = s["taken"] == 0
         margin = away.select(index).margin(query.logits)
         if not view.stochastic:  # there the best draw would only be the luckiest, and the last iterate counts
@@ -96,7 +99,7 @@ def climb(
         s["rises"] += (value > s["loss"]) & ~first
         keep_(s, ~first, loss=value)
         gradient = _judge(s, gaps[s["taken"]], rho, query.pixels)
-        weight = per_image(1.0 - (1.0 - MOMENTUM) * (~first).float(), gradient)
+        weight = 1.0 - (1.0 - MOMENTUM) * (~first).float()
         following = _move(s, gradient, weight, part.threat)
         s["taken"] += 1
         fooled = (margin > SURE) & view.stop
@@ -137,18 +140,17 @@ def _judge(s: State, gap: Tensor, rho: float, gradient: Tensor) -> Tensor:
 
 
 def _move(s: State, gradient: Tensor, weight: Tensor, threat: Threat) -> Tensor:
-    """``z = P(x + size g)``, then ``P(x + w (z - x) + (1 - w)(x - before))``; g is the sign or the unit gradient."""
-    x, origin, eps = s["x"], s["origin"], threat.radius(s["x"])
-    size = per_image(s["size"], x)
-    project = _into_cube if threat.norm == "linf" else _into_ball
-    direction = gradient.sign() if threat.norm == "linf" else _unit(gradient.nan_to_num(0.0, 0.0, 0.0))
-    z = project((size * direction).add_(x), origin, eps)
-    drift = (x - s["before"]).mul_(1.0 - weight)
-    return project(z.sub_(x).mul_(weight).add_(x).add_(drift), origin, eps)
+    """``z = P(x + size g)``, then ``P(x + w (z - x) + (1 - w)(x - before))``; g is the sign or the unit gradient.
 
-
-def _into_cube(points: Tensor, origin: Tensor, eps: float | Tensor) -> Tensor:
-    return points.clamp_(min=(origin - eps).clamp_(min=0.0), max=(origin + eps).clamp_(max=1.0))
+    The iterate before and the gradient are spent.
+    """
+    x, origin = s["x"], s["origin"]
+    if threat.norm == "linf":
+        return apgd_linf_step_(s["before"], x, gradient, origin, s["size"], weight, threat.eps)
+    eps, share = threat.radius(x), per_image(weight, x)
+    z = _into_ball((per_image(s["size"], x) * _unit(gradient.nan_to_num(0.0, 0.0, 0.0))).add_(x), origin, eps)
+    drift = (x - s["before"]).mul_(1.0 - share)
+    return _into_ball(z.sub_(x).mul_(share).add_(x).add_(drift), origin, eps)
 
 
 def _into_ball(points: Tensor, origin: Tensor, eps: float | Tensor) -> Tensor:

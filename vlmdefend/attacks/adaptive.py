@@ -5,11 +5,15 @@ EOT, the other half of an adaptive attack, is the ``samples`` of a :class:`~vlmd
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -38,3 +42,37 @@ def bpda(exact: Transform, stand_in: Transform | None = None) -> Transform:
         return replaced
 
     return transform
+
+
+class Bpda:
+    """A pipeline with the outputs of ``deployed``, to the bit, and the gradient of ``surrogate``.
+
+    Both are shown the same random draws, if they draw the same. Outputs that only one of them has are left out.
+    """
+
+    def __init__(self, deployed: Pipeline, surrogate: Pipeline) -> None:
+        self.deployed, self.surrogate = deployed, surrogate
+        self.num_classes = deployed.num_classes
+        self.stochastic = deployed.stochastic or surrogate.stochastic
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        """Predict; the surrogate runs only where a gradient is asked for."""
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return self.deployed(images, rng)
+        smooth = self.surrogate(images, copy.deepcopy(rng))  # the deployed pipeline advances the streams
+        with torch.no_grad():
+            exact = self.deployed(images.detach(), rng)
+        logits = _replaced(smooth.logits, exact.logits)
+        assert logits is not None
+        return Outputs(
+            logits,
+            _replaced(smooth.features, exact.features),
+            _replaced(smooth.detector_score, exact.detector_score),
+        )
+
+
+def _replaced(smooth: Tensor | None, exact: Tensor | None) -> Tensor | None:
+    if smooth is None or exact is None:
+        return None
+    replaced: Tensor = _Replace.apply(smooth, exact)  # type: ignore[no-untyped-call]
+    return replaced

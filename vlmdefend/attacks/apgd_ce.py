@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks._apgd import climb
 from vlmdefend.attacks._runs import best_of, check_options
+from vlmdefend.attacks._targets import Target, choose_targets
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.view import View
@@ -27,6 +28,8 @@ class ApgdCe(Attack):
         steps: gradient steps per restart.
         restarts: independent starts on the ball's surface, each on the images that the earlier ones did not fool.
         rho: the share of steps that must raise the loss, or the step size is halved.
+        target: a class that the loss aims at: ``random``, ``second`` (most likely wrong class), ``least``, or a class
+            index. Another wrong prediction counts too.
 
     Raises:
         UserError: steps or restarts below 1, rho outside [0, 1].
@@ -40,16 +43,19 @@ class ApgdCe(Attack):
     steps: int = 100
     restarts: int = 1
     rho: float = 0.75
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         check_options(self.name, steps=self.steps, restarts=self.restarts, rho=self.rho)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients per restart, and a forward for the last iterate."""
-        return self.restarts * (self.steps + 1) * samples, self.restarts * self.steps * samples
+        """``steps`` gradients per restart, a forward for the last iterate, and one to choose a target."""
+        forwards = self.restarts * (self.steps + 1) + (self.target is not None)
+        return forwards * samples, self.restarts * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """All restarts."""
+        targets = None if self.target is None else choose_targets(self.target, view, images, labels, rng)
 
         def run(restart: int, todo: Tensor) -> tuple[Tensor, Tensor]:
             return climb(
@@ -61,6 +67,7 @@ class ApgdCe(Attack):
                 loss=LOSSES[self.loss],
                 steps=self.steps,
                 rho=self.rho,
+                targets=None if targets is None else targets[todo],
             )
 
         return best_of((partial(run, restart) for restart in range(self.restarts)), view, images)

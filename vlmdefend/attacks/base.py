@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
-from typing import Any, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Norm, Threat, per_image
+
+if TYPE_CHECKING:
+    from vlmdefend.models.text_side import TextSide
 
 
 class Attacked(NamedTuple):
@@ -30,9 +34,9 @@ class Attack(ABC):
     """One attack. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
 
     Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``),
-    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient, ``blind`` if it never asks for
-    anything, so that all attackers are one, ``quick`` options under which the contract tests run it, where its default
-    budget is large.
+    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient, ``changes_prompts`` if its findings
+    count under other prompts (:meth:`conditions`), ``quick`` options under which the contract tests run it, where its
+    default budget is large.
     """
 
     name: ClassVar[str]
@@ -40,7 +44,7 @@ class Attack(ABC):
     citation: ClassVar[str]
     norms: ClassVar[tuple[Norm, ...]] = ("linf", "l2")
     gradient_free: ClassVar[bool] = False
-    blind: ClassVar[bool] = False
+    changes_prompts: ClassVar[bool] = False
     quick: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
@@ -50,6 +54,11 @@ class Attack(ABC):
         Any number of images may come; send ``view.width`` of them through the view at a time. ``rng`` holds one
         stream per image for the attack's own draws.
         """
+
+    @property
+    def blind(self) -> bool:
+        """True: it never asks the view for anything, so that all attackers are one."""
+        return False
 
     @property
     def learns_from(self) -> int:
@@ -70,6 +79,19 @@ class Attack(ABC):
         """
         return self
 
+    def conditions(self, side: TextSide | None) -> AbstractContextManager[None]:
+        """What holds, besides the images, when a finding is scored: the clean prompts, unless it attacks them too."""
+        return nullcontext()
+
+    def attacked_prompts(self, side: TextSide | None) -> list[str]:
+        """For each class a prompt as the attack has made it, for the report; empty if it leaves them as they are."""
+        return []
+
+    @property
+    def inner(self) -> tuple[Attack, ...]:
+        """The attacks that a wrapper runs."""
+        return ()
+
     @property
     def keeps_best(self) -> bool:
         """False: what ``perturb`` returns is scored even where the clean image was worse for the model."""
@@ -79,9 +101,14 @@ class Attack(ABC):
         """The most forwards and backwards that ``perturb`` spends on one image, for ``--dry-run``."""
         return (0, 0)
 
+    def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
+        """The most forwards and backwards that :meth:`fit` spends on ``count`` images in all."""
+        spent = [attack.fit_budget(count, samples) for attack in self.inner]
+        return sum(forwards for forwards, _ in spent), sum(backwards for _, backwards in spent)
+
     def spec(self) -> dict[str, Any]:
-        """The configuration, as recorded with each result."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        """The configuration, as recorded with each result; nothing that was learned."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
 
     @final
     def __call__(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attacked:
@@ -109,7 +136,8 @@ class Attack(ABC):
             part, clean = view.select(todo), images[todo]
             found = self.perturb(part, clean, labels[todo], threat.select(todo), part.rng.child(self.name)).detach()
             found, outside = _inside(found, clean, threat.select(todo))
-            logits = part(found)
+            with self.conditions(view.text_side if self.changes_prompts else None):
+                logits = part(found)
             found_goal = goal.select(todo)
             found_margin = found_goal.margin(logits)
             # between two draws of a random pipeline "better" would mean luckier

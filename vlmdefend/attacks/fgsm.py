@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks._targets import Target, choose_targets
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.goal import Goal
 from vlmdefend.attacks.losses import LOSSES
@@ -24,23 +25,31 @@ class Fgsm(Attack):
     """Fast gradient sign method, x' = clamp01(x + eps sign(grad)) (Goodfellow et al. 2015, section 4).
 
     Under L2 the step is eps along the normalised gradient.
+
+    Options:
+        loss: what is raised; see attacks/losses.py.
+        target: a class that the loss aims at: ``random``, ``second`` (most likely wrong class), ``least``, or a class
+            index.
     """
 
     name: ClassVar[str] = "fgsm"
     summary: ClassVar[str] = "one sign step of size eps"
     citation: ClassVar[str] = "Goodfellow et al. 2015"
     loss: Literal["ce", "cw", "cw50", "dlr"] = "ce"
+    target: Target | None = None
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """One gradient."""
-        return samples, samples
+        """One gradient, and a forward to choose a target."""
+        return (1 + (self.target is not None)) * samples, samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """One step per image."""
         step_ = linf_step_ if threat.norm == "linf" else l2_step_
-        result = images.clone()
+        result, goal = images.clone(), Goal(labels)
+        if self.target is not None:
+            goal = Goal(labels, choose_targets(self.target, view, images, labels, rng))
         for chunk in chunks(len(images), view.width):
-            goal, eps = Goal(labels[chunk]), threat.select(chunk).eps
-            pixels = view.select(chunk).gradient(images[chunk], goal, LOSSES[self.loss]).pixels
+            eps = threat.select(chunk).eps
+            pixels = view.select(chunk).gradient(images[chunk], goal.select(chunk), LOSSES[self.loss]).pixels
             result[chunk] = step_(result[chunk], pixels, images[chunk], eps, eps)
         return result

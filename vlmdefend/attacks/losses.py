@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmdefend.attacks.goal import Goal, best_other
+from vlmdefend.attacks.goal import Goal
 from vlmdefend.errors import UserError
+from vlmdefend.kernels import margin
 from vlmdefend.types import Outputs
 
 Loss = Callable[[Outputs, Goal], Tensor]
@@ -27,12 +28,14 @@ def ce(outputs: Outputs, goal: Goal) -> Tensor:
 
 def cw(outputs: Outputs, goal: Goal) -> Tensor:
     """Logit margin max_{i != y} z_i - z_y (Carlini & Wagner 2017, f_6 without the floor)."""
-    return goal.margin(outputs.logits)
+    if goal.targets is None:
+        return margin.margin(outputs.logits, goal.labels)
+    return -margin.margin(outputs.logits, goal.targets)
 
 
 def cw50(outputs: Outputs, goal: Goal) -> Tensor:
     """-relu(50 - margin): what the TeCoA line of code calls CW; flat once the margin passes 50."""
-    return -F.relu(50.0 - goal.margin(outputs.logits))
+    return -F.relu(50.0 - cw(outputs, goal))
 
 
 def dlr(outputs: Outputs, goal: Goal) -> Tensor:
@@ -48,10 +51,11 @@ def dlr(outputs: Outputs, goal: Goal) -> Tensor:
             f"loss dlr needs at least {needed} classes{'' if goal.targets is None else ' when targeted'}, "
             f"the model has {z.shape[1]}; use loss=cw."
         )
-    top = z.topk(needed, dim=1).values
-    label = z.gather(1, goal.labels[:, None])[:, 0]
     if goal.targets is None:
-        return -(label - best_other(z, goal.labels)) / (top[:, 0] - top[:, 2] + 1e-12)
+        return margin.dlr(z, goal.labels)
+    z = margin.wide(z)
+    top = z.topk(4, dim=1).values
+    label = z.gather(1, goal.labels[:, None])[:, 0]
     target = z.gather(1, goal.targets[:, None])[:, 0]
     return -(label - target) / (top[:, 0] - 0.5 * (top[:, 2] + top[:, 3]) + 1e-12)
 
@@ -73,18 +77,29 @@ def feature_cos(outputs: Outputs, goal: Goal) -> Tensor:
     return 1.0 - F.cosine_similarity(*_features(outputs, goal), dim=1)
 
 
+def co(outputs: Outputs, goal: Goal) -> Tensor:
+    """3 x cross-entropy + KL(softmax of the clean image features || softmax of these).
+
+    Away from the label's prompt and from the clean image (Zhang et al. 2022, eq. 6 as their code for classification
+    computes it, with alpha 3 and the softmax over the features' dimensions).
+    """
+    adversarial, clean = (features.log_softmax(dim=1) for features in _features(outputs, goal))
+    moved = F.kl_div(adversarial, clean, reduction="none", log_target=True).sum(dim=1)
+    return 3.0 * ce(outputs, goal) + moved
+
+
 def _reference(goal: Goal) -> Outputs:
     if goal.reference is None:
         raise RuntimeError("this loss compares with the clean outputs; the attack must put them into the goal")
     if goal.targets is not None:
-        raise UserError("losses kl, feature and feature_cos know no target class; use loss=ce, cw or dlr.")
+        raise UserError("losses kl, feature, feature_cos and co know no target class; use loss=ce, cw or dlr.")
     return goal.reference
 
 
 def _features(outputs: Outputs, goal: Goal) -> tuple[Tensor, Tensor]:
     clean = _reference(goal).features
     if outputs.features is None or clean is None:
-        raise UserError("loss feature needs a pipeline that gives image features; this one gives logits only.")
+        raise UserError("losses feature, feature_cos and co need a pipeline that gives image features; this one gives logits only.")
     return outputs.features, clean
 
 
@@ -96,5 +111,6 @@ LOSSES: dict[str, Loss] = {
     "kl": kl,
     "feature": feature,
     "feature_cos": feature_cos,
+    "co": co,
 }
-NEEDS_REFERENCE = frozenset({"kl", "feature", "feature_cos"})
+NEEDS_REFERENCE = frozenset({"kl", "feature", "feature_cos", "co"})

@@ -24,7 +24,11 @@ class NoAttack(Attack):
     citation: ClassVar[str] = "–"
     norms: ClassVar[tuple[Norm, ...]] = NORMS
     gradient_free: ClassVar[bool] = True
-    blind: ClassVar[bool] = True
+
+    @property
+    def blind(self) -> bool:
+        """It asks nothing."""
+        return True
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """The images."""

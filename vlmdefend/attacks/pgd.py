@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks._graph import ReplayedGradient
+from vlmdefend.attacks._targets import Target, choose_targets
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
@@ -50,11 +52,11 @@ class Pgd(Attack):
     citation: ClassVar[str] = "Madry et al. 2018"
     steps: int = 10
     alpha: str = "eps/4"
-    loss: Literal["ce", "cw", "cw50", "dlr", "kl", "feature", "feature_cos"] = "ce"
+    loss: Literal["ce", "cw", "cw50", "dlr", "kl", "feature", "feature_cos", "co"] = "ce"
     restarts: int = 1
     random_start: bool = True
     last: bool = False
-    target: Literal["random", "second", "least"] | int | None = None
+    target: Target | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.restarts < 1:
@@ -106,7 +108,8 @@ class Pgd(Attack):
         counts every wrong prediction.
         """
         last, away = self._last(view), Goal(goal.labels)
-        loss, step_ = LOSSES[self.loss], linf_step_ if threat.norm == "linf" else l2_step_
+        ask = ReplayedGradient(LOSSES[self.loss], len(images) // view.width * self.steps)
+        step_ = linf_step_ if threat.norm == "linf" else l2_step_
         result = torch.empty_like(images)
         margins = torch.full((len(images),), -torch.inf, device=images.device)
         unseen: list[tuple[Tensor, Tensor]] = []  # last iterates, which no gradient query has looked at
@@ -120,7 +123,7 @@ class Pgd(Attack):
             return state
 
         def step(part: _Part, index: Tensor, state: State) -> Tensor:
-            query = part.view.gradient(state["x"], part.goal, loss)
+            query = ask(part.view, state["x"], part.goal)
             fooled = torch.zeros(len(index), dtype=torch.bool)
             if not last:
                 margin = away.select(index).margin(query.logits)
@@ -181,23 +184,3 @@ def step_size(rule: str, eps: float | Tensor, steps: int) -> float | Tensor:
             raise UserError(f"alpha {rule!r}: write eps/4, 2.5eps/steps, or a number such as 1/255.") from None
     divisor = float(steps) if match[2] == "steps" else float(match[2] or 1)
     return eps * (float(match[1] or 1) / divisor)
-
-
-def choose_targets(
-    target: Literal["random", "second", "least"] | int, view: View, images: Tensor, labels: Tensor, rng: ImageRng
-) -> Tensor:
-    """(B,) target classes, never the label (a named class that is the label is replaced by the next one)."""
-    count = view.num_classes
-    if isinstance(target, int):
-        if not 0 <= target < count:
-            raise UserError(f"target={target}: the model knows classes 0 to {count - 1}.")
-        targets = torch.full_like(labels, target)
-        return torch.where(targets == labels, (targets + 1) % count, targets)
-    if target == "random":
-        shift = rng.child("target").integers((1,), 1, count)[:, 0].to(labels.device)
-        return (labels + shift) % count
-    logits = view(images)
-    own = torch.nn.functional.one_hot(labels, count).bool()
-    if target == "second":
-        return logits.masked_fill(own, -torch.inf).argmax(dim=1)
-    return logits.masked_fill(own, torch.inf).argmin(dim=1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from vlmdefend.attacks.goal import Goal
 from vlmdefend.attacks.losses import Loss
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
+
+if TYPE_CHECKING:
+    from vlmdefend.models.text_side import TextSide
 
 
 class Gradient(NamedTuple):
@@ -46,6 +49,7 @@ class View:
         stop: an image that the view says is fooled may leave the attack. False where fooling the view proves
             nothing: a transfer attack, or a pipeline that draws anew when it is scored.
         detector_weight: what the loss gains per unit of quiet in the pipeline's detector.
+        model: the model that the pipeline is built around, whose prompts an attack may change; None: the pipeline.
     """
 
     def __init__(
@@ -57,8 +61,10 @@ class View:
         samples: int = 1,
         stop: bool = True,
         detector_weight: float = 0.0,
+        model: Pipeline | None = None,
     ) -> None:
         self.pipeline, self.rng = pipeline, rng
+        self._model = pipeline if model is None else model
         self.width, self.samples, self.stop, self.detector_weight = width, samples, stop, detector_weight
         self._draws = rng.child("pipeline")
         self._at = torch.arange(len(rng))  # places in the ledger
@@ -74,6 +80,12 @@ class View:
     def stochastic(self) -> bool:
         """Whether two queries of the same images may differ."""
         return self.pipeline.stochastic
+
+    @property
+    def text_side(self) -> TextSide | None:
+        """The prompts of the model, where its text tower can be reached."""
+        side: TextSide | None = getattr(self._model, "text_side", None)
+        return side
 
     def __len__(self) -> int:
         return len(self._at)
@@ -102,16 +114,22 @@ class View:
             torch.cat([p.logits.float() for p in parts]), torch.cat(features) if len(features) == len(parts) else None
         )
 
-    def gradient(self, images: Tensor, goal: Goal, loss: Loss) -> Gradient:
+    def gradient(
+        self, images: Tensor, goal: Goal, loss: Loss, transform: Callable[[Tensor], Tensor] | None = None
+    ) -> Gradient:
         """Logits, loss and the gradient with respect to the pixels; nothing else collects a gradient.
 
         Where autograd finds no path from the loss to the pixels (a defense that cuts it), the gradient is zero.
+
+        Args:
+            transform: what the pipeline sees instead of the images, differentiable; logits and loss are then those of
+                the transformed images.
         """
         total, values, logits = None, None, None
         for _ in range(self.samples):
             with torch.enable_grad():
                 pixels = images.detach().requires_grad_(True)
-                outputs = self.pipeline(pixels, self._draws)
+                outputs = self.pipeline(pixels if transform is None else transform(pixels), self._draws)
                 value = loss(outputs, goal)
                 if self.detector_weight and outputs.detector_score is not None:
                     value = value - self.detector_weight * outputs.detector_score
@@ -132,6 +150,29 @@ class View:
         if self.samples > 1:
             total, values, logits = total.div_(self.samples), values / self.samples, logits / self.samples
         return Gradient(logits, values, total)
+
+    def once(self, images: Tensor, draws: ImageRng) -> Outputs:
+        """One query with the caller's own draws and with its graph, for gradients that are not the pixels'."""
+        self.ledger.forwards[self._at] += 1
+        return self.pipeline(images, draws)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(n, ...) any images -> (n, C) logits that carry a gradient, for code that is not ours (attacks/external.py).
+
+        Such code does not say which of the view's images it asks about, so the queries are counted in equal parts,
+        rounded up, and a random pipeline draws from the first n streams, over again where n is larger.
+        """
+        places = torch.arange(len(images)) % len(self)
+        logits = torch.stack([self.pipeline(images, self._draws.select(places)).logits for _ in range(self.samples)])
+        self.ledger.forwards[self._at] += -(-len(images) * self.samples // len(self))
+        return logits.mean(dim=0) if self.samples > 1 else logits[0]
+
+    def count_backwards(self, gradient: Tensor) -> None:
+        """Count the gradient of (n, ...) images that :meth:`logits` was asked for."""
+        self.ledger.backwards[self._at] += -(-len(gradient) * self.samples // len(self))
+        self.ledger.gradient_values += gradient.numel()
+        dead = (gradient == 0) | ~gradient.isfinite()
+        self.ledger.zero_gradients = self.ledger.zero_gradients.to(gradient.device) + dead.sum()
 
     def _mean_outputs(self, images: Tensor) -> Outputs:
         first = self.pipeline(images, self._draws)

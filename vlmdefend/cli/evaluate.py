@@ -97,6 +97,10 @@ def evaluate(
         Names,
         typer.Option(help="transfer, whitebox, adaptive.  \\[default: all three]", rich_help_panel=HOW),
     ] = None,
+    adversarial: Annotated[
+        Names,
+        typer.Option(help="Folders of `vlmdefend attack`: score these images, attack nothing.", rich_help_panel=HOW),
+    ] = None,
     protocol: Annotated[
         str | None, typer.Option(help="Named set of choices.  \\[default: unified]", rich_help_panel=HOW)
     ] = None,
@@ -146,7 +150,7 @@ def evaluate(
 
     plan = make_plan(grid)
     if dry_run:
-        _print_plan(plan)
+        print_plan(plan)
         return
     _run(plan, out, debug=debug)
 
@@ -156,6 +160,7 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
     from vlmdefend.evaluation.run import run_plan
     from vlmdefend.evaluation.store import Store
     from vlmdefend.reporting import print_verdict
+    from vlmdefend.reporting.transfer import print_transfer
 
     store = Store(out)
     try:
@@ -165,7 +170,7 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
         typer.echo(f"interrupted; what is done is kept in {out}, the same command goes on from there.", err=True)
         raise typer.Exit(130) from None
     if evaluation.results:
-        print_verdict(evaluation.results)
+        (print_transfer if plan.grid.adversarial else print_verdict)(evaluation.results)
         found = f", {evaluation.reused} of them found done" if evaluation.reused else ""
         cells = f"{len(evaluation.results)} cell{'s' if len(evaluation.results) > 1 else ''}"
         typer.echo(f"\n{cells} in {out}{found}; `vlmdefend report {out}` shows them again.")
@@ -175,7 +180,8 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
         raise typer.Exit(2 if all(failure.users for failure in evaluation.failures) else 1)
 
 
-def _print_plan(plan: Plan) -> None:
+def print_plan(plan: Plan) -> None:
+    """The cells with the most that each may cost."""
     from tabulate import tabulate
 
     from vlmdefend.types import format_eps

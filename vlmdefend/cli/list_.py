@@ -61,7 +61,7 @@ def attacks() -> tuple[tuple[str, ...], list[Entry]]:
 
 
 def defenses() -> tuple[tuple[str, ...], list[Entry]]:
-    """Every defense: its paradigm, what it does, where it is from, how an adaptive attacker meets it."""
+    """Every defense: paradigm, what it does, changes, where it is from, how it is attacked, what is known of it."""
     from vlmdefend.defenses import DEFENSES
 
     entries = []
@@ -70,10 +70,13 @@ def defenses() -> tuple[tuple[str, ...], list[Entry]]:
             entries.append(Entry(name, ("",), trouble))
             continue
         recipe = getattr(cls, "recipe", "")
-        about = _sentence(cls)
-        about += "; random" if getattr(cls, "stochastic", False) else ""
-        about += f"; adaptive attack: {getattr(recipe, 'text', recipe)}" if recipe else ""
-        entries.append(Entry(name, (str(getattr(cls, "paradigm", "")),), about))
+        changes = "" if name == "none" else getattr(cls, "changes", "")
+        lines = [_sentence(cls) + ("; random" if getattr(cls, "stochastic", False) else "")]
+        lines += [f"changes: {changes}"] if changes else []
+        lines += [f"adaptive attack: {getattr(recipe, 'text', recipe)}"] if recipe else []
+        lines += [f"evidence: {cls.evidence}"] if getattr(cls, "evidence", "") else []
+        paradigm = str(getattr(cls, "paradigm", ""))
+        entries.append(Entry(name, (paradigm.replace(" adaptation", "\nadaptation"),), "\n".join(lines)))
     return ("paradigm",), sorted(entries, key=lambda entry: (entry.name != "none", *entry.columns, entry.name))
 
 
@@ -146,4 +149,4 @@ def _cited(summary: str, citation: str) -> str:
 
 
 def _plain(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)

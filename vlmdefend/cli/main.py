@@ -8,8 +8,11 @@ from typing import Any
 import typer
 
 from vlmdefend import __version__
+from vlmdefend.cli.attack import attack
+from vlmdefend.cli.distill import distill
 from vlmdefend.cli.evaluate import evaluate
 from vlmdefend.cli.list_ import list_names
+from vlmdefend.cli.proxy_gap import proxy_gap
 from vlmdefend.cli.report import report
 from vlmdefend.errors import UserError
 
@@ -21,6 +24,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 app.command()(evaluate)
+app.command()(attack)
+app.command()(distill)
+app.command("proxy-gap")(proxy_gap)
 app.command()(report)
 app.command("list")(list_names)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 from torch import Tensor
 
+from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline
+from vlmdefend.types import EmbeddingPipeline, Outputs, Pipeline
 
 Paradigm = Literal["none", "training-time", "test-time adaptation", "training-free"]
 RandomTransform = Callable[[Tensor, ImageRng], Tensor]  # (B, 3, H, W) and B streams -> (B, 3, H', W')
@@ -22,6 +23,8 @@ class Recipe(NamedTuple):
     text: str  # one line for `list` and the report: what is unrolled, replaced (BPDA), averaged (EOT)
     samples: int = 1  # EOT: draws per gradient
     detector_weights: tuple[float, ...] = ()  # weights of the detector term that are tried, best per image
+    surrogates: int = 1  # how many stand-ins are tried, best per image
+    bare: bool = False  # what fools the bare model is tried too: where stand-ins may all mislead
 
 
 class Defense(ABC):
@@ -29,14 +32,19 @@ class Defense(ABC):
 
     Class attributes: ``name`` (the file's name), ``paradigm``, ``summary`` and ``citation`` (one line each),
     ``stochastic`` (its outputs are drawn anew at every call), ``neutral`` (options at which it does nothing, if there
-    are such: a test holds it to that), and ``recipe``: without one a defense cannot be
-    defined, for then nobody could tell whether it defends.
+    are such: a test holds it to that), ``changes`` (what of image, embedding, prompt or weights it changes),
+    ``evidence`` (what is published and what was measured here, one line), ``rejects`` (an image of high detector score
+    is to be turned away: scored as accuracy against rejection, see evaluation/rejection.py), and ``recipe``: without
+    one a defense cannot be defined, for then nobody could tell whether it defends.
     """
 
     name: ClassVar[str]
     paradigm: ClassVar[Paradigm]
     summary: ClassVar[str]
     citation: ClassVar[str]
+    changes: ClassVar[str] = "image"
+    evidence: ClassVar[str] = ""
+    rejects: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any] | None] = None
     recipe: ClassVar[Recipe]
@@ -57,19 +65,48 @@ class Defense(ABC):
         """What an adaptive attacker differentiates; the deployed pipeline unless autograd cannot see it all."""
         return self.wrap(model)
 
+    def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
+        """All stand-ins that an adaptive attacker tries, ``recipe.surrogates`` of them; the first is :meth:`surrogate`.
+
+        One stand-in may mislead where another does not: what is scored is the best finding per image.
+        """
+        return (self.surrogate(model),)
+
     @property
     def adaptive_equals_whitebox(self) -> bool:
         """True if knowing the defense adds nothing to plain autograd: no stand-in, no draws, no detector."""
         return (
             type(self).surrogate is Defense.surrogate
+            and self.recipe.surrogates == 1
             and not self.stochastic
             and self.recipe.samples == 1
             and not self.recipe.detector_weights
+            and not self.recipe.bare
         )
 
     def spec(self) -> dict[str, Any]:
         """The configuration, as recorded with each result."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+
+def embedding_pipeline(model: Pipeline, defense: str) -> EmbeddingPipeline:
+    """``model`` as one whose image features can be changed before they are compared with the classes.
+
+    Raises:
+        UserError: it gives logits only.
+    """
+    if getattr(model, "text_features", None) is None or getattr(model, "logits", None) is None:
+        raise UserError(
+            f"defense {defense} changes the image embedding, but {type(model).__name__} gives logits only; use it "
+            "around a CLIP-like model with `text_features` and `logits(features)`."
+        )
+    return cast(EmbeddingPipeline, model)
+
+
+def features_of(outputs: Outputs) -> Tensor:
+    """(B, D) image features; a pipeline that passed :func:`embedding_pipeline` has them."""
+    assert outputs.features is not None
+    return outputs.features
 
 
 class TransformedInput:

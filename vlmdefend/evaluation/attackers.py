@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.view import View
+from vlmdefend.attacks.goal import SURE, Goal
+from vlmdefend.attacks.view import View, chunks
 from vlmdefend.defenses.base import Defense
 from vlmdefend.evaluation.records import Attacker
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat, per_image
+
+BARE = -1
 
 
 class Crafted(NamedTuple):
@@ -25,6 +28,28 @@ class Crafted(NamedTuple):
     zero_gradients: int
     outside: int
     finite: bool  # every logit that the attacker was shown
+
+
+class Fitted(NamedTuple):
+    """The attack for each variant, and what the gradients looked like from which it learned."""
+
+    attacks: dict[Variant, Attack]
+    gradient_values: int
+    zero_gradients: int
+    finite: bool  # every logit that the attacker was shown
+
+
+class Variant(NamedTuple):
+    """One of the ways in which an adaptive attacker tries: which stand-in, and how much the detector counts."""
+
+    surrogate: int = 0  # BARE: the model without the defense; what is found is judged by the first stand-in
+    detector_weight: float = 0.0
+
+    def purpose(self, attacker: Attacker) -> str:
+        """What its random draws are for."""
+        stand_in = "bare" if self.surrogate == BARE else f"surrogate {self.surrogate}" if self.surrogate else ""
+        detector = f"detector {self.detector_weight}" if self.detector_weight else ""
+        return " ".join(filter(None, (stand_in, detector))) or attacker
 
 
 class Watched:
@@ -49,31 +74,41 @@ class Watched:
 
 
 def view_of(
-    attacker: Attacker, defense: Defense, model: Pipeline, rng: ImageRng, width: int, detector_weight: float = 0.0
+    attacker: Attacker,
+    defense: Defense,
+    model: Pipeline,
+    rng: ImageRng,
+    width: int,
+    variant: Variant = Variant(),  # noqa: B008 (a tuple)
 ) -> View:
     """What ``attacker`` may query.
 
     ``transfer`` sees the bare model, ``whitebox`` the deployed pipeline as autograd sees it, ``adaptive`` the
-    defense's surrogate with its number of draws. An image may leave early only where fooling the view is fooling
+    defense's surrogates with their number of draws. An image may leave early only where fooling the view is fooling
     the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored.
     """
-    if attacker == "transfer":
-        return View(Watched(model), rng, width=width, stop=False)
+    if attacker == "transfer" or variant.surrogate == BARE:
+        return View(Watched(model), rng, width=width, stop=False, model=model)
     if attacker == "whitebox":
-        return View(Watched(defense.wrap(model)), rng, width=width, stop=not defense.stochastic)
+        return View(Watched(defense.wrap(model)), rng, width=width, stop=not defense.stochastic, model=model)
     return View(
-        Watched(defense.surrogate(model)),
+        Watched(defense.surrogates(model)[variant.surrogate]),
         rng,
         width=width,
         samples=defense.recipe.samples,
-        stop=not defense.stochastic,
-        detector_weight=detector_weight,
+        stop=not defense.stochastic and not defense.rejects,
+        detector_weight=variant.detector_weight,
+        model=model,
     )
 
 
-def detector_weights(attacker: Attacker, defense: Defense) -> tuple[float, ...]:
-    """The weights of the detector term that are tried; without a detector the one weight 0."""
-    return (defense.recipe.detector_weights if attacker == "adaptive" else ()) or (0.0,)
+def variants(attacker: Attacker, defense: Defense) -> tuple[Variant, ...]:
+    """Every stand-in with every weight of the detector term; one for an attacker who does not know the defense."""
+    if attacker != "adaptive":
+        return (Variant(),)
+    weights = defense.recipe.detector_weights or (0.0,)
+    known = tuple(Variant(number, weight) for number in range(defense.recipe.surrogates) for weight in weights)
+    return (*known, Variant(BARE)) if defense.recipe.bare else known
 
 
 def fit(
@@ -86,18 +121,47 @@ def fit(
     threat: Threat,
     rng: ImageRng,
     width: int,
-) -> dict[float, Attack]:
-    """The attack for each weight of the detector term, after it has learned from N images of the set."""
+) -> Fitted:
+    """The attack for each variant, after it has learned from N images of the set.
+
+    Prompts are the same for all images, so of several variants that learned some only the best one is left.
+    """
     fitted = {}
-    for weight in detector_weights(attacker, defense):
-        view = view_of(attacker, defense, model, rng.child(f"detector {weight}"), width, weight)
-        fitted[weight] = attack.fit(view, images, labels, threat)
-    return fitted
+    values = zeros = 0
+    finite = True
+    for variant in variants(attacker, defense):
+        view = view_of(attacker, defense, model, rng.child(variant.purpose(attacker)), width, variant)
+        fitted[variant] = attack.fit(view, images, labels, threat)
+        values += view.ledger.gradient_values
+        zeros += int(view.ledger.zero_gradients)
+        finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
+    if attack.changes_prompts and len(fitted) > 1:
+        fitted = _best_prompts(fitted, defense, model, images, labels, rng, width)
+    return Fitted(fitted, values, zeros, finite)
+
+
+def _best_prompts(
+    fitted: Mapping[Variant, Attack],
+    defense: Defense,
+    model: Pipeline,
+    images: Tensor,
+    labels: Tensor,
+    rng: ImageRng,
+    width: int,
+) -> dict[Variant, Attack]:
+    """The variant whose prompts leave the fewest images right in the deployed pipeline; at a tie the earliest."""
+    right = {}
+    for variant, attack in fitted.items():
+        view = View(defense.wrap(model), rng.child("deployed"), width=width, model=model)
+        with attack.conditions(view.text_side):
+            right[variant] = int((view(images).argmax(dim=1) == labels).sum())
+    best = min(right, key=lambda variant: right[variant])
+    return {best: fitted[best]}
 
 
 def craft(
     attacker: Attacker,
-    attacks: Mapping[float, Attack],
+    attacks: Mapping[Variant, Attack],
     defense: Defense,
     model: Pipeline,
     images: Tensor,
@@ -108,9 +172,10 @@ def craft(
     *,
     stop: bool = True,
 ) -> Crafted:
-    """Attack B images; an adaptive attacker of a detector tries each weight of the detector term, best per image.
+    """Attack B images; an adaptive attacker tries every variant, best per image.
 
-    ``attacks`` holds the attack for each weight, as :func:`fit` returns them.
+    ``attacks`` holds the attack for each variant, as :func:`fit` finds it. An image that left early as fooled is
+    done.
 
     ``stop=False``: the view's word that an image is fooled is not the deployed pipeline's.
     """
@@ -118,16 +183,40 @@ def craft(
     steps = torch.zeros(len(images), dtype=torch.int64)
     values = zeros = outside = 0
     finite = True
-    for weight, attack in attacks.items():
-        view = view_of(attacker, defense, model, rng.child(f"detector {weight}" if weight else attacker), width, weight)
+    todo = torch.arange(len(images))
+    for variant, attack in attacks.items():
+        streams = rng.child(variant.purpose(attacker)).select(todo)
+        view = view_of(attacker, defense, model, streams, width, variant)
         view.stop = view.stop and stop
-        found = attack(view, images, labels, threat)
-        better = found.margin > margins
-        best = torch.where(per_image(better, best), found.images, best)
-        margins = torch.where(better, found.margin, margins)
-        steps += found.steps
+        found = attack(view, images[todo], labels[todo], threat.select(todo))
+        margin = found.margin
+        if variant.surrogate == BARE:
+            judge = view_of(attacker, defense, model, streams.child("judge"), width)
+            margin = Goal(labels[todo]).margin(judge(found.images))
+        if defense.rejects:
+            quiet = -_detector_scores(defense, model, found.images, streams.child("judge"), width)
+            margin = torch.where(margin > 0, 1e6 + quiet, margin)  # of what fools, the least suspicious
+        better = margin > margins[todo]
+        best[todo] = torch.where(per_image(better, found.images), found.images, best[todo])
+        margins[todo] = torch.where(better, margin, margins[todo])
+        steps[todo] += found.steps
         values += view.ledger.gradient_values
         zeros += int(view.ledger.zero_gradients)
         outside += found.outside
         finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
+        if view.stop:
+            todo = (margins <= SURE).nonzero()[:, 0].cpu()
+        if not len(todo):
+            break
     return Crafted(best, steps, values, zeros, outside, finite)
+
+
+def _detector_scores(defense: Defense, model: Pipeline, images: Tensor, rng: ImageRng, width: int) -> Tensor:
+    """(B,) what the deployed detector says."""
+    deployed, scores = defense.wrap(model), []
+    for chunk in chunks(len(images), width):
+        with torch.no_grad():
+            score = deployed(images[chunk], rng.select(chunk)).detector_score
+        assert score is not None
+        scores.append(score)
+    return torch.cat(scores)

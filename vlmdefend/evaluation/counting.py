@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from vlmdefend.rng import ImageRng
@@ -20,12 +22,26 @@ class Counted:
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Predict and count."""
         outputs = self.model(images, rng)
-        self.forwards += len(images)
         # every gradient path passes the features; the logits come after them
-        end = outputs.logits if outputs.features is None else outputs.features
+        self._count(outputs.logits if outputs.features is None else outputs.features)
+        return outputs
+
+    def features(self, images: Tensor) -> Tensor:
+        """Embed and count."""
+        features: Tensor = self.model.features(images)  # type: ignore[attr-defined]
+        self._count(features)
+        return features
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has beside its outputs (``logits`` of features, ``text_features``) costs no forward."""
+        if name.startswith("_") or name == "model":
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    def _count(self, end: Tensor) -> None:
+        self.forwards += len(end)
         if end.requires_grad:
             end.register_hook(lambda gradient: self._count_backward(len(gradient)))  # type: ignore[no-untyped-call]
-        return outputs
 
     def _count_backward(self, images: int) -> None:
         self.backwards += images

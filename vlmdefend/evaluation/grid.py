@@ -25,6 +25,7 @@ class Grid(BaseModel):
     dataset: list[str] = ["fashion"]
     attack: list[str] = ["pgd"]
     attacker: list[Attacker] = list(ATTACKERS)
+    adversarial: list[str] | None = None  # folders of `vlmdefend attack`, scored instead of attacking
     eps: list[str] | None = None  # None: the protocol's list
     norm: Norm | None = None
     seed: list[int] = [0]
@@ -42,11 +43,11 @@ class Grid(BaseModel):
     threads: int | None = None
     skip_bad: bool = False
 
-    @field_validator("model", "defense", "dataset", "attack", "attacker", "eps", "seed", mode="before")
+    @field_validator("model", "defense", "dataset", "attack", "attacker", "adversarial", "eps", "seed", mode="before")
     @classmethod
     def _split_commas(cls, value: Any, info: Any) -> Any:
         """``a,b`` and a lone value are lists too; doubles are dropped, the order is kept."""
-        if value is None and info.field_name == "eps":
+        if value is None and info.field_name in ("eps", "adversarial"):
             return None
         parts = value if isinstance(value, (list, tuple)) else [value]
         words = [word.strip() for part in parts for word in str(part).split(",") if part is not None and word.strip()]

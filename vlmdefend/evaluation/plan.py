@@ -13,6 +13,7 @@ from vlmdefend.data.base import ImageSet
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
+from vlmdefend.evaluation.attackers import variants
 from vlmdefend.evaluation.grid import Grid, read_class_names
 from vlmdefend.evaluation.machine import choose_device
 from vlmdefend.evaluation.protocol import Protocol, get_protocol
@@ -39,8 +40,11 @@ class Planned:
     def gradients(self) -> tuple[int, int]:
         """The most forwards and backwards of the bare model's pipeline, over all images of the cell."""
         samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
-        forwards, backwards = self.attack.budget(samples)
-        return (forwards + 2 + 2 * samples) * len(self.images), backwards * len(self.images)
+        tries = len(variants(self.attacker, self.defense))
+        forwards, backwards = (tries * spent for spent in self.attack.budget(samples))
+        learning = self.attack.fit_budget(min(self.attack.learns_from, len(self.images)), samples)
+        count = len(self.images)
+        return (forwards + 2 + 2 * samples) * count + learning[0], backwards * count + learning[1]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,10 @@ def make_plan(grid: Grid) -> Plan:
     """
     from vlmdefend.models.names import check_name
 
+    if grid.adversarial:
+        from vlmdefend.evaluation.saved import plan_saved
+
+        return plan_saved(grid)
     choose_device(grid.device)
     protocol = get_protocol(grid.protocol)
     if grid.templates is not None:

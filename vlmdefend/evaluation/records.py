@@ -62,7 +62,8 @@ class Cell(_Strict):
 
         where = f"{self.model} + {self.defense} on {self.dataset}"
         budget = "" if self.attack == "none" else f" {format_eps(self.eps)} {self.attacker}"
-        return f"{where}: {self.attack}{budget} seed {self.seed}"
+        source = f" of {self.attack_config.get('source')}" if self.attack == "saved" else ""
+        return f"{where}: {self.attack}{source}{budget} seed {self.seed}"
 
 
 class Row(_Strict):
@@ -70,12 +71,16 @@ class Row(_Strict):
 
     id: str
     label: int
-    clean_prediction: int
+    clean_prediction: int  # ABSTAINED (-1) where the defense gives no answer, here and below
     clean_margin: float  # best other logit minus the label's: negative = right
     adversarial_prediction: int
     adversarial_margin: float
     distance: float  # in the threat's norm, float64
     steps: int  # gradient evaluations the attack spent on this image
+    certified_radius: float | None = None  # L2, of the clean prediction, where the defense certifies
+
+    clean_score: float | None = None  # of the detector, where the defense may turn images away: high = suspicious
+    adversarial_score: float | None = None
 
     @property
     def clean_correct(self) -> bool:
@@ -153,6 +158,8 @@ class Record(_Strict):
     stochastic: bool = False  # the deployed defense draws random numbers
     adaptive_equals_whitebox: bool = True  # nothing to approximate or average: the two attackers are one
     gradient_free: bool = False  # the attack uses no gradient
+    set_level: bool = False  # the attack uses one thing, learned from the set, on all images
+    attacked_prompts: list[str] = []  # what the attack made of each class's first prompt
     paradigm: str = ""  # the defense's
     environment: dict[str, str] = {}
     started: str = ""

@@ -66,11 +66,7 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
     Raises:
         StorageError: the run folder cannot be written any more; finished cells are kept.
     """
-    if plan.grid.threads:
-        torch.set_num_threads(plan.grid.threads)
-    device = choose_device(plan.grid.device)
-    torch.backends.cudnn.allow_tf32 = False  # a verdict is computed in float32, on every device
-    torch.backends.cuda.matmul.allow_tf32 = False
+    device = prepare(plan)
     contents = {images: images.content_hash() for images in dict.fromkeys(cell.images for cell in plan.cells)}
     evaluation = Evaluation()
     for name, group in groupby(plan.cells, key=lambda planned: planned.model):
@@ -102,6 +98,15 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
     return evaluation
 
 
+def prepare(plan: Plan) -> torch.device:
+    """Set torch up for a verdict, which is computed in float32 on every device; the device."""
+    if plan.grid.threads:
+        torch.set_num_threads(plan.grid.threads)
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return choose_device(plan.grid.device)
+
+
 def bind(
     plan: Plan, planned: Planned, model: VisionLanguageModel | None, device: torch.device, images_hash: str = ""
 ) -> Cell:
@@ -119,7 +124,7 @@ def bind(
         images_hash=images_hash,
         skip_bad=plan.grid.skip_bad,
         n=len(planned.images),
-        prompts_hash=VisionLanguageModel.prompts_hash(planned.images.class_names, _templates(plan, planned)),
+        prompts_hash=VisionLanguageModel.prompts_hash(planned.images.class_names, templates_of(plan, planned)),
         attack=planned.attack.name,
         attack_config=planned.attack.spec() | _code_hash(planned.attack),
         attacker=planned.attacker,
@@ -151,7 +156,7 @@ def _run_cell(
             listener.advance(cell, len(planned.images))
         else:
             try:
-                record, rows = _judge(plan, planned, model, cell).run(writer, listener)
+                record, rows = judge_of(plan, planned, model, cell).run(writer, listener)
             except StorageError:
                 raise
             except Exception as error:
@@ -162,13 +167,14 @@ def _run_cell(
     listener.end(record, reused=reused)
 
 
-def _judge(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell) -> Judge:
+def judge_of(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell) -> Judge:
+    """The judge of a cell, with the classifier that the cell speaks of."""
     native = plan.protocol.pixel_space == "native"
     return Judge(
         cell=cell,
         model=model.zero_shot(
             planned.images.class_names,
-            _templates(plan, planned),
+            templates_of(plan, planned),
             normalization=plan.protocol.normalization,
             resize_inside=native,
         ),
@@ -181,7 +187,8 @@ def _judge(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cell)
     )
 
 
-def _templates(plan: Plan, planned: Planned) -> tuple[str, ...]:
+def templates_of(plan: Plan, planned: Planned) -> tuple[str, ...]:
+    """The prompts that the model is asked with."""
     chosen = plan.protocol.templates
     return planned.images.templates if chosen == "dataset" else tuple(chosen)
 

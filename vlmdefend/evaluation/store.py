@@ -45,7 +45,7 @@ class Store:
         self.folder = Path(folder).expanduser()
         if self.folder.exists() and not self.folder.is_dir():
             raise StorageError(f"--out {folder}: is a file, not a folder; give a folder (it is created if needed).")
-        with _disk(self.folder):
+        with disk(self.folder):
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder / "cells").close()  # finds a read-only folder before hours of work
 
@@ -66,7 +66,7 @@ class Store:
             Busy: another process holds it.
         """
         folder = self.cell_folder(cell.key)
-        with _disk(folder):
+        with disk(folder):
             folder.mkdir(parents=True, exist_ok=True)
             lock = (folder / "lock").open("a+")
         try:
@@ -92,7 +92,7 @@ class Store:
 
     def forget(self, cell: Cell) -> None:
         """Drop a recorded failure that holds no longer."""
-        with _disk(self.folder):
+        with disk(self.folder):
             (self.cell_folder(cell.key) / "record.json").unlink(missing_ok=True)
 
     def records(self) -> list[Record]:
@@ -147,7 +147,7 @@ class CellWriter:
                 break
             shards.append(shard)
             good_bytes += len(line)
-        with _disk(self._partial):
+        with disk(self._partial):
             os.truncate(self._partial, good_bytes)
         return shards
 
@@ -163,7 +163,7 @@ class CellWriter:
             },
             allow_nan=False,
         )
-        with _disk(self._partial):
+        with disk(self._partial):
             before = self._partial.stat().st_size if self._partial.exists() else 0
             try:
                 with self._partial.open("ab") as file:
@@ -178,12 +178,12 @@ class CellWriter:
     def fail(self, message: str) -> None:
         """Record why the cell has no result; its finished shards stay, and the same command tries again."""
         record = Record(key=self.cell.key, cell=self.cell, status="error", error=message, finished=_now())
-        with _disk(self.folder):
+        with disk(self.folder):
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
 
     def finish(self, record: Record, rows: list[Row]) -> None:
         """Write rows, then the record (which makes the cell count as done), then drop the partial file."""
-        with _disk(self.folder):
+        with disk(self.folder):
             write_atomically(self.folder / "rows.jsonl", "".join(row.model_dump_json() + "\n" for row in rows))
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
             self._partial.unlink(missing_ok=True)
@@ -259,7 +259,7 @@ def read_rows(file: Path) -> list[Row]:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
+def disk(path: Path) -> Iterator[None]:
     """Turn what the disk says into one sentence; finished work is untouched."""
     try:
         yield

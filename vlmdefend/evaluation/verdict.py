@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,14 +20,17 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import craft, detector_weights, fit
+from vlmdefend.evaluation.attackers import craft, fit, variants
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.evaluation.listener import Listener
 from vlmdefend.evaluation.machine import environment, peak_memory_mb, reset_peak_memory
 from vlmdefend.evaluation.records import Cell, Checks, Cost, Record, Row, Skipped
 from vlmdefend.evaluation.store import CellWriter, Shard
+from vlmdefend.models.text_side import TextSide
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch, Pipeline, Threat
+from vlmdefend.types import Batch, Outputs, Pipeline, Threat
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -39,14 +45,15 @@ class Judge:
     transform: PixelTransform
     device: torch.device
     skip_bad: bool
+    keep: Callable[[int, Tensor], None] | None = None  # is given each shard's images before it counts as done
     width: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.width = self.cell.batch_size
         self.counted = Counted(self.model)
         self.deployed = self.defense.wrap(self.counted)
-        self._attacks = dict.fromkeys(detector_weights(self.cell.attacker, self.defense), self.attack)
-        self._fit_cost = Cost()
+        self._attacks = dict.fromkeys(variants(self.cell.attacker, self.defense), self.attack)
+        self._fit_cost, self._fit_checks = Cost(), Checks()
 
     def run(self, writer: CellWriter, listener: Listener) -> tuple[Record, list[Row]]:
         """Compute the shards that are missing, then write rows and record."""
@@ -54,10 +61,11 @@ class Judge:
         done = writer.finished_shards()
         listener.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
         shards = list(chunks(len(self.images), self.cell.shard_size))
-        if self.attack.learns_from and self.cell.eps > 0 and len(done) < len(shards):
-            self._fit()
+        # prompts are needed for the record too, and no shard holds them
+        if self.attack.learns_from and self.cell.eps > 0 and (len(done) < len(shards) or self.attack.changes_prompts):
+            self._within_memory(self._fit, listener)
         for number in range(len(done), len(shards)):
-            shard = self._shard_within_memory(number, shards[number].tolist(), listener)
+            shard = self._within_memory(partial(self._shard, number, shards[number].tolist()), listener)
             writer.add(shard)
             done.append(shard)
             listener.advance(self.cell, len(shard.rows) + len(shard.skipped))
@@ -77,6 +85,8 @@ class Judge:
             stochastic=self.defense.stochastic,
             adaptive_equals_whitebox=self.defense.adaptive_equals_whitebox,
             gradient_free=self.attack.gradient_free,
+            set_level=self.attack.learns_from > 0,
+            attacked_prompts=self._learned().attacked_prompts(self._text_side()),
             paradigm=self.defense.paradigm,
             environment=environment(self.device),
             started=started,
@@ -85,11 +95,11 @@ class Judge:
         writer.finish(record, rows)
         return record, rows
 
-    def _shard_within_memory(self, number: int, index: list[int], listener: Listener) -> Shard:
-        """Halve the batch when memory runs out; the shard is computed anew from its start."""
+    def _within_memory(self, compute: Callable[[], Result], listener: Listener) -> Result:
+        """Halve the batch when memory runs out; the shard, or the lesson, is computed anew from its start."""
         while True:
             try:
-                return self._shard(number, index)
+                return compute()
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -104,17 +114,23 @@ class Judge:
         index = [i * len(self.images) // count for i in range(count)]
         batch, _ = load_batch(self.images, index, self.transform, skip_bad=self.skip_bad)
         rng = ImageRng(self.cell.seed, batch.ids, "fit")
+        reset_peak_memory(self.device)
         before, clock = self._spent(), time.perf_counter()
         images, labels = batch.images.to(self.device), batch.labels.to(self.device)
         threat = Threat(self.cell.norm, self.cell.eps)
-        self._attacks = fit(
+        fitted = fit(
             self.cell.attacker, self.attack, self.defense, self.counted, images, labels, threat, rng, self.width
         )
+        if not fitted.finite:
+            raise self._not_finite()
+        self._attacks = fitted.attacks
+        self._fit_checks = Checks(gradient_values=fitted.gradient_values, zero_gradients=fitted.zero_gradients)
         spent = self._spent()
         self._fit_cost = Cost(
             attack_forwards=spent[0] - before[0],
             attack_backwards=spent[1] - before[1],
             attack_seconds=time.perf_counter() - clock,
+            peak_memory_mb=peak_memory_mb(self.device),
         )
 
     def _shard(self, number: int, index: list[int]) -> Shard:
@@ -124,13 +140,13 @@ class Judge:
             return Shard(number, [], skipped, Cost(), Checks())
         batch = Batch(batch.ids, batch.images.to(self.device), batch.labels.to(self.device))
         reset_peak_memory(self.device)
-        checks = self._check_pipeline(batch) if number == 0 else Checks()
+        checks = self._check_pipeline(batch) + self._fit_checks if number == 0 else Checks()
 
         before, clock = self._spent(), time.perf_counter()
-        clean = self._predict(batch.images, batch.ids)
+        clean = self.answer(batch.images, batch.ids)
         seconds = time.perf_counter() - clock
         goal = Goal(batch.labels)
-        right = (clean.argmax(dim=1) == batch.labels).nonzero()[:, 0]
+        right = (clean.predictions == batch.labels).nonzero()[:, 0]
         middle, clock = self._spent(), time.perf_counter()
         threat = Threat(self.cell.norm, self.cell.eps)
         adversarial, steps, attack_checks = self._attack(batch, right, threat)
@@ -145,8 +161,11 @@ class Judge:
             attack_seconds=time.perf_counter() - clock,
             peak_memory_mb=peak_memory_mb(self.device),
         )
-        final = self._predict(adversarial, batch.ids)
+        with self._learned().conditions(self._text_side()):
+            final = self.answer(adversarial, batch.ids)
         distance = threat.distance(adversarial, batch.images)
+        radius = [None] * len(batch.ids) if clean.certified_radius is None else clean.certified_radius.tolist()
+        clean_score, final_score = self._scores(clean), self._scores(final)
         rows = [
             Row(
                 id=batch.ids[i],
@@ -157,19 +176,25 @@ class Judge:
                 adversarial_margin=d,
                 distance=e,
                 steps=f,
+                certified_radius=g,
+                clean_score=clean_score[i],
+                adversarial_score=final_score[i],
             )
-            for i, (a, b, c, d, e, f) in enumerate(
+            for i, (a, b, c, d, e, f, g) in enumerate(
                 zip(
-                    clean.argmax(dim=1).tolist(),
-                    goal.margin(clean).tolist(),
-                    final.argmax(dim=1).tolist(),
-                    goal.margin(final).tolist(),
+                    clean.predictions.tolist(),
+                    goal.margin(clean.logits).tolist(),
+                    final.predictions.tolist(),
+                    goal.margin(final.logits).tolist(),
                     distance.tolist(),
                     steps.tolist(),
+                    radius,
                     strict=True,
                 )
             )
         ]
+        if self.keep is not None:
+            self.keep(number, adversarial)
         cost = cost + self._fit_cost if number == 0 else cost
         return Shard(number, rows, skipped, cost, checks + attack_checks + self._check_survivors(rows, right.tolist()))
 
@@ -193,10 +218,7 @@ class Judge:
             stop=self._surrogate_agrees(batch),
         )
         if not crafted.finite:
-            raise UserError(
-                f"{self.cell.title()}: logits were not finite (nan or infinite) on images that the attack "
-                "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
-            )
+            raise self._not_finite()
         inside = threat.contains(crafted.images, batch.images[right])
         adversarial[right[inside]] = crafted.images[inside]
         steps[right.cpu()] = crafted.steps
@@ -207,31 +229,69 @@ class Judge:
         )
         return adversarial, steps, checks
 
-    def _predict(self, images: Tensor, ids: list[str]) -> Tensor:
+    def _learned(self) -> Attack:
+        """The attack that may have changed the prompts: one for all variants."""
+        return next(iter(self._attacks.values()))
+
+    def _text_side(self) -> TextSide | None:
+        """The model's prompts, where the attack changes them."""
+        return getattr(self.model, "text_side", None) if self.attack.changes_prompts else None
+
+    def _not_finite(self) -> UserError:
+        return UserError(
+            f"{self.cell.title()}: logits were not finite (nan or infinite) on images that the attack "
+            "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
+        )
+
+    def predict(self, images: Tensor, ids: list[str]) -> Tensor:
         """(B, C) logits of the deployed pipeline; clean and adversarial images meet the same random draws."""
+        return self.answer(images, ids).logits
+
+    def answer(self, images: Tensor, ids: list[str]) -> Outputs:
+        """What the deployed pipeline says: logits, and where it abstains or certifies, that too."""
         rng = ImageRng(self.cell.seed, ids, "deployed")
         parts = []
         for chunk in chunks(len(ids), self.width):
             with torch.no_grad():
-                parts.append(self.deployed(images[chunk], rng.select(chunk)).logits)
-        logits = torch.cat(parts)
+                parts.append(self.deployed(images[chunk], rng.select(chunk)))
+        logits = torch.cat([part.logits for part in parts])
         if not logits.isfinite().all():
             first = ids[int((~logits.isfinite().all(dim=1)).nonzero()[0, 0])]
             raise UserError(
                 f"{self.cell.title()}: the model's logits for image {first!r} are not finite; its weights may be "
                 "damaged or its precision too low."
             )
-        return logits
+        abstained = [part.abstained for part in parts if part.abstained is not None]
+        radius = [part.certified_radius for part in parts if part.certified_radius is not None]
+        scores = [part.detector_score for part in parts if part.detector_score is not None]
+        return Outputs(
+            logits,
+            detector_score=torch.cat(scores) if scores else None,
+            abstained=torch.cat(abstained) if abstained else None,
+            certified_radius=torch.cat(radius) if radius else None,
+        )
+
+    def _scores(self, outputs: Outputs) -> list[float] | list[None]:
+        """The detector's scores, where the defense may turn images away; a score that only steers it is its own."""
+        if not self.defense.rejects or outputs.detector_score is None:
+            return [None] * len(outputs.logits)
+        scores: list[float] = outputs.detector_score.tolist()
+        return scores
 
     def _surrogate_agrees(self, batch: Batch) -> bool:
-        """Whether an adaptive attacker may stop early: only if its stand-in has the deployed pipeline's values."""
+        """Whether an adaptive attacker may stop early: only if its stand-ins have the deployed pipeline's values."""
         if self.cell.attacker != "adaptive" or self.defense.adaptive_equals_whitebox:
             return True
         images, ids = batch.images[:4], batch.ids[:4]
         spent = self._spent()
         with torch.no_grad():
-            stand_in = self.defense.surrogate(self.counted)(images, ImageRng(self.cell.seed, ids, "deployed")).logits
-        agrees = torch.allclose(stand_in, self._predict(images, ids), rtol=1e-3, atol=1e-2)
+            deployed = self.predict(images, ids)
+            agrees = all(
+                torch.allclose(
+                    surrogate(images, ImageRng(self.cell.seed, ids, "deployed")).logits, deployed, rtol=1e-3, atol=1e-2
+                )
+                for surrogate in self.defense.surrogates(self.counted)
+            )
         self.counted.forwards, self.counted.backwards = spent
         return agrees
 
@@ -240,8 +300,8 @@ class Judge:
         few = min(8, len(batch.ids))
         images, ids = batch.images[:few], batch.ids[:few]
         spent = self._spent()
-        first, second = self._predict(images, ids), self._predict(images, ids)
-        alone = torch.cat([self._predict(images[i : i + 1], ids[i : i + 1]) for i in range(few)])
+        first, second = self.predict(images, ids), self.predict(images, ids)
+        alone = torch.cat([self.predict(images[i : i + 1], ids[i : i + 1]) for i in range(few)])
         self.counted.forwards, self.counted.backwards = spent
         return Checks(
             forwards_differ=not torch.allclose(first, second, rtol=1e-3, atol=1e-2),

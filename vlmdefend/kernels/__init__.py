@@ -1,4 +1,6 @@
-"""The attack steps that run once per iteration over every pixel, in place, in float32.
+"""The steps that an attack takes over every pixel or logit, each in one pass.
 
-Each file holds one step in plain torch, in the exact order of operations that defines its bits.
+A file holds one kernel's specification in plain torch, whose order of operations defines its bits; ``fused/`` holds
+the same step in Triton, under the same name. ``dispatch.py`` chooses. Each is also an operator
+``torch.ops.vlmdefend.*``, so that torch.compile and fake tensors can pass it.
 """

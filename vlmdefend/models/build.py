@@ -116,7 +116,7 @@ def assemble(
     """
     source = blueprint.weights() if weights is None else Path(weights)
     state = read_weights(source)
-    clip = _create(blueprint)
+    clip = untrained(blueprint.config, blueprint.source)
     if weights is not None and is_image_tower(clip, state):
         base = _text_tower_file(blueprint, source)
         load_weights(clip, read_weights(base), base)
@@ -140,15 +140,19 @@ def _text_tower_file(blueprint: Blueprint, weights: Path) -> Path:
         raise UserError(f"{weights} holds an image tower alone, and {error}") from None
 
 
-def _create(blueprint: Blueprint) -> Any:
-    """The architecture with weights not yet loaded; the global random state is left as it was."""
+def untrained(config: dict[str, Any], source: str = "the saved configuration") -> Any:
+    """The architecture of ``model_cfg`` with random weights; the global random state is left as it was.
+
+    Raises:
+        UserError: the configuration, which ``source`` names, cannot be built.
+    """
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.random.fork_rng(devices=[]):
-        (Path(folder) / CONFIG).write_text(json.dumps(blueprint.config), encoding="utf-8")
+        (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:
             return open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_text=False)
         except Exception as error:  # whatever a wrong configuration makes open_clip's constructors raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise UserError(f"{blueprint.source} cannot be built by open_clip ({reason}).") from error
+            raise UserError(f"{source} cannot be built by open_clip ({reason}).") from error
 
 
 def _tokenizer(blueprint: Blueprint) -> Any:

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import warnings
 import zipfile
+from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,13 +88,18 @@ def read_config(file: Path) -> dict[str, Any]:
     return {"model_cfg": parts, "preprocess_cfg": config.get("preprocess_cfg") or {}}
 
 
-def save_folder(model: VisionLanguageModel, folder: str | Path, metadata: dict[str, Any]) -> Path:
+def save_folder(
+    model: VisionLanguageModel, folder: str | Path, metadata: dict[str, Any], *, beside: Collection[str] = ()
+) -> Path:
     """Write ``model`` in open_clip's folder format; ``local-dir:FOLDER`` reads it, here and in plain open_clip.
 
     The metadata (base model, how it was made; the package version and the weights' hash are added) goes into the
     safetensors header and into ``vlmdefend.json``. A new folder appears whole or not at all. A model that is
     already there is replaced; other files beside it stay; if killed in between, the folder holds the old weights,
     the new ones, or none, never a part.
+
+    Args:
+        beside: names of files and folders that may be in the folder although no model is.
 
     Returns:
         The folder.
@@ -104,7 +110,8 @@ def save_folder(model: VisionLanguageModel, folder: str | Path, metadata: dict[s
     target = Path(folder).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file; give a folder to write the model to.")
-    if target.is_dir() and any(target.iterdir()) and not (target / CONFIG).is_file():
+    others = {entry.name for entry in target.iterdir()} - set(beside) if target.is_dir() else set()
+    if others and not (target / CONFIG).is_file():
         raise UserError(f"{target} is not empty and holds no model; give a new folder, so that nothing is lost.")
     facts = {"vlmdefend": _version(), "base_model": model.name, **metadata, "weights_hash": model.weights_hash}
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
@@ -237,7 +244,8 @@ def _move_into_place(partial: Path, target: Path) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         partial.replace(target)
         return
-    if (target / CONFIG).read_bytes() != (partial / CONFIG).read_bytes():
+    old = (target / CONFIG).read_bytes() if (target / CONFIG).is_file() else None
+    if old != (partial / CONFIG).read_bytes():
         for name in WEIGHTS_NAMES:  # another architecture: never its configuration beside the old weights
             (target / name).unlink(missing_ok=True)
     last = {WEIGHTS: 1, METADATA: 2}

@@ -33,7 +33,7 @@ def load_weights(clip: nn.Module, state: dict[str, Tensor], source: str | Path) 
     if all("positional_embedding" in name for name in _faults(wanted, state)):
         resize_pos_embed(state, clip)
         resize_text_pos_embed(state, clip)
-    _load_exactly(clip, state, source)
+    load_exactly(clip, state, source)
 
 
 def is_image_tower(clip: nn.Module, state: dict[str, Tensor]) -> bool:
@@ -49,10 +49,15 @@ def load_image_tower(clip: nn.Module, state: dict[str, Tensor], source: str | Pa
     Raises:
         UserError: as :func:`load_weights`.
     """
-    _load_exactly(_visual(clip), _image_tower(state), source)
+    load_exactly(_visual(clip), _image_tower(state), source)
 
 
-def _load_exactly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy ``state`` into any module, all names and shapes matching.
+
+    Raises:
+        UserError: names the first weight that is missing, unknown, or of another shape.
+    """
     faults = list(_faults(module.state_dict(), state).values())
     if faults:
         more = f" and {len(faults) - 1} more like it" if len(faults) > 1 else ""

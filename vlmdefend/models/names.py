@@ -67,7 +67,7 @@ def listed_models(*, every_pair: bool = False) -> list[ListedModel]:
         )
     lines.append(ListedModel("hf-hub:ORG/NAME", "a repository in open_clip's format", "hub"))
     lines.append(
-        ListedModel("local-dir:PATH", "a folder in open_clip's format, as distill and train write it", "your folder")
+        ListedModel("local-dir:PATH", "a folder in open_clip's format, or a classifier of urda-train", "your folder")
     )
     return lines
 
@@ -102,7 +102,16 @@ def load_model(
         UserError: weights that cannot be had, are damaged, or do not fit; a folder that is not a model.
     """
     from vlmdefend.models.build import assemble
+    from vlmdefend.models.classifier_folder import load_classifier
 
+    folder = _classifier_folder(name.strip())
+    if folder is not None:
+        if weights is not None:
+            raise UserError(
+                f"{name} is a classifier with a head, whose weights lie in its folder; leave --weights out."
+            )
+        classifier: VisionLanguageModel = load_classifier(name.strip(), folder, device)
+        return classifier
     blueprint = _blueprint(name.strip(), has_weights=weights is not None, cache_dir=cache_dir)
     return assemble(blueprint, weights=weights, device=device)
 
@@ -118,10 +127,24 @@ def check_name(name: str, *, weights: str | Path | None = None) -> None:
 
     if weights is not None:
         check_weights_file(Path(weights).expanduser())
-    if not name.strip().startswith(HUB):
+    folder = _classifier_folder(name.strip())
+    if folder is not None:
+        from vlmdefend.models.classifier_folder import CLASSIFIER_WEIGHTS, read_classifier_config
+
+        read_classifier_config(folder)
+        check_weights_file(folder / CLASSIFIER_WEIGHTS)
+    elif not name.strip().startswith(HUB):
         blueprint = _blueprint(name.strip(), has_weights=weights is not None, cache_dir=None)
         if weights is None and blueprint.folder is not None:
             check_weights_file(find_weights(blueprint.folder))
+
+
+def _classifier_folder(name: str) -> Path | None:
+    """The folder, if the name is that of a classifier with a head."""
+    from vlmdefend.models.classifier_folder import is_classifier_folder
+
+    folder = Path(name.removeprefix(LOCAL)).expanduser()
+    return folder if name.startswith(LOCAL) and is_classifier_folder(folder) else None
 
 
 def _blueprint(name: str, *, has_weights: bool, cache_dir: str | Path | None) -> Blueprint:

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vlmdefend.data.prompts import templates_for
 from vlmdefend.errors import UserError
 from vlmdefend.models.contiguous import use_contiguous_attention
+from vlmdefend.models.text_side import TextSide
 from vlmdefend.models.zero_shot import ZeroShotClassifier
 
 Normalization = Literal["model", "clip", "imagenet"]
@@ -92,6 +94,10 @@ class VisionLanguageModel:
             self._texts[key] = version, self._encode(*key)
         return self._texts[key][1]
 
+    def blank_text_features(self) -> Tensor:
+        """(D,) unit mean embedding of OpenAI's 80 templates with nothing in the class's place ("a photo of a .")."""
+        return self.text_features(("",), templates_for("imagenet"))[0]
+
     def zero_shot(
         self,
         class_names: Sequence[str],
@@ -113,6 +119,8 @@ class VisionLanguageModel:
             std=std,
             image_size=self.image_size,
             resize_inside=resize_inside,
+            blank=self.blank_text_features,
+            text_side=lambda classifier: TextSide(classifier, self.tokenizer, class_names, templates),
         )
 
     @staticmethod

@@ -64,6 +64,7 @@ def _columns() -> dict[str, str]:
     for share in ("clean", *ATTACKERS, "worst"):
         columns |= {share: "real", f"{share}_low": "real", f"{share}_high": "real", f"{share}_count": "whole"}
     columns |= {"same_as_whitebox": "text"} | {f"{attacker}_attacks": "text" for attacker in ATTACKERS}
+    columns |= {"certified": "text", "abstained": "real"}
     columns |= dict.fromkeys(("flags", "reasons", "notes", "errors", "devices", "batch_sizes"), "text")
     columns |= dict.fromkeys(_costs(), "real")
     return columns
@@ -91,6 +92,8 @@ def _row(line: Line) -> dict[str, Any]:
         "same_as_whitebox": " ".join(line.same_as_whitebox),
         "flags": " ".join(line.flags),
         "reasons": json.dumps([reason.text for reason in line.reasons], ensure_ascii=False),
+        "certified": json.dumps(dict(line.certified)) if line.certified else None,
+        "abstained": line.abstained if line.clean else None,
         "notes": json.dumps(line.notes, ensure_ascii=False),
         "errors": json.dumps(line.errors, ensure_ascii=False),
         "devices": " ".join(line.devices),

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from vlmdefend.evaluation.diagnostics import ATTACKERS
 from vlmdefend.evaluation.records import Attacker
+from vlmdefend.reporting.certified import certified_text
 from vlmdefend.reporting.cost import PerImage, mean_cost
 from vlmdefend.reporting.verdict import Line, Pipeline, differing, over_seeds
 from vlmdefend.types import format_eps
@@ -208,7 +209,8 @@ def _footnotes(lines: Sequence[Line], names: dict[Pipeline, str]) -> Iterable[Fo
             said.setdefault((reason.word, reason.text), []).append(line)
         for error in line.errors:
             said.setdefault(("ERROR", error), []).append(line)
-        for note in [*line.notes, *_coverage(line)]:
+        certified = [certified_text(line.certified, line.abstained)] if line.certified else []
+        for note in [*certified, *line.notes, *_coverage(line)]:
             said.setdefault(("note", note), []).append(line)
     for differs in (
         {line: f"attacks {', '.join(line.attack_set)}" for line in lines if line.attack_set},

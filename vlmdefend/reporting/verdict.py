@@ -21,7 +21,9 @@ from vlmdefend.evaluation.diagnostics import (
     robust_under_all,
 )
 from vlmdefend.evaluation.records import Attacker, Cell, Record, Row
+from vlmdefend.evaluation.rejection import rejection_text
 from vlmdefend.evaluation.statistics import mean_and_spread, wilson
+from vlmdefend.reporting.certified import abstained, certified_curve, mean_curve
 from vlmdefend.reporting.cost import PerImage, mean_cost, per_image
 
 
@@ -94,6 +96,8 @@ class Line:
     robust: Mapping[Attacker, Share] = field(default_factory=dict)  # attackers that were run
     worst: Share | None = None  # None: nothing was attacked
     same_as_whitebox: tuple[Attacker, ...] = ()  # not run, because equal to white-box
+    certified: Mapping[float, float] = field(default_factory=dict)  # L2 radius -> accuracy, where the defense certifies
+    abstained: float = 0.0  # share of clean images without an answer
     attacks: Mapping[Attacker, tuple[str, ...]] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
     notes: tuple[str, ...] = ()
@@ -187,6 +191,8 @@ def _line(results: Sequence[Result], found: Sequence[Reason]) -> Line:
         robust={a: _share(robust_under_all(own), ids) for a, own in by_attacker.items() if own},
         worst=_share(robust_under_all(attacked), ids) if attacked else None,
         same_as_whitebox=tuple(a for a in equal if not by_attacker[a]),
+        certified=certified_curve(done[0].rows),
+        abstained=abstained(done[0].rows),
         notes=tuple(_notes(done, ids)),
     )
 
@@ -203,6 +209,11 @@ def _notes(results: Sequence[Result], ids: set[str]) -> Iterable[str]:
         values = sorted({getattr(r.record.cell, name) for r in results})
         if len(values) > 1:
             yield f"cells of several {word} ({', '.join(map(str, values))}) all count"
+    for result in results:
+        text = rejection_text(result.rows) if is_attacked(result.record.cell) else ""
+        prompts = result.record.attacked_prompts[:1]
+        for said in filter(None, (text, *(f"its prompts became {prompt!r} and the like" for prompt in prompts))):
+            yield f"{result.record.cell.attacker} {attack_label(result.record.cell)}: {said}"
     keys = [r.record.key for r in results]
     if again := len(keys) - len(set(keys)):
         yield f"{again} of its cells came out differently when computed again; every outcome counts"
@@ -244,6 +255,8 @@ def _merge(lines: Sequence[Line]) -> Line:
         same_as_whitebox=tuple(a for a in ATTACKERS if all(a in line.same_as_whitebox for line in judged) and judged),
         attacks={a: _union(line.attacks.get(a, ()) for line in ordered) for a in ATTACKERS if a in robust},
         reasons=_merged_reasons(ordered),
+        certified=mean_curve(line.certified for line in judged),
+        abstained=mean_and_spread([line.abstained for line in judged])[0] if judged else 0.0,
         notes=tuple(dict.fromkeys(notes)),
         errors=tuple(f"seed {line.seeds[0]}: {error}" for line in ordered for error in line.errors),
         batch_sizes=tuple(sorted({size for line in ordered for size in line.batch_sizes})),

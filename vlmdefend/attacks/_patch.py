@@ -1,0 +1,59 @@
+"""Squares in images: where they lie, how they get there, what the gradient says of them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmdefend.rng import ImageRng
+
+Place = Literal["random", "center", "corner"]
+
+
+def corners(place: Place, side: int, images: Tensor, rng: ImageRng) -> Tensor:
+    """(B, 2) int64 top and left of a square of ``side`` pixels: anywhere, in the middle, or at the lower right."""
+    room = torch.tensor(images.shape[2:], device=images.device) - side
+    if place == "random":
+        at = (rng.uniform((2,)).to(images.device) * (room + 1)).long()
+        return at.minimum(room)
+    return (room // 2 if place == "center" else room).expand(len(images), 2)
+
+
+def window(at: Tensor, side: int, images: Tensor) -> Tensor:
+    """(B, 1, H, W) True inside of each image's square."""
+    rows, columns = (_offsets(at[:, axis], images.shape[2 + axis]) for axis in (0, 1))
+    rows, columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def paste(images: Tensor, patches: Tensor, at: Tensor) -> Tensor:
+    """(B, C, H, W) with (C, S, S) or (B, C, S, S) patches in their places; a new tensor."""
+    side = patches.shape[-1]
+    patches = patches.expand(len(images), *patches.shape[-3:])
+    rows, columns = (_offsets(at[:, axis], images.shape[2 + axis]).clamp(0, side - 1) for axis in (0, 1))
+    shape = (*images.shape[:2], -1, -1)
+    spread = patches.gather(2, rows[:, None, :, None].expand(*shape[:2], -1, side))
+    spread = spread.gather(3, columns[:, None, None, :].expand(*shape[:2], images.shape[2], -1))
+    return torch.where(window(at, side, images), spread, images)
+
+
+def cut(images: Tensor, at: Tensor, side: int) -> Tensor:
+    """(B, C, side, side) what lies in the squares."""
+    along = torch.arange(side, device=images.device)
+    rows, columns = at[:, :1] + along, at[:, 1:] + along
+    found = images.gather(2, rows[:, None, :, None].expand(*images.shape[:2], -1, images.shape[3]))
+    return found.gather(3, columns[:, None, None, :].expand(*images.shape[:2], side, -1))
+
+
+def resized(patch: Tensor, side: int) -> Tensor:
+    """(C, S, S) -> (C, side, side)."""
+    if patch.shape[-1] == side:
+        return patch
+    return F.interpolate(patch[None], (side, side), mode="bilinear", antialias=True)[0].clamp_(0.0, 1.0)
+
+
+def _offsets(first: Tensor, size: int) -> Tensor:
+    return torch.arange(size, device=first.device) - first[:, None]

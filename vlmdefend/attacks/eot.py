@@ -1,0 +1,54 @@
+"""An attack on the mean of several draws of a random pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks._runs import check_options
+from vlmdefend.attacks._wrapper import Wrapper
+from vlmdefend.attacks.view import View
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Threat
+
+
+@ATTACKS.register
+@dataclass(frozen=True, kw_only=True)
+class Eot(Wrapper):
+    """Expectation over transformation (Athalye et al. 2018): logits and gradients are means of ``samples`` draws.
+
+    Where the attacker draws more often already, that stays; where the pipeline is not random, one draw is all.
+
+    Options as of :class:`~vlmdefend.attacks._wrapper.Wrapper`, and:
+        samples: draws per query.
+
+    Raises:
+        UserError: as there, and samples below 1.
+    """
+
+    name: ClassVar[str] = "eot"
+    summary: ClassVar[str] = "an attack on the mean of several draws of a random pipeline"
+    citation: ClassVar[str] = "Athalye et al. 2018"
+    quick: ClassVar[dict[str, Any]] = {"attack": "[pgd:steps=4]"}
+    samples: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_options(self.name, samples=self.samples)
+
+    def budget(self, samples: int = 1) -> tuple[int, int]:
+        """The attack's at the larger number of draws, and two forwards: what is still right, and what it returned."""
+        draws = max(samples, self.samples)
+        forwards, backwards = self.inner[0].budget(draws)
+        return forwards + 2 * draws, backwards
+
+    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
+        """The attack, on a view that draws more often."""
+        part = view.select(torch.arange(len(view)))
+        if view.stochastic:
+            part.samples = max(view.samples, self.samples)
+        return self.inner[0](part, images, labels, threat).images

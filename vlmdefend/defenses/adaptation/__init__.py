@@ -1,0 +1,13 @@
+"""Domain adaptation by name: how a teacher is adapted to an unlabelled domain, and how a robust student is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vlmdefend.registry import Registry
+
+if TYPE_CHECKING:
+    from vlmdefend.defenses.adaptation.base import Adaptation
+
+ADAPTATIONS: Registry[Adaptation] = Registry("adaptation", (__name__,), shared=("base",), separator="-")
+__all__ = ["ADAPTATIONS"]

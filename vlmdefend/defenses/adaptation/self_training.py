@@ -1,0 +1,56 @@
+"""Self-training: confident predictions at a weakly changed image are labels for a strongly changed one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmdefend.defenses.adaptation import ADAPTATIONS
+from vlmdefend.defenses.adaptation._changed import strongly, weakly
+from vlmdefend.defenses.adaptation.base import Adaptation, Role, domains_of, student_of, told, whole
+from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch
+
+
+@ADAPTATIONS.register
+@dataclass(frozen=True, kw_only=True)
+class SelfTraining(Adaptation):
+    """Source cross-entropy, and FixMatch's consistency on the target (Sohn et al. 2020, eq. 4).
+
+    Options:
+        threshold: least probability of a prediction that becomes a label.
+        trade_off: weight of the consistency.
+    """
+
+    name: ClassVar[str] = "self-training"
+    summary: ClassVar[str] = "FixMatch: confident predictions as labels of changed images"
+    citation: ClassVar[str] = "Sohn et al. 2020"
+    role: ClassVar[Role] = "adaptation"
+    threshold: float = 0.95
+    trade_off: float = 1.0
+
+    def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
+        """One forward of the source and both views of the target."""
+        pair = domains_of(batch)
+        count, draws = len(pair.source.ids), rng.select(list(range(len(pair.source.ids), len(batch.ids))))
+        views = [weakly(pair.target.images, draws.child("weak")), strongly(pair.target.images, draws.child("strong"))]
+        logits = student_of(student)(torch.cat([pair.source.images, *views])).logits
+        source, (weak, strong) = logits[:count], logits[count:].chunk(2)
+        consistency, used = confident_consistency(weak, strong, self.threshold)
+        losses = whole(
+            batch, source=F.cross_entropy(source, pair.source.labels), consistency=self.trade_off * consistency
+        )
+        hits = (source.detach().argmax(dim=1) == pair.source.labels).float().mean()
+        return Terms(losses, told(batch, source_accuracy=hits, share_used=used))
+
+
+def confident_consistency(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """(B, C) logits of both views -> mean cross-entropy, zero where the weak one is unsure; the share that is sure."""
+    highest, labels = weak.detach().softmax(dim=1).max(dim=1)
+    used = (highest >= threshold).float()
+    return (F.cross_entropy(strong, labels, reduction="none") * used).mean(), used.mean()

@@ -1,0 +1,101 @@
+"""SRoUDA: the student trains on the teacher's classes, the teacher on what that does to the student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from vlmdefend.defenses.adaptation import ADAPTATIONS
+from vlmdefend.defenses.adaptation._attack import ascend, away_from
+from vlmdefend.defenses.adaptation._changed import masked
+from vlmdefend.defenses.adaptation.base import (
+    Adaptation,
+    AdaptedStudent,
+    Role,
+    Shape,
+    domains_of,
+    student_of,
+    told,
+    whole,
+)
+from vlmdefend.defenses.adaptation.self_training import confident_consistency
+from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch
+
+
+@ADAPTATIONS.register
+@dataclass(frozen=True, kw_only=True)
+class Srouda(Adaptation):
+    """Meta self-training (Zhu et al. 2023, eqs. 5 to 9): both models train, alternately in one step.
+
+    Student: PGD training on the target with the teacher's classes. Teacher: CE(source) + consistency between a target
+    image and a randomly masked one (probability above the threshold) + (new - old) CE(teacher, its own class), where
+    old and new are the student's source error before and after a plain gradient step of rate ``look_ahead``.
+
+    Options:
+        threshold: of the consistency.
+        look_ahead: rate of the step that the feedback is measured with.
+        eps: radius of the attack; alpha: its step; steps: how many.
+    """
+
+    name: ClassVar[str] = "srouda"
+    summary: ClassVar[str] = "adversarial self-training with a teacher that learns from the student"
+    citation: ClassVar[str] = "Zhu et al. 2023"
+    role: ClassVar[Role] = "robustification"
+    threshold: float = 0.95
+    look_ahead: float = 0.01
+    eps: float = 0.1
+    alpha: float = 0.025
+    steps: int = 10
+
+    @property
+    def cost(self) -> StepCost:
+        """The attack, the student's step, its source error twice, and the teacher's three forwards."""
+        return StepCost(forward_backwards=self.steps + 5, teacher_forwards=0)
+
+    def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
+        """The teacher, which begins as the student does."""
+        return {"teacher": shape.copy()}
+
+    def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
+        """The student's loss and the teacher's, of disjoint weights."""
+        trained, (source, target) = student_of(student), domains_of(batch)
+        draws = rng.select(list(range(len(source.ids), len(batch.ids))))
+        tutor = trained.auxiliary["teacher"]
+        plain = tutor(target.images).logits
+        labels = plain.detach().argmax(dim=1)
+        loss = away_from(trained.attacked, labels)
+        adversarial = ascend(loss, target.images, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=draws)
+        moved = trained(adversarial).logits
+        robust = F.cross_entropy(moved, labels)
+        feedback = self._feedback(trained, robust, source)
+        hidden = tutor(masked(target.images, draws.child("mask"))).logits
+        consistency, used = confident_consistency(plain, hidden, self.threshold)
+        losses = whole(
+            batch,
+            target=robust,
+            teacher_source=F.cross_entropy(tutor(source.images).logits, source.labels),
+            teacher_consistency=consistency,
+            teacher_feedback=feedback * F.cross_entropy(plain, labels),
+        )
+        agreed = (moved.detach().argmax(dim=1) == labels).float().mean()
+        return Terms(losses, told(batch, teacher_agreement_adversarial=agreed, share_used=used, feedback=feedback))
+
+    def _feedback(self, trained: AdaptedStudent, robust: Tensor, source: Batch) -> Tensor:
+        """How much worse the student is on the source after its step, a number."""
+        weights = dict(trained.classifier.named_parameters())
+        gradients = torch.autograd.grad(robust, list(weights.values()), retain_graph=True, allow_unused=True)
+        ahead = {
+            name: weight if gradient is None else weight.detach() - self.look_ahead * gradient
+            for (name, weight), gradient in zip(weights.items(), gradients, strict=True)
+        }
+        with torch.no_grad():
+            before = F.cross_entropy(trained.classifier(source.images).logits, source.labels)
+            after = F.cross_entropy(functional_call(trained.classifier, ahead, (source.images,)).logits, source.labels)
+        return after - before

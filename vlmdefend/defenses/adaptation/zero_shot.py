@@ -1,0 +1,34 @@
+"""Zero-shot: a CLIP that was never trained on either domain is the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vlmdefend.defenses.adaptation import ADAPTATIONS
+from vlmdefend.defenses.adaptation.base import Adaptation, Domains, Role
+from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch
+
+
+@ADAPTATIONS.register
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(Adaptation):
+    """The backbone with the class names as text, untrained; what adapts is its pre-training."""
+
+    name: ClassVar[str] = "zero-shot"
+    summary: ClassVar[str] = "a vision-language model as it is; nothing trains"
+    citation: ClassVar[str] = "Radford et al. 2021"
+    role: ClassVar[Role] = "adaptation"
+    domains: ClassVar[Domains] = "target"
+    trains: ClassVar[bool] = False
+
+    @property
+    def phases(self) -> tuple[Adaptation, ...]:
+        """None."""
+        return ()
+
+    def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
+        """Nothing: there is no stage in which this could be called."""
+        raise NotImplementedError("zero-shot trains nothing")

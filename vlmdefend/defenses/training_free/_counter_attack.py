@@ -1,0 +1,105 @@
+"""What counter-attacks share: a perturbation of their own, found with the model's gradient and added to the image."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlmdefend.attacks.adaptive import bpda
+from vlmdefend.defenses.base import Defense
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline, per_image
+
+# What autograd sees of a counter-attack. ``cut``: as published, the perturbation is a constant. ``constant``: the same
+# with a differentiable detector, where there is one. ``unrolled``: the perturbation is a function of the image.
+Sight = Literal["cut", "constant", "unrolled"]
+
+
+class Countered(NamedTuple):
+    """What the model is shown in place of the images."""
+
+    images: Tensor  # (B, 3, H, W)
+    detector_score: Tensor | None = None  # (B,) more than zero: taken for adversarial
+
+
+class CounterAttack(Defense):
+    """A defense that moves the image along the model's own gradient before it predicts.
+
+    Deployed, as in the official code of all of them, autograd sees the perturbation as a constant. Adaptive attackers
+    recompute it at every step and try two stand-ins, best per image: that constant (BPDA), and the unrolled
+    counter-attack, where second derivatives flow through the inner gradients and signs take the slope of a soft sign.
+    They also try what fools the bare model: a counter-attack that makes the model surer of what it says flattens the
+    loss where it ends, and follows once the image itself is fooled.
+    """
+
+    @abstractmethod
+    def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
+        """(B, 3, H, W) in [0, 1] -> what the model is shown; never changes ``images``."""
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        """Counter-attack, predict."""
+        return CounterAttacked(self, model, "cut")
+
+    def surrogate(self, model: Pipeline) -> Pipeline:
+        """The perturbation as a constant, recomputed at every call."""
+        return CounterAttacked(self, model, "constant")
+
+    def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
+        """Constant, unrolled."""
+        return self.surrogate(model), CounterAttacked(self, model, "unrolled")
+
+
+class CounterAttacked:
+    """A model behind a counter-attack."""
+
+    def __init__(self, defense: CounterAttack, model: Pipeline, sight: Sight) -> None:
+        self.defense, self.model, self.sight = defense, model, sight
+        self.num_classes = model.num_classes
+        self.stochastic = defense.stochastic or model.stochastic
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        """Counter-attack, predict."""
+        seen = self.defense.counter(self.model, images, rng, self.sight)
+        outputs = self.model(seen.images, rng)
+        return outputs._replace(detector_score=seen.detector_score)
+
+
+def pixel_gradient(
+    objective: Callable[[Tensor], Tensor], images: Tensor, *, unrolled: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The gradient of the summed objective at (B, ...) images, and its (B,) values.
+
+    Works inside ``no_grad``. ``unrolled``: gradient and values are differentiable functions of the images, if these
+    want a gradient; attention then runs in plain products, since the fused kernels have no second derivative.
+    """
+    unrolled = unrolled and images.requires_grad and torch.is_grad_enabled()
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if unrolled else nullcontext():
+        at = images.clone() if unrolled else images.detach().clone().requires_grad_(True)
+        values = objective(at)
+        (gradient,) = torch.autograd.grad(values.sum(), at, create_graph=unrolled)
+    return gradient, values if unrolled else values.detach()
+
+
+def ascent_sign(gradient: Tensor) -> Tensor:
+    """The sign, with the slope of g / (|g| + mean |g|) for an attacker who unrolls it."""
+    signed: Tensor = _SIGN(gradient)
+    return signed
+
+
+def shown(images: Tensor, moved: Tensor, sight: Sight) -> Tensor:
+    """``moved`` as the attacker sees it: a constant step away from ``images``, or whatever made it."""
+    return moved if sight == "unrolled" else images + (moved - images).detach()
+
+
+def _soft_sign(gradient: Tensor) -> Tensor:
+    scale = gradient.detach().abs().flatten(1).mean(dim=1).clamp_min(1e-30)
+    return gradient / (gradient.abs() + per_image(scale, gradient))
+
+
+_SIGN = bpda(torch.sign, _soft_sign)

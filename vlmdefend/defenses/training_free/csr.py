@@ -1,0 +1,109 @@
+"""CSR: where the image and its low-pass version disagree, move the image towards the latter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmdefend.defenses import DEFENSES
+from vlmdefend.defenses.base import Paradigm, Recipe, features_of
+from vlmdefend.defenses.training_free._counter_attack import (
+    CounterAttack,
+    Countered,
+    Sight,
+    ascent_sign,
+    pixel_gradient,
+    shown,
+)
+from vlmdefend.defenses.training_free.low_pass import LowPass
+from vlmdefend.errors import UserError
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Pipeline, per_image
+
+
+@DEFENSES.register
+@dataclass(frozen=True, kw_only=True)
+class Csr(CounterAttack):
+    """Detect by spectrum, then rectify (CSR, 2601.19210).
+
+    An image is taken for adversarial where cos(z(x), z(low-pass x)) is below ``threshold``; z are unit image features.
+    It is then moved by ``steps`` sign steps inside the eps-ball that raise cos(z(x'), z(low-pass x)) - cos(z(x'),
+    z(x)), and the best of the images on the way is predicted. Others are predicted as they are. The radius of the
+    filter scales with the image side; eps and alpha are pixel amplitudes and do not.
+
+    Options:
+        threshold: on the cosine; 0.85 is the paper's for CLIP at 224 pixels.
+        radius: of the low-pass filter, a fraction of the image side.
+        eps: the defender's ball, L-infinity.
+        alpha: step size.
+        steps: gradient steps.
+    """
+
+    name: ClassVar[str] = "csr"
+    paradigm: ClassVar[Paradigm] = "training-free"
+    summary: ClassVar[str] = "images that disagree with their low-pass version are moved towards it"
+    citation: ClassVar[str] = "CSR, 2601.19210"
+    neutral: ClassVar[dict[str, Any] | None] = {"threshold": -1.0}
+    recipe: ClassVar[Recipe] = Recipe(
+        "BPDA: perturbation constant, unrolled, or ignored, best per image; cosine pushed over the threshold",
+        detector_weights=(0.0, 10.0),
+        surrogates=2,
+        bare=True,
+    )
+    threshold: float = 0.85
+    radius: float = 40 / 224
+    eps: float = 4 / 255
+    alpha: float = 2 / 255
+    steps: int = 3
+
+    def __post_init__(self) -> None:
+        if self.eps < 0 or self.alpha < 0 or self.steps < 0 or not self.radius > 0:
+            raise UserError(
+                f"csr: eps={self.eps}, alpha={self.alpha} and steps={self.steps} must be zero or more, "
+                f"radius={self.radius} more than zero."
+            )
+
+    def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
+        """Two forwards; for what is taken for adversarial ``steps`` gradients and a forward more."""
+        filtered = LowPass(radius=self.radius).filter(images)
+        own, smooth = (F.normalize(features_of(model(x, rng)), dim=1) for x in (images, filtered))
+        agreement = (own * smooth).sum(dim=1)
+        suspect = (agreement < self.threshold).nonzero()[:, 0]
+        seen = images
+        if len(suspect):
+            start = images[suspect] if sight == "unrolled" else images.detach()[suspect]
+            anchors = (own[suspect], smooth[suspect])
+            if sight != "unrolled":
+                anchors = (anchors[0].detach(), anchors[1].detach())
+            moved = self._rectify(model, start, *anchors, rng.select(suspect), sight)
+            seen = images.index_copy(0, suspect, shown(images[suspect], moved, sight))
+        return Countered(seen, self.threshold - agreement)
+
+    def _rectify(
+        self, model: Pipeline, start: Tensor, own: Tensor, smooth: Tensor, rng: ImageRng, sight: Sight
+    ) -> Tensor:
+        """The best image on the way from ``start``."""
+
+        def gain(at: Tensor) -> Tensor:
+            z = F.normalize(features_of(model(at, rng)), dim=1)
+            return (z * (smooth - own)).sum(dim=1)
+
+        moved = best = start
+        highest = torch.full((len(start),), -torch.inf, device=start.device)
+        for step in range(self.steps + 1):
+            if step < self.steps:
+                gradient, values = pixel_gradient(gain, moved, unrolled=sight == "unrolled")
+            else:
+                with torch.no_grad():
+                    gradient, values = torch.zeros_like(moved), gain(moved)
+            better = values.detach() > highest
+            best = torch.where(per_image(better, moved), moved, best)
+            highest = torch.where(better, values.detach(), highest)
+            if step < self.steps:
+                delta = (moved + self.alpha * ascent_sign(gradient) - start).clamp(-self.eps, self.eps)
+                moved = (start + delta).clamp(0.0, 1.0)
+        return best

@@ -1,0 +1,85 @@
+"""DBD: shift the image embedding by the mean bias between augmented views and the image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmdefend.defenses import DEFENSES
+from vlmdefend.defenses._views import augmented_views, most_confident, pick, predict_views
+from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
+from vlmdefend.errors import UserError
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline
+
+
+@DEFENSES.register
+@dataclass(frozen=True, kw_only=True)
+class Dbd(Defense):
+    """f + k d, d = mean_i (f_i - f) over the confident views; k is 2.5 where the views agree on d, else 1 (Liu 2026).
+
+    f is the image's feature, f_i those of random crops, none normalised; of ``views`` crops the ``keep`` of lowest
+    entropy count. The views agree where the mean cosine of f_i - f to d is above ``threshold``, which is taken as the
+    sign of an adversarial image. At k = 1 the result is the mean of the views; above, it extrapolates beyond it. As in
+    the official code, but with the classes' own prompts: the published numbers use class descriptions written by a
+    language model.
+
+    Options:
+        views: random crops, 32.
+        keep: share of them that counts, 16 of 32.
+        threshold: on the agreement.
+        factor: k where the views agree.
+    """
+
+    name: ClassVar[str] = "dbd"
+    paradigm: ClassVar[Paradigm] = "training-free"
+    summary: ClassVar[str] = "moves the embedding towards, or past, the mean of confident crops"
+    citation: ClassVar[str] = "Liu et al. 2026"
+    changes: ClassVar[str] = "embedding"
+    stochastic: ClassVar[bool] = True
+    neutral: ClassVar[dict[str, Any] | None] = {"views": 0}
+    recipe: ClassVar[Recipe] = Recipe(
+        "exact; EOT: fresh views at every step, mean gradient over 2 draws; agreement pushed under the threshold",
+        samples=2,
+        detector_weights=(0.0, 5.0),
+    )
+    views: int = 32
+    keep: float = 0.5
+    threshold: float = 0.8
+    factor: float = 2.5
+
+    def __post_init__(self) -> None:
+        if self.views < 0 or not 0 < self.keep <= 1:
+            raise UserError(f"dbd: views={self.views} must be zero or more, keep={self.keep} in (0, 1].")
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        """Embed image and views, shift, compare with the classes."""
+        return _Shifted(self, model)
+
+    def shift(self, features: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, D) image and (B, V, D) views -> (B, D) shifted features and the views' (B,) agreement."""
+        biases = crops - features[:, None]
+        mean = biases.mean(dim=1)
+        agreement = F.cosine_similarity(biases, mean[:, None], dim=-1).mean(dim=1)
+        factor = torch.where(agreement > self.threshold, self.factor, 1.0)
+        return features + factor[:, None] * mean, agreement
+
+
+class _Shifted:
+    def __init__(self, defense: Dbd, model: Pipeline) -> None:
+        self.defense, self.model = defense, embedding_pipeline(model, defense.name)
+        self.num_classes, self.stochastic = model.num_classes, True
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        defense = self.defense
+        if not defense.views:
+            return self.model(images, rng)
+        seen = predict_views(self.model, augmented_views(images, rng, 1 + defense.views), rng)
+        features = features_of(seen)
+        confident = most_confident(seen.logits[:, 1:], defense.keep)
+        shifted, agreement = defense.shift(features[:, 0], pick(features[:, 1:], confident))
+        return Outputs(self.model.logits(shifted), shifted, agreement - defense.threshold)

@@ -1,0 +1,51 @@
+"""The attack inside adversarial training: PGD as the papers train with it, at the price of its gradients alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmdefend.kernels.linf import linf_step_
+from vlmdefend.kernels.start import noisy
+from vlmdefend.rng import ImageRng
+
+
+def train_pgd(
+    logits: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+    rng: ImageRng,
+    *,
+    eps: float,
+    steps: int,
+    alpha: float,
+) -> Tensor:
+    """Untargeted L_inf PGD on the summed cross-entropy: uniform start, every image gets every step, last iterate.
+
+    The attacks of ``vlmdefend.attacks`` look for the verdict: they predict the clean images, leave out what is wrong,
+    keep the best iterate and look at the last one. In training that would be two more forwards on top of ``steps``
+    gradients, and another training distribution than the papers'. What is the same is the step
+    (:func:`~vlmdefend.kernels.linf.linf_step_`), float32, and that no parameter's ``.grad`` is touched.
+
+    Args:
+        logits: float32, in evaluation mode, from (B, 3, H, W) to (B, C).
+        images: (B, 3, H, W) in [0, 1]. Not changed.
+        labels: (B,) true classes.
+        rng: one stream per image, for the start.
+        eps: radius; alpha: step size; in pixel units.
+
+    Returns:
+        (B, 3, H, W) in [0, 1] and within ``eps``; no gradient.
+    """
+    noise = rng.uniform(images.shape[1:], -1.0, 1.0).to(images.device)
+    adversarial = noisy(images, noise, eps)
+    for _ in range(steps):
+        pixels = adversarial.requires_grad_(True)
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits(pixels), labels, reduction="sum")
+        (gradient,) = torch.autograd.grad(loss, pixels)
+        adversarial = linf_step_(pixels.detach(), gradient, images, alpha, eps)
+    return adversarial

@@ -1,0 +1,1 @@
+"""The kernels in Triton. Only ``dispatch`` leads here: importing a file of this folder imports Triton."""

@@ -1,0 +1,130 @@
+"""A linear resize (bicubic, with or without a filter before) from the native resolution, and normalisation with it.
+
+A resize is a matrix per axis. In torch it is two matrix products. A row of such a matrix holds few weights, side by
+side (4 where bicubic enlarges), so that the fused kernel gathers them for each pixel and keeps nothing in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmdefend.kernels import normalize
+from vlmdefend.kernels.dispatch import through_op, uses_triton
+from vlmdefend.kernels.operators import operator
+
+
+class Taps(NamedTuple):
+    """The weights of (outputs, inputs) matrix rows that lie between the first and the last that is not zero."""
+
+    first: Tensor  # (outputs,) int32, where a row's weights begin
+    weights: Tensor  # (outputs, T)
+
+
+class Axis(NamedTuple):
+    """The resize of one axis from n to S pixels."""
+
+    matrix: Tensor  # (S, n)
+    forward: Taps  # of the matrix
+    backward: Taps  # of its transpose
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Axis:
+        """(S, n) weights, outputs by inputs."""
+        return cls(matrix, taps(matrix), taps(matrix.T))
+
+
+def taps(matrix: Tensor) -> Taps:
+    """The band of a (outputs, inputs) matrix; as many taps for every row as the widest row needs."""
+    used = (matrix != 0).long()
+    count = matrix.shape[1]
+    first = used.argmax(dim=1)
+    last = (count - 1 - used.flip(1).argmax(dim=1)).where(used.any(dim=1), first)
+    width = int((last - first).max()) + 1
+    first = first.clamp(max=count - width)
+    columns = first[:, None] + torch.arange(width, device=matrix.device)
+    return Taps(first.int(), matrix.gather(1, columns).contiguous())
+
+
+def resized(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """(B, C, H, W), (S, H) and (S, W) weights -> (B, C, S, S); an axis that has its size already is left alone."""
+    if rows.shape[0] != rows.shape[1]:
+        images = rows @ images
+    if columns.shape[0] != columns.shape[1]:
+        images = images @ columns.T
+    return images
+
+
+def resized_normalized(images: Tensor, rows: Axis, columns: Axis, mean: Tensor, std: Tensor) -> Tensor:
+    """``(resized(images) - mean) / std``, differentiable; (B, C, H, W) float32 -> (B, C, S, S).
+
+    Args:
+        images: at their native resolution.
+        rows: the resize of the vertical axis; columns: of the horizontal one.
+        mean: (C, 1, 1); std: (C, 1, 1).
+    """
+    if through_op(images):
+        found: Tensor = _operator(images, *_flat(rows), *_flat(columns), mean, std)
+        return found
+    return normalize.reference(resized(images, rows.matrix, columns.matrix), mean, std)
+
+
+def _flat(axis: Axis) -> tuple[Tensor, ...]:
+    return axis.matrix, *axis.forward, *axis.backward
+
+
+def _body(images: Tensor, *tables: Tensor) -> Tensor:
+    rows, columns, mean, std = _axes(tables)
+    if uses_triton(images):
+        from vlmdefend.kernels.fused.resize import resized_normalized as fused
+
+        return fused(images, rows.forward, columns.forward, mean, std)
+    return normalize.reference(resized(images, rows.matrix, columns.matrix), mean, std)
+
+
+def _body_back(gradient: Tensor, *tables: Tensor) -> Tensor:
+    rows, columns, mean, std = _axes(tables)
+    if uses_triton(gradient):
+        from vlmdefend.kernels.fused.resize import resized_normalized as fused
+
+        return fused(gradient, rows.backward, columns.backward, torch.zeros_like(mean), std)
+    return resized(gradient / std, rows.matrix.T, columns.matrix.T)
+
+
+def _axes(tables: tuple[Tensor, ...]) -> tuple[Axis, Axis, Tensor, Tensor]:
+    rows, columns = (Axis(t[0], Taps(*t[1:3]), Taps(*t[3:5])) for t in (tables[:5], tables[5:10]))
+    return rows, columns, tables[10], tables[11]
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _operator_back(gradient, *ctx.saved_tensors), *[None] * 12
+
+
+_TABLES = ", ".join(
+    [
+        *(
+            f"Tensor {a}_{part}"
+            for a in ("row", "column")
+            for part in ("matrix", "first", "taps", "first_back", "taps_back")
+        ),
+        "Tensor mean",
+        "Tensor std",
+    ]
+)
+_operator_back = operator(
+    f"resized_normalized_back(Tensor gradient, {_TABLES}) -> Tensor",
+    _body_back,
+    lambda gradient, *t: gradient.new_empty(*gradient.shape[:2], t[0].shape[1], t[5].shape[1]),
+)
+_operator = operator(
+    f"resized_normalized(Tensor images, {_TABLES}) -> Tensor",
+    _body,
+    lambda images, *t: images.new_empty(*images.shape[:2], t[0].shape[0], t[5].shape[0]),
+)
+_operator.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,182 @@
+"""The model in training: its forward that is trained, its forward that is attacked, and one step of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmdefend.defenses.training_time.base import Objective, Teacher
+from vlmdefend.errors import UserError
+from vlmdefend.rng import ImageRng
+from vlmdefend.training.classifier import TrainedClassifier, batch_norm_buffers
+from vlmdefend.training.processes import Processes, is_out_of_memory
+from vlmdefend.training.stage import Optimization
+from vlmdefend.types import Batch, Outputs
+
+
+class TrainedStudent:
+    """Satisfies :class:`~vlmdefend.defenses.training_time.base.Student`.
+
+    Args:
+        classifier: the model.
+        parameters: those of it that train, by name.
+        processes: give the precision of the training forward.
+    """
+
+    def __init__(self, classifier: TrainedClassifier, parameters: dict[str, nn.Parameter], processes: Processes):
+        self.classifier, self.parameters, self.processes = classifier, parameters, processes
+        self.iteration = 0  # steps of this stage that were taken: what a schedule inside an objective depends on
+        self.rate_factors: dict[str, float] = {}  # of parameters that learn slower or faster than the stage's rate
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """The forward that is trained, in training precision; outputs in float32."""
+        with self.processes.autocast():
+            found = self.classifier.training_outputs(images)
+        return Outputs(found.logits.float(), None if found.features is None else found.features.float())
+
+    def attacked(self, images: Tensor) -> Tensor:
+        """The logits that an attack differentiates: float32 whatever the precision of training."""
+        found: Outputs = self.classifier(images)
+        return found.logits
+
+    def refresh(self) -> None:
+        """Bring up to date what is computed from weights that were just changed."""
+        self.classifier.refresh()
+
+    def weights(self) -> dict[str, Tensor]:
+        """What training changes, by name: parameters, and BatchNorm's running statistics where they train."""
+        found: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters.items()}
+        if self.classifier.batch_norm == "train":
+            found |= batch_norm_buffers(self.classifier.clip)
+        return found
+
+
+class AutocastTeacher:
+    """A frozen model in the precision of the training forward."""
+
+    def __init__(self, classifier: TrainedClassifier, processes: Processes) -> None:
+        self.classifier, self.processes = classifier, processes
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Without gradient, in float32 outside."""
+        with torch.no_grad(), self.processes.autocast():
+            found = self.classifier(images)
+        return Outputs(found.logits.float(), None if found.features is None else found.features.float())
+
+
+class Accumulator:
+    """Gradients of a global batch, micro-batch by micro-batch, process by process."""
+
+    def __init__(self, student: TrainedStudent, teacher: Teacher | None, options: Optimization) -> None:
+        self.student, self.teacher, self.options = student, teacher, options
+        self.micro_batch = options.micro_batch
+        self.halved: list[int] = []  # micro-batches that memory forced
+
+    def gradients(self, objective: Objective, batch: Batch, rng: ImageRng) -> dict[str, float]:
+        """Leave the reduced gradient of the global batch in ``.grad``; the means of losses and metrics over it.
+
+        Args:
+            objective: what is minimised.
+            batch: this process's share, on its device; may be empty.
+            rng: one stream per image of ``batch``, fresh: an attempt that fails for memory draws them again.
+
+        Raises:
+            UserError: a single image does not fit into memory.
+        """
+        processes = self.student.processes
+        parameters = list(self.student.parameters.values())
+        while True:
+            for parameter in parameters:
+                parameter.grad = None
+            try:
+                sums = self._accumulate(objective, batch, rng.child("step"))
+                break
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve(len(batch.ids))
+        processes.sum_gradients(parameters)
+        sums = processes.sum_numbers(sums)
+        count = sums.pop("images", 0.0)
+        if not count:
+            raise UserError("no image of this batch could be read; mend the data set.")
+        if objective.reduction == "mean":
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(count)
+        return {name: value / count for name, value in sums.items()}
+
+    def _accumulate(self, objective: Objective, batch: Batch, rng: ImageRng) -> dict[str, float]:
+        sums: dict[str, float] = {"images": float(len(batch.ids))}
+        size = self.micro_batch or max(1, len(batch.ids))
+        for first in range(0, len(batch.ids), size):
+            index = list(range(first, min(first + size, len(batch.ids))))
+            part = Batch([batch.ids[i] for i in index], batch.images[index], batch.labels[index])
+            terms = objective.losses(self.student, self.teacher, part, rng.select(index))
+            total = torch.stack(list(terms.losses.values())).sum()
+            torch.autograd.backward(self.student.processes.scaler.scale(total))
+            for name, values in (terms.losses | terms.metrics).items():
+                sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
+            sums["loss"] = sums.get("loss", 0.0) + float(total.detach())
+        return sums
+
+    def _halve(self, images: int) -> None:
+        now = min(self.micro_batch or images, images)
+        if now <= 1:
+            raise UserError("a single image does not fit into memory in training; take a smaller model or device.")
+        if self.student.classifier.batch_norm == "train":
+            raise UserError(
+                "out of memory, and with --batch-norm train the micro-batch cannot shrink without changing the "
+                "result; give a smaller --batch-size, or --batch-norm frozen."
+            )
+        self.micro_batch = (now + 1) // 2
+        self.halved.append(self.micro_batch)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], options: Optimization, factors: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """A fresh one; its rate is set at every step, times the factor of each parameter (1 where none is given)."""
+    factor_of = factors or {}
+    groups: list[dict[str, Any]] = [  # neighbours of one factor, so that the order of parameters stays
+        {"params": [parameters[name] for name in names], "factor": factor}
+        for factor, names in groupby(parameters, key=lambda name: factor_of.get(name, 1.0))
+    ]
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=options.weight_decay)
+    return torch.optim.SGD(
+        groups, lr=0.0, momentum=options.momentum, weight_decay=options.weight_decay, nesterov=options.nesterov
+    )
+
+
+def update(student: TrainedStudent, optimizer: torch.optim.Optimizer, rate: float, clip: float | None) -> float:
+    """One step of the weights along the gradients that are there; the gradient's norm before clipping.
+
+    Weights are left as they are, and not-a-number or infinity returned, if the gradient is not finite.
+    """
+    scaler = student.processes.scaler
+    if scaler.is_enabled():
+        scaler.unscale_(optimizer)
+    gradients = [p.grad for p in student.parameters.values() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    value = float(norm)
+    if math.isfinite(value):
+        if clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(student.parameters.values(), clip, norm)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+    if math.isfinite(value) or scaler.is_enabled():
+        scaler.step(optimizer)  # leaves out a step whose gradients overflowed
+        scaler.update()
+    scale = student.parameters.get("logit_scale")
+    if scale is not None:
+        with torch.no_grad():
+            scale.clamp_(0.0, math.log(100.0))
+    return value

@@ -1,0 +1,191 @@
+"""The frozen teacher of step 2: an adapted classifier, a CLIP, a timm model, or any Python callable."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks.view import chunks
+from vlmdefend.errors import UserError
+from vlmdefend.models.classifier import ClassifierModel, HeadPipeline
+from vlmdefend.models.names import load_model
+from vlmdefend.rng import ImageRng
+from vlmdefend.training.data import TrainingImages
+from vlmdefend.training.urda_data import image_id
+from vlmdefend.types import Batch, Outputs
+
+WIDTH = 64
+PYTHON = "python:"
+
+
+class FrozenTeacher:
+    """Satisfies :class:`~vlmdefend.defenses.adaptation.base.BatchTeacher`.
+
+    Args:
+        name: for messages.
+        outputs: (B, 3, S, S) in [0, 1] -> outputs.
+        weights_hash: changes with the weights; None: unknown, as of a callable.
+        image_size: S; None: any.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        outputs: Callable[[Tensor], Outputs],
+        weights_hash: Callable[[], str] | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        self.name, self.image_size = name, image_size
+        self._outputs, self._hash = outputs, weights_hash
+        self._seen: dict[str, tuple[Tensor, Tensor | None]] = {}
+
+    @property
+    def weights_hash(self) -> str:
+        """Of its weights as they are now; empty where they cannot be reached."""
+        return "" if self._hash is None else self._hash()
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """Without gradient, in float32."""
+        with torch.no_grad():
+            found = self._outputs(images)
+        return Outputs(found.logits.float(), None if found.features is None else found.features.float())
+
+    def of(self, batch: Batch) -> Outputs:
+        """Outputs at images of the set: looked up where :meth:`look_at` has seen them."""
+        names = [image_id(name) for name in batch.ids]
+        if not self._seen or any(name not in self._seen for name in names):
+            return self(batch.images)
+        rows = [self._seen[name] for name in names]
+        features = [row[1] for row in rows if row[1] is not None]
+        logits = torch.stack([row[0] for row in rows])
+        return Outputs(logits, torch.stack(features) if len(features) == len(rows) else None)
+
+    def look_at(self, images: TrainingImages, device: torch.device) -> None:
+        """Keep the outputs at every image, in batches that depend on the set alone: a resumed run gets the same bits."""
+        for part in chunks(len(images), WIDTH):
+            batch = images.batch(part.tolist())
+            found = self(batch.images.to(device))
+            for i, name in enumerate(batch.ids):
+                self._seen[name] = found.logits[i], None if found.features is None else found.features[i]
+
+
+def as_teacher(model: ClassifierModel, class_names: Sequence[str], name: str = "") -> FrozenTeacher:
+    """A classifier with a head as a teacher."""
+    pipeline: HeadPipeline = model.zero_shot(class_names, ())
+    return FrozenTeacher(name or model.name, pipeline, lambda: model.weights_hash, model.image_size)
+
+
+def load_teacher(
+    name: str, class_names: Sequence[str], templates: Sequence[str], device: torch.device
+) -> FrozenTeacher:
+    """The teacher that ``name`` stands for.
+
+    Args:
+        name: ``local-dir:PATH`` of a classifier or a CLIP; any other CLIP's name (its classes are then text);
+            ``timm:NAME`` with as many classes as there are; ``python:MODULE:FUNCTION``, called with the class names, which
+            returns a callable from (B, 3, H, W) pixels in [0, 1] to logits, or to (logits, features).
+        class_names: in the order of the logits.
+        templates: prompts of a CLIP.
+        device: where it lives.
+
+    Raises:
+        UserError: no such model or function, or another number of classes.
+    """
+    if name.startswith(PYTHON):
+        return FrozenTeacher(name, _from_python(name, class_names))
+    if name.startswith("timm:"):
+        return _timm_classifier(name, len(class_names), device)
+    model = load_model(name, device=device)
+    size = model.image_size
+    if isinstance(model, ClassifierModel):
+        return as_teacher(model, class_names)
+    pipeline = model.zero_shot(class_names, templates)
+    return FrozenTeacher(name, lambda images: pipeline(images, None), lambda: model.weights_hash, size)
+
+
+def _timm_classifier(name: str, classes: int, device: torch.device) -> FrozenTeacher:
+    import timm
+
+    from vlmdefend.models.backbones import load_backbone
+
+    backbone = load_backbone(name)
+    try:
+        network = timm.create_model(name.removeprefix("timm:"), pretrained=True)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"--teacher {name}: its weights cannot be had ({str(error).splitlines()[0]}).") from None
+    network = network.eval().requires_grad_(False).to(device)
+    if int(network.num_classes) != classes:
+        raise UserError(
+            f"--teacher {name}: has {network.num_classes} classes where the data have {classes}; adapt it first: "
+            f"--backbone {name}."
+        )
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+
+    def outputs(images: Tensor) -> Outputs:
+        maps = network.forward_features((images - mean) / std)
+        return Outputs(network.forward_head(maps), network.forward_head(maps, pre_logits=True))
+
+    return FrozenTeacher(name, outputs, lambda: _hash(network.state_dict()), backbone.image_size)
+
+
+def _from_python(name: str, class_names: Sequence[str]) -> Callable[[Tensor], Outputs]:
+    module, colon, function = name.removeprefix(PYTHON).rpartition(":")
+    try:
+        made = getattr(importlib.import_module(module), function)(tuple(class_names)) if colon else None
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"--teacher {name}: cannot be imported ({error}); write python:MODULE:FUNCTION.") from None
+    if not callable(made):
+        raise UserError(
+            f"--teacher {name}: write python:MODULE:FUNCTION, a function that takes the class names and returns a "
+            "callable from images to logits."
+        )
+
+    def outputs(images: Tensor) -> Outputs:
+        found: Any = made(images)
+        answer = (
+            found if isinstance(found, Outputs) else Outputs(*found) if isinstance(found, tuple) else Outputs(found)
+        )
+        if answer.logits.shape != (len(images), len(class_names)):
+            raise UserError(
+                f"--teacher {name}: returned {tuple(answer.logits.shape)} for {len(images)} images of "
+                f"{len(class_names)} classes; return ({len(images)}, {len(class_names)}) logits."
+            )
+        return answer
+
+    return outputs
+
+
+def _hash(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def predictions(teacher: FrozenTeacher, batch: Batch) -> Tensor:
+    """(B,) classes that the teacher gives to the images of a batch."""
+    parts = [teacher(batch.images[part]).logits.argmax(dim=1) for part in chunks(len(batch.ids), WIDTH)]
+    return torch.cat(parts)
+
+
+def pipeline_of(teacher: FrozenTeacher, classes: int) -> Any:
+    """The teacher as what an attack and a judge query."""
+    return TeacherPipeline(teacher, classes)
+
+
+class TeacherPipeline:
+    """Satisfies :class:`vlmdefend.types.Pipeline`, gradients to the pixels included."""
+
+    stochastic: bool = False
+
+    def __init__(self, teacher: FrozenTeacher, classes: int) -> None:
+        self.teacher, self.num_classes = teacher, classes
+
+    def __call__(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
+        """Pixels in [0, 1] to outputs."""
+        return self.teacher._outputs(images)
