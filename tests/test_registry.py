@@ -18,6 +18,9 @@ from vlmdefend.errors import UnknownName, UserError, did_you_mean
 from vlmdefend.registry import Registry, check_options, load_plugin, parse_spec
 
 
+EMPTY_ROOM = "vlmdefend.evaluation.protocols"  # a package without Python files
+
+
 @dataclass(frozen=True, kw_only=True)
 class Widget:
     name: ClassVar[str] = "big-widget"
@@ -31,7 +34,7 @@ class Widget:
 @pytest.fixture
 def widgets(monkeypatch: pytest.MonkeyPatch) -> Registry[Any]:
     monkeypatch.setattr(registry_module, "entry_points", lambda group: ())
-    return Registry("widget", ("vlmdefend.kernels",), shared=("linf", "l2"))  # a room without methods
+    return Registry("widget", (EMPTY_ROOM,))
 
 
 def named(name: str, module: str) -> type[Any]:
@@ -110,15 +113,15 @@ def test_a_built_in_name_cannot_be_taken_even_before_its_file_is_imported(name: 
 
 
 def test_a_package_adds_a_method_through_an_entry_point(tmp_path: Path, monkeypatch: Any) -> None:
-    registry = Registry[Any]("widget", ("vlmdefend.kernels",), shared=("linf", "l2"))
+    registry = Registry[Any]("widget", (EMPTY_ROOM,))
     (tmp_path / "their_package.py").write_text(
         "import sys\nclass Theirs:\n    name = 'their-widget'\n"
         "sys.modules['widget_registry_of_this_test'].registry.register(Theirs)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "widget_registry_of_this_test", type("Holder", (), {"registry": registry}))
-    points = (EntryPoint("their-widget", "their_package:Theirs", "vlmdefend.kernels"),)
-    monkeypatch.setattr(registry_module, "entry_points", lambda group: points if group == "vlmdefend.kernels" else ())
+    points = (EntryPoint("their-widget", "their_package:Theirs", EMPTY_ROOM),)
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: points if group == EMPTY_ROOM else ())
     assert registry.names() == ["their-widget"]
     assert "their_package" not in sys.modules, "listing imports nothing"
     assert registry.get("their_widget").__name__ == "Theirs"

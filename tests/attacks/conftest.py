@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmdefend.rng import ImageRng
@@ -14,6 +15,7 @@ class Wrapped(nn.Module):
     """Any network from pixels to logits as a pipeline; the input of its last layer stands for the features."""
 
     stochastic = False
+    rows: Tensor | None = None  # in place of the last layer's weights, while its "prompts" are others
 
     def __init__(self, body: nn.Module, head: nn.Linear, shift: float = 0.0) -> None:
         super().__init__()
@@ -22,7 +24,11 @@ class Wrapped(nn.Module):
 
     def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
         features = self.body(images)
-        return Outputs(self.head(features) + self.shift, features)
+        return Outputs(self.logits(features), features)
+
+    def logits(self, features: Tensor) -> Tensor:
+        weight = self.head.weight if self.rows is None else self.rows.to(features.dtype)
+        return F.linear(features, weight, self.head.bias) + self.shift
 
 
 def linear(shape: tuple[int, ...], classes: int, seed: int = 0) -> Wrapped:

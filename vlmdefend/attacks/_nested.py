@@ -62,11 +62,17 @@ def take_over(wrapper: Attack, **values: Any) -> None:
     """Set fields of a frozen wrapper, its norms (those that all its attacks know), and whether it needs no gradient.
 
     Raises:
-        UserError: no norm is common to its attacks.
+        UserError: no norm is common to its attacks, or one changes the prompts, which are the same for all images.
     """
     for name, value in values.items():
         object.__setattr__(wrapper, name, value)
     inner = wrapper.inner
+    for attack in inner:
+        if attack.changes_prompts:
+            raise UserError(
+                f"{wrapper.name}: attack {attack.name} changes the prompts, and what it finds counts only under these; "
+                "run it by itself."
+            )
     norms: tuple[Norm, ...] = tuple(norm for norm in NORMS if all(norm in attack.norms for attack in inner))
     if not norms:
         known = "; ".join(f"{attack.name}: {', '.join(attack.norms)}" for attack in inner)

@@ -49,8 +49,8 @@ class TextLevel(Attack):
     mode: Mode = "suffix"
     per_class: bool = False
     words: bool = True
-    candidates: int = 32
-    beams: int = 1
+    candidates: int = 64
+    beams: int = 2
     sweeps: int = 1
     images: int = 200
     # What was learned; no option, so it is in no spec and two attacks with the same options are equal.

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks._runs import check_options
 from vlmdefend.attacks._text_level import TextLevel
+from vlmdefend.attacks.goal import SURE, Goal
 from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
@@ -69,7 +70,7 @@ class Co(TextLevel):
         with self.conditions(view.text_side):
             todo = torch.arange(len(images))
             if view.stop:
-                todo = (view(images).argmax(dim=1) == labels).nonzero()[:, 0].cpu()
+                todo = (Goal(labels).margin(view(images)) <= SURE).nonzero()[:, 0].cpu()
             if len(todo):
                 step = self._image_step()
                 result[todo] = step.perturb(

@@ -99,7 +99,9 @@ def _reference(goal: Goal) -> Outputs:
 def _features(outputs: Outputs, goal: Goal) -> tuple[Tensor, Tensor]:
     clean = _reference(goal).features
     if outputs.features is None or clean is None:
-        raise UserError("losses feature, feature_cos and co need a pipeline that gives image features; this one gives logits only.")
+        raise UserError(
+            "losses feature, feature_cos and co need a pipeline that gives image features; this one gives logits only."
+        )
     return outputs.features, clean
 
 

@@ -57,6 +57,11 @@ def attacks() -> tuple[tuple[str, ...], list[Entry]]:
     return ("norms",), [
         Entry(name, (" ".join(getattr(cls, "norms", ())),), _sentence(cls)) if cls else Entry(name, ("",), trouble)
         for name, cls, trouble in _classes(ATTACKS)
+    ] + [
+        Entry(
+            f"{family}:NAME", ("linf l2",), f"an attack of the package {family} by its class name, such as {family}:CW"
+        )
+        for family in ATTACKS.families
     ]
 
 

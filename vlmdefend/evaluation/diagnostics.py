@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple, get_args
 
 from vlmdefend.evaluation.records import Attacker, Cell, Record, Row
+from vlmdefend.registry import split_outside
 from vlmdefend.types import format_eps
 
 ATTACKERS: tuple[Attacker, ...] = get_args(Attacker)
@@ -21,7 +22,8 @@ ZERO_GRADIENTS = 0.01  # more exactly-zero pixel gradients than this
 SIGNIFICANT = 0.05  # p of the paired test
 MATERIAL = 0.01  # one point of accuracy: less is never worth a flag
 UNMOVED = 0.5  # of the survivors
-EFFORT = ("source", "kind", "learn", "steps", "queries", "n_queries", "restarts")  # options that a reader needs beside an attack's name
+# options that a reader needs beside an attack's name
+EFFORT = ("source", "version", "plus", "kind", "learn", "target", "steps", "queries", "n_queries", "restarts")
 
 
 class Result(NamedTuple):
@@ -74,12 +76,16 @@ def is_attacked(cell: Cell) -> bool:
 
 def attack_label(cell: Cell) -> str:
     """``pgd steps=10``: the attack's name and how hard it tries."""
-    effort = [f"{k}={cell.attack_config[k]}" for k in EFFORT if _is_said(k, cell.attack_config.get(k))]
-    return " ".join([cell.attack, *effort])
+    config = cell.attack_config
+    nested = [split_outside(str(config[key]), "+") for key in ("attack", "attacks") if key in config]  # of a wrapper
+    members = ["+".join(part.strip("[] ").partition(":")[0] for part in parts) for parts in nested]
+    effort = [f"{k}={config[k]}" for k in EFFORT if _is_said(k, config.get(k))]
+    return " ".join([cell.attack, *members, *effort])
 
 
 def _is_said(option: str, value: object) -> bool:
-    return value is not None and not (option == "restarts" and value == 1)
+    default = {"restarts": 1, "plus": "", "version": "standard"}
+    return value is not None and value != default.get(option)
 
 
 def robust_under_all(results: Iterable[Result]) -> dict[str, bool]:
