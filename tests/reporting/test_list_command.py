@@ -1,6 +1,6 @@
 import sys
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import typer
@@ -22,6 +22,8 @@ def run(*args: str) -> Outcome:
 
 class FakeRegistry:
     """Names to classes; ``broken`` cannot be imported."""
+
+    families: ClassVar[dict[str, str]] = {"theirs": "their.module"}
 
     def __init__(self, *classes: type[Any]) -> None:
         self.classes = {c.name: c for c in classes}  # type: ignore[attr-defined]
@@ -56,7 +58,7 @@ def test_defenses_show_paradigm_source_and_how_they_are_attacked(monkeypatch: py
     assert outcome.exit_code == 0, outcome.exception
     joined = " ".join(outcome.stdout.split())
     assert max(map(cell_len, outcome.stdout.splitlines())) <= 80
-    assert "random; adaptive attack:" in joined
+    assert "(Xing et al. 2025); random adaptive attack:" in joined
     assert "the bare model; adaptive attack: exact gradient" in joined
     assert "cannot be loaded: No module named 'torchattacks'" in joined
 
@@ -67,6 +69,7 @@ def test_attacks_show_norms_and_fall_back_to_the_docstring(monkeypatch: pytest.M
     fake(monkeypatch, "vlmdefend.attacks", ATTACKS=FakeRegistry(pgd, bare))
     shown = run("attacks").stdout
     assert "linf l2" in shown
+    assert "theirs:NAME" in shown
     assert "projected gradient descent (Madry et al. 2018)" in shown
     assert "One of mine [bold]." in shown
 

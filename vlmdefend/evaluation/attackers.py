@@ -195,7 +195,7 @@ def craft(
             margin = Goal(labels[todo]).margin(judge(found.images))
         if defense.rejects:
             quiet = -_detector_scores(defense, model, found.images, streams.child("judge"), width)
-            margin = torch.where(margin > 0, 1e6 + quiet, margin)  # of what fools, the least suspicious
+            margin = torch.where(margin > 0, 2.0 + quiet.atan(), margin)  # of what fools, the least suspicious
         better = margin > margins[todo]
         best[todo] = torch.where(per_image(better, found.images), found.images, best[todo])
         margins[todo] = torch.where(better, margin, margins[todo])

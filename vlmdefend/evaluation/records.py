@@ -158,6 +158,7 @@ class Record(_Strict):
     stochastic: bool = False  # the deployed defense draws random numbers
     adaptive_equals_whitebox: bool = True  # nothing to approximate or average: the two attackers are one
     gradient_free: bool = False  # the attack uses no gradient
+    blind: bool = False  # the attack asks nothing of a model: all attackers are one
     set_level: bool = False  # the attack uses one thing, learned from the set, on all images
     attacked_prompts: list[str] = []  # what the attack made of each class's first prompt
     paradigm: str = ""  # the defense's

@@ -84,6 +84,7 @@ class Judge:
             checks=sum((shard.checks for shard in done), Checks()),
             stochastic=self.defense.stochastic,
             adaptive_equals_whitebox=self.defense.adaptive_equals_whitebox,
+            blind=self.attack.blind,
             gradient_free=self.attack.gradient_free,
             set_level=self.attack.learns_from > 0,
             attacked_prompts=self._learned().attacked_prompts(self._text_side()),

@@ -180,9 +180,10 @@ def _line(results: Sequence[Result], found: Sequence[Reason]) -> Line:
     if not ids:
         return replace(line, errors=(*line.errors, "its cells share no image, so there is nothing to combine"))
     by_attacker = {a: [r for r in attacked if r.record.cell.attacker == a] for a in ATTACKERS}
+    all_are_one = bool(by_attacker["whitebox"]) and (line.pipeline.is_bare or all(r.record.blind for r in attacked))
     whitebox_says_all = bool(by_attacker["whitebox"]) and all(r.record.adaptive_equals_whitebox for r in attacked)
-    equal: list[Attacker] = ["transfer"] if by_attacker["whitebox"] and line.pipeline.is_bare else []
-    equal += ["adaptive"] if by_attacker["whitebox"] and (line.pipeline.is_bare or whitebox_says_all) else []
+    equal: list[Attacker] = ["transfer"] if all_are_one else []
+    equal += ["adaptive"] if all_are_one or whitebox_says_all else []
     return replace(
         line,
         n=len(ids),
