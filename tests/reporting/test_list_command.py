@@ -59,7 +59,7 @@ def test_defenses_show_paradigm_source_and_how_they_are_attacked(monkeypatch: py
     joined = " ".join(outcome.stdout.split())
     assert max(map(cell_len, outcome.stdout.splitlines())) <= 80
     assert "(Xing et al. 2025); random adaptive attack:" in joined
-    assert "the bare model; adaptive attack: exact gradient" in joined
+    assert "the bare model adaptive attack: exact gradient" in joined
     assert "cannot be loaded: No module named 'torchattacks'" in joined
 
 

@@ -124,7 +124,7 @@ def fit(
 ) -> Fitted:
     """The attack for each variant, after it has learned from N images of the set.
 
-    Prompts are the same for all images, so of several variants that learned some only the best one is left.
+    Prompts are the same for all images, so all variants get those of the one whose prompts are best.
     """
     fitted = {}
     values = zeros = 0
@@ -149,14 +149,14 @@ def _best_prompts(
     rng: ImageRng,
     width: int,
 ) -> dict[Variant, Attack]:
-    """The variant whose prompts leave the fewest images right in the deployed pipeline; at a tie the earliest."""
+    """Every variant with the prompts that leave the fewest images right in the deployed pipeline; a tie: the first."""
     right = {}
     for variant, attack in fitted.items():
         view = View(defense.wrap(model), rng.child("deployed"), width=width, model=model)
         with attack.conditions(view.text_side):
             right[variant] = int((view(images).argmax(dim=1) == labels).sum())
     best = min(right, key=lambda variant: right[variant])
-    return {best: fitted[best]}
+    return dict.fromkeys(fitted, fitted[best])
 
 
 def craft(
@@ -192,7 +192,8 @@ def craft(
         margin = found.margin
         if variant.surrogate == BARE:
             judge = view_of(attacker, defense, model, streams.child("judge"), width)
-            margin = Goal(labels[todo]).margin(judge(found.images))
+            with attack.conditions(judge.text_side if attack.changes_prompts else None):
+                margin = Goal(labels[todo]).margin(judge(found.images))
         if defense.rejects:
             quiet = -_detector_scores(defense, model, found.images, streams.child("judge"), width)
             margin = torch.where(margin > 0, 2.0 + quiet.atan(), margin)  # of what fools, the least suspicious

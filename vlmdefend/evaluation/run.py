@@ -202,7 +202,8 @@ def _model_hash(model: VisionLanguageModel) -> str:
 def _code_hash(method: Attack | Defense) -> dict[str, str]:
     """For a method that is not of this package, a hash of its file: edited, it is another method."""
     if type(method).__module__.partition(".")[0] == "vlmdefend":
-        inner = [_code_hash(attack) for attack in getattr(method, "inner", ())]  # of a wrapper, which is in the house
+        wrapped = method.inner if isinstance(method, Attack) else ()
+        inner = [_code_hash(attack) for attack in wrapped]
         return {f"file_hash_{i}": found["file_hash"] for i, found in enumerate(inner) if "file_hash" in found}
     try:
         code = Path(inspect.getsourcefile(type(method)) or "").read_bytes()
