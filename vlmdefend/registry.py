@@ -146,8 +146,8 @@ class Registry(Generic[T]):
 def parse_spec(text: str) -> tuple[str, dict[str, str]]:
     """Split ``name:option=value:...`` into the name and the written options.
 
-    A part without ``=`` belongs to the name, so that ``torchattacks:CW`` stays whole; so does what is in brackets, as in
-    ``worst-of:attacks=[pgd:steps=20]+square``.
+    A part without ``=`` belongs to the name, so that ``torchattacks:CW`` stays whole; so does what is in brackets, as
+    in ``worst-of:attacks=[pgd:steps=20]+square``.
 
     Raises:
         UserError: an option that is written twice, a bracket without its partner.

@@ -98,7 +98,9 @@ def test_without_per_class_all_classes_get_the_same_tokens(mode: Any, fashion: F
     side, tokens = fashion.side, fitted.learned.tokens
     for t in range(tokens.shape[1]):
         if mode == "substitute":
-            assert len({tuple(row[slots].tolist()) for row, slots in zip(tokens[:, t], side.slots[t], strict=True)}) == 1
+            assert (
+                len({tuple(row[slots].tolist()) for row, slots in zip(tokens[:, t], side.slots[t], strict=True)}) == 1
+            )
         else:
             ends, new = side.ends[:, t], side.ends_of(tokens[:, t])
             assert len({tuple(row[a:b].tolist()) for row, a, b in zip(tokens[:, t], ends, new, strict=True)}) == 1
@@ -140,10 +142,9 @@ def test_first_order_gains_are_the_derivative_of_the_loss(fashion: Fashion) -> N
     side, answers = fashion.side, Answers(fashion.view(), fashion.side, fashion.images, fashion.labels)
     rows = torch.tensor([0, 2, 4])  # the first template of three classes
     places = side.slots[0][:3]
-    flat, token, column, step = side.tokens.flatten(0, 1), side.token("zebra"), 1, 1e-2
-    gains = first_order_gains(
-        side.gradient(side.tokens, rows, answers.gradient), flat[rows], places, side.table
-    )
+    flat, column, step = side.tokens.flatten(0, 1), 1, 1e-2
+    gains = first_order_gains(side.gradient(side.tokens, rows, answers.gradient), flat[rows], places, side.table)
+    token = int(gains[column].argmax())
 
     def loss(amount: float) -> float:
         embeddings = side.table[flat].clone()
@@ -298,6 +299,14 @@ def test_templates_of_nothing_but_the_name_cannot_be_substituted() -> None:
 def test_an_attack_on_the_prompts_inside_of_a_wrapper_is_refused() -> None:
     with pytest.raises(UserError, match="changes the prompts"):
         ATTACKS.create("worst-of", attacks="co+pgd")
+
+
+def test_where_no_image_is_right_the_prompts_stay_clean(fashion: Fashion) -> None:
+    wrong = (fashion.view()(fashion.images).argmax(dim=1) + 1) % 10
+    fitted = Text().fit(fashion.view(), fashion.images, wrong, Threat("tokens", 2.0))
+    assert isinstance(fitted, Text)
+    assert fitted.learned is not None
+    assert torch.equal(fitted.learned.tokens, fashion.side.tokens)
 
 
 def test_the_best_word_is_found_among_all() -> None:

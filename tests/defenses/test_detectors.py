@@ -95,10 +95,11 @@ def test_someone_who_knows_the_detector_fools_as_many_images_and_stays_quieter()
         return outputs.logits.argmax(dim=1) != batch.labels, outputs.detector_score
 
     unaware, loud = attacked("transfer")
+    whitebox, plain = attacked("whitebox")  # leaves the image at the first iterate that fools, which is quieter
     aware, quiet = attacked("adaptive")
-    assert aware.sum() >= unaware.sum()
-    both = aware & unaware
-    assert quiet[both].mean() < 0.8 * loud[both].mean()
+    assert aware.sum() >= max(unaware.sum(), whitebox.sum()) - 1  # they start at other random points
+    assert quiet[aware & unaware].mean() < 0.8 * loud[aware & unaware].mean()
+    assert quiet[aware & whitebox].mean() < 0.95 * plain[aware & whitebox].mean()
 
 
 def test_scores_reach_the_rows_and_the_report(tmp_path: Path) -> None:

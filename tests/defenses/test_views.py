@@ -176,7 +176,7 @@ def test_mta_finds_the_mode_of_its_algorithm_for_every_image_of_a_batch(rounds: 
     text = F.normalize(torch.randn(4, 5, generator=generator), dim=1)
     units = F.normalize(features, dim=-1)
     logits = 10 * units @ text.T
-    share = Mta(rounds=rounds, inner=inner).shares(features * 7.0, logits)  # any length of the embedding
+    share = Mta(rounds=rounds, repeats=inner).shares(features * 7.0, logits)  # any length of the embedding
     for i in range(3):
         mode = official_mta(units[i], logits[i], rounds, inner)
         assert torch.allclose(share[i] @ units[i], mode, atol=1e-4)
@@ -190,7 +190,7 @@ def test_mta_by_hand_for_two_views() -> None:
     (y_0, e^-1 y_1).
     """
     features, logits = torch.eye(2)[None], torch.zeros(1, 2, 3)
-    share = Mta(rounds=1, inner=1).shares(features, logits)[0]
+    share = Mta(rounds=1, repeats=1).shares(features, logits)[0]
     first = 1 / (1 + math.exp((math.exp(-1) - 1) / 0.2))
     along = torch.tensor([first, math.exp(-1) * (1 - first)])
     assert torch.allclose(share, along / along.norm(), atol=1e-5)

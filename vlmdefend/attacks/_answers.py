@@ -62,6 +62,8 @@ class Answers:
 
     def score(self, classes: Tensor) -> Score:
         """Of (C, D) class features."""
+        if not len(self):
+            return Score(0, 0.0)
         logits = self.logits(classes)
         loss = F.cross_entropy(logits.double(), self.labels)
         return Score(int((logits.argmax(dim=1) == self.labels).sum()), float(loss))
@@ -112,7 +114,8 @@ class Answers:
 
     def _may_keep(self) -> bool:
         """True if other prompts leave the embeddings as they are and the logits are those of the embeddings."""
-        few, seen = torch.arange(min(PROBE, len(self))), []
+        few = torch.arange(min(PROBE, len(self)))
+        seen: list[Tensor] = []
         clean = self._side.classifier.text_features
         for classes in (clean, clean.roll(1, dims=1)):
             with torch.no_grad(), self._side.using(classes):
@@ -120,12 +123,10 @@ class Answers:
                 if first.features is None:
                     return False
                 expected = self._side.classifier.logits(first.features)
-            if expected.shape != first.logits.shape or not torch.allclose(
-                expected, first.logits, rtol=1e-4, atol=1e-3
-            ):
+            if expected.shape != first.logits.shape or not torch.allclose(expected, first.logits, rtol=1e-4, atol=1e-3):
                 return False
             seen.append(first.features)
-        return torch.allclose(*seen, rtol=1e-4, atol=1e-5)
+        return torch.allclose(seen[0], seen[1], rtol=1e-4, atol=1e-5)
 
 
 def _features(outputs: Outputs) -> Tensor:

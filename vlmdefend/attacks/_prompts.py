@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmdefend.attacks._answers import Answers, Score
 from vlmdefend.errors import UserError
-from vlmdefend.models.text_side import PROMPTS_AT_ONCE, TextSide, ensembled
+from vlmdefend.models.text_side import PROMPTS_AT_ONCE, TextSide, ensembled, parts_of
 
 Mode = Literal["suffix", "substitute"]
 PLACEHOLDER = "the"  # where a token will be appended, the gradient is taken at this one
@@ -91,7 +91,7 @@ class Search:
         Only what scores better than the prompts so far is taken, so the score never falls with ``rounds``.
         """
         side = self.side
-        clean = side.encode(side.tokens.flatten(0, 1)).unflatten(0, side.tokens.shape[:2])
+        clean = side.encode(side.tokens.flatten(0, 1)).view(*side.tokens.shape[:2], -1)
         nothing: tuple[tuple[int, ...], ...] = ((),) * len(self.groups)
         beam = [Prompts(side.tokens, clean, self.answers.score(ensembled(clean)), nothing)]
         for _ in range(rounds):
@@ -139,15 +139,15 @@ class Search:
         """
         side, group = self.side, self.groups[number]
         places = group.places(prompts, side, slots)  # (R, S)
-        proposed = self._proposed(flat.unflatten(0, prompts.tokens.shape[:2]), group, places, placeholder)
+        proposed = self._proposed(flat.view(*prompts.tokens.shape[:2], -1), group, places, placeholder)
         tried: list[Prompts] = []
         rows = flat[group.rows]  # (R, L)
         together = max(1, PROMPTS_AT_ONCE // len(rows))
-        for some in proposed.split(together):
+        for some in parts_of(proposed, together):
             versions = rows.repeat(len(some), 1, 1)  # (K, R, L)
             for version, (slot, token) in zip(versions, some.tolist(), strict=True):
                 version.scatter_(1, places[:, slot : slot + 1], token)
-            encoded = side.encode(versions.flatten(0, 1)).unflatten(0, versions.shape[:2])
+            encoded = side.encode(versions.flatten(0, 1)).view(*versions.shape[:2], -1)
             for version, features, (slot, _) in zip(versions, encoded, some.tolist(), strict=True):
                 tried.append(self._with(prompts, number, version, features, slots[slot]))
             tried = self._best([], tried)
@@ -171,7 +171,7 @@ class Search:
                 gains = gains.scatter(1, rows.gather(1, places)[:1].T, -torch.inf)
             count = min(-(-self.candidates // 2), int((gains > -torch.inf).sum()))
             best.append(gains.flatten().topk(count).indices)
-        found = torch.cat(best).unique()
+        found = torch.tensor(sorted(set(torch.cat(best).tolist())), device=rows.device)  # a fixed order
         return torch.stack([found // gains.shape[1], found % gains.shape[1]], dim=1)
 
     def _with(self, prompts: Prompts, number: int, rows: Tensor, features: Tensor, slot: int) -> Prompts:
@@ -181,8 +181,8 @@ class Search:
         shape = prompts.tokens.shape[:2]
         changed = tuple(dict.fromkeys((*prompts.changed[number], slot)))
         every = (*prompts.changed[:number], changed, *prompts.changed[number + 1 :])
-        encoded = encoded.unflatten(0, shape)
-        return Prompts(tokens.unflatten(0, shape), encoded, self.answers.score(ensembled(encoded)), every)
+        encoded = encoded.view(*shape, -1)
+        return Prompts(tokens.view(*shape, -1), encoded, self.answers.score(ensembled(encoded)), every)
 
     def _placeholder(self) -> int:
         token = self.side.token(PLACEHOLDER)

@@ -39,7 +39,14 @@ def _models() -> list[str]:
     return model_names()
 
 
+def _adaptations() -> list[str]:
+    from vlmdefend.defenses.adaptation import ADAPTATIONS
+
+    return ADAPTATIONS.names()
+
+
 attacks = _starting(_attacks)
 defenses = _starting(_defenses)
 datasets = _starting(_datasets)
 models = _starting(_models)
+adaptations = _starting(_adaptations)

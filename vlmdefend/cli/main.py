@@ -14,6 +14,7 @@ from vlmdefend.cli.evaluate import evaluate
 from vlmdefend.cli.list_ import list_names
 from vlmdefend.cli.proxy_gap import proxy_gap
 from vlmdefend.cli.report import report
+from vlmdefend.cli.urda_train import urda_train
 from vlmdefend.errors import UserError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app.command()(evaluate)
 app.command()(attack)
 app.command()(distill)
 app.command("proxy-gap")(proxy_gap)
+app.command("urda-train")(urda_train)
 app.command()(report)
 app.command("list")(list_names)
 

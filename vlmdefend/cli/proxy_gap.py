@@ -44,8 +44,8 @@ def proxy_gap(
 ) -> None:
     """Measure proxy robustness (Fu et al. 2026): images crafted on one vanilla model, asked of the others.
 
-    Where a CLIP keeps three quarters of its clean accuracy on another one's adversarial images, it can teach that one with
-    `vlmdefend distill`.
+    Where a CLIP keeps three quarters of its clean accuracy on another one's adversarial images, it can teach that one
+    with `vlmdefend distill`.
     """
     from vlmdefend.attacks import ATTACKS
     from vlmdefend.data import load_dataset

@@ -59,6 +59,12 @@ def entropy(logits: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
 
 
+def marginal_entropy(logits: Tensor) -> Tensor:
+    """(..., V, C) -> (...) entropy of the views' mean probabilities, in nats."""
+    log_mean = logits.log_softmax(dim=-1).logsumexp(dim=-2) - math.log(logits.shape[-2])
+    return -(log_mean.exp() * log_mean).sum(dim=-1)
+
+
 def most_confident(logits: Tensor, share: float) -> Tensor:
     """(B, V, C) -> (B, k) the views of lowest entropy, k = int(share V) but at least one."""
     keep = max(1, int(share * logits.shape[1]))

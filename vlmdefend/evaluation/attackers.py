@@ -96,7 +96,7 @@ def view_of(
         rng,
         width=width,
         samples=defense.recipe.samples,
-        stop=not defense.stochastic and not defense.rejects,
+        stop=not defense.stochastic,
         detector_weight=variant.detector_weight,
         model=model,
     )
@@ -205,7 +205,7 @@ def craft(
         zeros += int(view.ledger.zero_gradients)
         outside += found.outside
         finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
-        if view.stop:
+        if view.stop and not defense.rejects:  # another variant may fool the detector better
             todo = (margins <= SURE).nonzero()[:, 0].cpu()
         if not len(todo):
             break

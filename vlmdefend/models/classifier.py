@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 BatchNormPolicy = Literal["frozen", "train"]
 HeadKind = Literal["linear", "two-layer"]
+BottleneckKind = Literal["tllib", "linear"]
 
 
 class ImageClassifier(nn.Module):
@@ -35,7 +36,8 @@ class ImageClassifier(nn.Module):
     Args:
         backbone: the image network; used, not copied.
         num_classes: C.
-        bottleneck: D, the width of the features; linear, BatchNorm, ReLU, as in tllib. 0: the backbone's own features.
+        bottleneck: D, the width of the features. 0: the backbone's own features.
+        bottleneck_kind: ``tllib``: linear, BatchNorm, ReLU; ``linear``: for features that may be negative, as a CLIP's.
         head: ``linear``, or ``two-layer`` as MDD's; without dropout, so that a forward is a function of its images.
         batch_norm: ``train``: the training forward uses its batch's statistics and moves the running ones.
         seed: of the random weights; the global random state is left as it was.
@@ -51,6 +53,7 @@ class ImageClassifier(nn.Module):
         num_classes: int,
         *,
         bottleneck: int = 256,
+        bottleneck_kind: BottleneckKind = "tllib",
         head: HeadKind = "linear",
         batch_norm: BatchNormPolicy = "train",
         seed: int = 0,
@@ -59,12 +62,12 @@ class ImageClassifier(nn.Module):
         self.backbone_config, self.image_size = backbone.config, backbone.image_size
         self.interpolation, self.head_kind = backbone.interpolation, head
         self.num_classes, self.bottleneck_width, self.batch_norm = num_classes, bottleneck, batch_norm
-        self.pretrained = backbone.pretrained
+        self.bottleneck_kind, self.pretrained = bottleneck_kind, backbone.pretrained
         self.width = bottleneck or backbone.width
         self.backbone = backbone.network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.bottleneck = _bottleneck(backbone.width, bottleneck)
+            self.bottleneck = _bottleneck(backbone.width, bottleneck, bottleneck_kind)
             self.head = _head(self.width, num_classes, head)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
@@ -104,8 +107,9 @@ class ImageClassifier(nn.Module):
         return below, [name for name in names if not name.startswith("backbone.")]
 
     def running_statistics(self) -> dict[str, Tensor]:
-        """BatchNorm's running means and variances by name."""
-        return {n: b for n, b in self.named_buffers() if n.endswith(("running_mean", "running_var"))}
+        """BatchNorm's running means and variances, and its counters, by name."""
+        endings = ("running_mean", "running_var", "num_batches_tracked")
+        return {name: buffer for name, buffer in self.named_buffers() if name.endswith(endings)}
 
 
 class ClassifierModel(VisionLanguageModel):
@@ -133,6 +137,7 @@ class ClassifierModel(VisionLanguageModel):
         self.model_cfg = {
             "backbone": classifier.backbone_config,
             "bottleneck": classifier.bottleneck_width,
+            "bottleneck_kind": classifier.bottleneck_kind,
             "head": classifier.head_kind,
             "class_names": list(class_names),
         }
@@ -230,10 +235,12 @@ class HeadPipeline:
         return outputs if self.order is None else Outputs(outputs.logits[:, self.order], outputs.features)
 
 
-def _bottleneck(inputs: int, width: int) -> nn.Module:
+def _bottleneck(inputs: int, width: int, kind: BottleneckKind) -> nn.Module:
     if not width:
         return nn.Identity()
     linear = nn.Linear(inputs, width)
+    if kind == "linear":
+        return linear
     nn.init.normal_(linear.weight, 0.0, 0.005)  # tllib's; BatchNorm sets the scale
     nn.init.constant_(linear.bias, 0.1)
     return nn.Sequential(linear, nn.BatchNorm1d(width), nn.ReLU())

@@ -18,6 +18,7 @@ from vlmdefend.models.loading import load_exactly
 CLASSIFIER_CONFIG = "vlmdefend_classifier.json"
 CLASSIFIER_WEIGHTS = "model.safetensors"
 FORMAT = 1
+KEYS = ("backbone", "bottleneck", "bottleneck_kind", "head", "class_names", "preprocess")
 
 
 def is_classifier_folder(folder: Path) -> bool:
@@ -76,7 +77,11 @@ def load_classifier(name: str, folder: Path, device: str | torch.device | None =
         True,
     )
     classifier = ImageClassifier(
-        backbone, len(config["class_names"]), bottleneck=config["bottleneck"], head=config["head"]
+        backbone,
+        len(config["class_names"]),
+        bottleneck=config["bottleneck"],
+        bottleneck_kind=config["bottleneck_kind"],
+        head=config["head"],
     )
     load_exactly(classifier, state, folder / CLASSIFIER_WEIGHTS)
     return ClassifierModel(
@@ -94,7 +99,7 @@ def read_classifier_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         newer = int(config["format"]) > FORMAT
-        missing = [k for k in ("backbone", "bottleneck", "head", "class_names", "preprocess") if k not in config]
+        missing = [k for k in KEYS if k not in config]
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{file} is not readable JSON of a classifier; write the model again.") from None
     if newer:
@@ -106,7 +111,8 @@ def read_classifier_config(folder: Path) -> dict[str, Any]:
 
 def _inputs(config: dict[str, Any], state: dict[str, torch.Tensor]) -> int:
     """The width of the backbone's features, as the layer on top of them has it."""
-    names = ("bottleneck.0.weight",) if config["bottleneck"] else ("head.weight", "head.0.weight")
+    below = ("bottleneck.0.weight", "bottleneck.weight")
+    names = below if config["bottleneck"] else ("head.weight", "head.0.weight")
     found = next((state[name] for name in names if name in state), None)
     if found is None or found.dim() != 2:
         raise UserError(f"the weights hold no {names[0]}; write the model again.")

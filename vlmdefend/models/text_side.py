@@ -67,7 +67,8 @@ class TextSide:
 
     def ends_of(self, tokens: Tensor) -> Tensor:
         """(..., L) -> (...) where the end token lies."""
-        return (tokens == self._tokenizer.eot_token_id).long().argmax(dim=-1)
+        ends: Tensor = (tokens == self._tokenizer.eot_token_id).long().argmax(dim=-1)
+        return ends
 
     def token(self, word: str) -> int:
         """The number of a word that is one token."""
@@ -118,7 +119,7 @@ class TextSide:
         """
         if embeddings is None:
             with torch.no_grad():
-                parts = [self._clip.encode_text(part, normalize=True) for part in tokens.split(PROMPTS_AT_ONCE)]
+                parts = [self._clip.encode_text(part, normalize=True) for part in parts_of(tokens)]
             return torch.cat(parts)
         handle = self._embedding.register_forward_hook(lambda module, given, found: embeddings)
         try:
@@ -129,7 +130,7 @@ class TextSide:
 
     def features(self, tokens: Tensor) -> Tensor:
         """(C, T, L) -> (C, D) unit rows, as :meth:`VisionLanguageModel.text_features` computes them."""
-        return ensembled(self.encode(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2]))
+        return ensembled(self.encode(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1))
 
     def gradient(self, tokens: Tensor, rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
         """The gradient of a loss with respect to the token embeddings of some prompts.
@@ -146,11 +147,11 @@ class TextSide:
         """
         flat = tokens.flatten(0, 1)
         with torch.enable_grad():
-            prompts = self.encode(flat).unflatten(0, tokens.shape[:2]).requires_grad_(True)
+            prompts = self.encode(flat).view(*tokens.shape[:2], -1).requires_grad_(True)
             classes = ensembled(prompts)
         (wanted,) = torch.autograd.grad(classes, prompts, of(classes.detach()))
         found = []
-        for part in rows.split(PROMPTS_AT_ONCE):
+        for part in parts_of(rows):
             with torch.enable_grad():
                 embeddings = self._embedding(flat[part]).detach().requires_grad_(True)
                 features = self.encode(flat[part], embeddings)
@@ -177,7 +178,7 @@ class TextSide:
                     f"the prompt {text!r} has {length} tokens, the model reads {len(row)}; shorten the class name or "
                     "the template."
                 )
-        return tokens.unflatten(0, (len(class_names), len(templates)))
+        return tokens.view(len(class_names), len(templates), -1)
 
     def _slots_of(self, number: int, template: str) -> Tensor:
         pieces = template.split("{c}")
@@ -207,7 +208,13 @@ def _words(tokenizer: Any, size: int) -> Tensor:
 def ensembled(prompts: Tensor) -> Tensor:
     """(..., T, D) unit prompt features -> (..., D) normalised means over the templates."""
     mean = prompts.mean(dim=-2)
-    return mean / mean.norm(dim=-1, keepdim=True)
+    features: Tensor = mean / mean.norm(dim=-1, keepdim=True)
+    return features
+
+
+def parts_of(rows: Tensor, width: int = PROMPTS_AT_ONCE) -> list[Tensor]:
+    """(R, ...) in parts of at most ``width`` rows."""
+    return [rows[first : first + width] for first in range(0, len(rows), width)]
 
 
 def _shared(a: list[int], b: list[int]) -> int:

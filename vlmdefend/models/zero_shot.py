@@ -90,9 +90,14 @@ class ZeroShotClassifier(nn.Module):
             features: Tensor = self.clip.encode_image(self._prepared(images), normalize=False)
         return features
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, D) image features of any length -> (B, C), scaled as the model was trained."""
-        logits: Tensor = self.clip.logit_scale.exp() * F.normalize(features, dim=-1) @ self.text_features.T
+    def logits(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(..., D) image features of any length -> (..., C), scaled as the model was trained.
+
+        Args:
+            classes: unit class features in place of the classifier's own: (C, D), or (B, C, D) for (B, V, D) features.
+        """
+        classes = self.text_features if classes is None else classes
+        logits: Tensor = self.clip.logit_scale.exp() * F.normalize(features, dim=-1) @ classes.mT
         bias = getattr(self.clip, "logit_bias", None)
         return logits if bias is None else logits + bias
 

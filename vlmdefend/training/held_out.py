@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -36,7 +38,7 @@ def accuracies(
 
 
 def proxy_gap(
-    target: str, models: dict[str, Pipeline], batch: Batch, eps: float, seed: int, attack: Attack | None = None
+    target: str, models: Mapping[str, Pipeline], batch: Batch, eps: float, seed: int, attack: Attack | None = None
 ) -> Gap:
     """Craft images against one model and ask all about them (Fu et al. 2026, 5.5 and Fig. 7).
 
@@ -54,12 +56,13 @@ def proxy_gap(
     view = View(models[target], ImageRng(seed, batch.ids, "proxy gap"), width=WIDTH, stop=False)
     found = (attack or Pgd(last=True))(view, batch.images, batch.labels, Threat("linf", eps)).images
     clean, adversarial = (
-        {name: _count(model, images, batch) for name, model in models.items()} for images in (batch.images, found)
+        {name: correct(model, images, batch) for name, model in models.items()} for images in (batch.images, found)
     )
     return Gap(target, clean, adversarial)
 
 
-def _count(model: Pipeline, images: Tensor, batch: Batch) -> Counted:
+def correct(model: Pipeline, images: Tensor, batch: Batch) -> Counted:
+    """How many of (N, 3, H, W) ``images``, clean or not, get the labels of ``batch``."""
     rng, hits = ImageRng(0, batch.ids, "deployed"), 0
     for chunk in chunks(len(batch.ids), WIDTH):
         with torch.no_grad():

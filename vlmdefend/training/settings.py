@@ -17,6 +17,8 @@ ANYWAY = frozenset(  # may differ when a run goes on: they change how it runs, n
     ("out", "device", "threads", "track", "save_every", "micro_batch", "root", "gap_images", "force", "weights")
 ) | {"proxy_weights", "pivot"}  # these three are known by the hash of what they hold
 
+TEST_SPLITS = frozenset(("test", "val", "valid", "validation"))
+
 
 class Settings(BaseModel):
     """One run of HPT-GPD, every choice made. The names are those of the options."""
@@ -191,6 +193,10 @@ def _check(settings: Settings) -> None:
         raise UserError(
             f"--proxy and --target are both {settings.target}: a model has nothing to learn from itself; give a "
             "proxy of another architecture, or --force to try all the same."
+        )
+    if settings.split in TEST_SPLITS:
+        raise UserError(
+            f"--split {settings.split}: is what models are tested on; train on another, so that the verdict holds."
         )
     if settings.pivot is not None and settings.stage != "b":
         raise UserError("--pivot: stage a makes the pivot; give --stage b to start from one that you have.")

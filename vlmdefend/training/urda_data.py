@@ -22,7 +22,7 @@ AGAIN = "\0"  # what follows in an id is the number of the pass in which the ima
 class Place(NamedTuple):
     """One image of an epoch: the how manieth of its set, in the how manieth pass over it."""
 
-    index: int
+    at: int
     turn: int
 
 
@@ -87,7 +87,7 @@ class DomainImages:
 
 
 def _read(images: TrainingImages, places: Sequence[Place], prefix: str) -> Batch:
-    batch = images.batch([place.index for place in places])
+    batch = images.batch([place.at for place in places])
     if len(batch.ids) < len(places):  # some were skipped as bad
         return batch._replace(ids=[prefix + name for name in batch.ids])
     names = [

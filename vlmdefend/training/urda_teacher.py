@@ -8,12 +8,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.attacks.view import chunks
 from vlmdefend.errors import UserError
 from vlmdefend.models.classifier import ClassifierModel, HeadPipeline
 from vlmdefend.models.names import load_model
+from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.data import TrainingImages
 from vlmdefend.training.urda_data import image_id
@@ -30,7 +32,7 @@ class FrozenTeacher:
         name: for messages.
         outputs: (B, 3, S, S) in [0, 1] -> outputs.
         weights_hash: changes with the weights; None: unknown, as of a callable.
-        image_size: S; None: any.
+        model: the loaded model, where there is one.
     """
 
     def __init__(
@@ -38,9 +40,9 @@ class FrozenTeacher:
         name: str,
         outputs: Callable[[Tensor], Outputs],
         weights_hash: Callable[[], str] | None = None,
-        image_size: int | None = None,
+        model: VisionLanguageModel | None = None,
     ) -> None:
-        self.name, self.image_size = name, image_size
+        self.name, self.model = name, model
         self._outputs, self._hash = outputs, weights_hash
         self._seen: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -66,7 +68,7 @@ class FrozenTeacher:
         return Outputs(logits, torch.stack(features) if len(features) == len(rows) else None)
 
     def look_at(self, images: TrainingImages, device: torch.device) -> None:
-        """Keep the outputs at every image, in batches that depend on the set alone: a resumed run gets the same bits."""
+        """Keep the outputs at every image, in batches of the set's order: a resumed run gets the same bits."""
         for part in chunks(len(images), WIDTH):
             batch = images.batch(part.tolist())
             found = self(batch.images.to(device))
@@ -76,8 +78,8 @@ class FrozenTeacher:
 
 def as_teacher(model: ClassifierModel, class_names: Sequence[str], name: str = "") -> FrozenTeacher:
     """A classifier with a head as a teacher."""
-    pipeline: HeadPipeline = model.zero_shot(class_names, ())
-    return FrozenTeacher(name or model.name, pipeline, lambda: model.weights_hash, model.image_size)
+    pipeline: HeadPipeline = model.zero_shot(class_names, (), resize_inside=True)
+    return FrozenTeacher(name or model.name, pipeline, lambda: model.weights_hash, model)
 
 
 def load_teacher(
@@ -87,8 +89,8 @@ def load_teacher(
 
     Args:
         name: ``local-dir:PATH`` of a classifier or a CLIP; any other CLIP's name (its classes are then text);
-            ``timm:NAME`` with as many classes as there are; ``python:MODULE:FUNCTION``, called with the class names, which
-            returns a callable from (B, 3, H, W) pixels in [0, 1] to logits, or to (logits, features).
+            ``timm:NAME`` with as many classes as there are; ``python:MODULE:FUNCTION``, called with the class names,
+            which returns a callable from (B, 3, H, W) pixels in [0, 1] to logits, or to (logits, features).
         class_names: in the order of the logits.
         templates: prompts of a CLIP.
         device: where it lives.
@@ -101,11 +103,10 @@ def load_teacher(
     if name.startswith("timm:"):
         return _timm_classifier(name, len(class_names), device)
     model = load_model(name, device=device)
-    size = model.image_size
     if isinstance(model, ClassifierModel):
         return as_teacher(model, class_names)
-    pipeline = model.zero_shot(class_names, templates)
-    return FrozenTeacher(name, lambda images: pipeline(images, None), lambda: model.weights_hash, size)
+    pipeline = model.zero_shot(class_names, templates, resize_inside=True)
+    return FrozenTeacher(name, lambda images: pipeline(images, None), lambda: model.weights_hash, model)
 
 
 def _timm_classifier(name: str, classes: int, device: torch.device) -> FrozenTeacher:
@@ -115,7 +116,7 @@ def _timm_classifier(name: str, classes: int, device: torch.device) -> FrozenTea
 
     backbone = load_backbone(name)
     try:
-        network = timm.create_model(name.removeprefix("timm:"), pretrained=True)
+        network: Any = timm.create_model(name.removeprefix("timm:"), pretrained=True)
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"--teacher {name}: its weights cannot be had ({str(error).splitlines()[0]}).") from None
     network = network.eval().requires_grad_(False).to(device)
@@ -124,13 +125,16 @@ def _timm_classifier(name: str, classes: int, device: torch.device) -> FrozenTea
             f"--teacher {name}: has {network.num_classes} classes where the data have {classes}; adapt it first: "
             f"--backbone {name}."
         )
+    size = backbone.image_size
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
 
     def outputs(images: Tensor) -> Outputs:
+        if images.shape[-1] != size:
+            images = F.interpolate(images, (size, size), mode="bicubic", antialias=size < images.shape[-1])
         maps = network.forward_features((images - mean) / std)
         return Outputs(network.forward_head(maps), network.forward_head(maps, pre_logits=True))
 
-    return FrozenTeacher(name, outputs, lambda: _hash(network.state_dict()), backbone.image_size)
+    return FrozenTeacher(name, outputs, lambda: _hash(network.state_dict()))
 
 
 def _from_python(name: str, class_names: Sequence[str]) -> Callable[[Tensor], Outputs]:
@@ -171,11 +175,6 @@ def predictions(teacher: FrozenTeacher, batch: Batch) -> Tensor:
     """(B,) classes that the teacher gives to the images of a batch."""
     parts = [teacher(batch.images[part]).logits.argmax(dim=1) for part in chunks(len(batch.ids), WIDTH)]
     return torch.cat(parts)
-
-
-def pipeline_of(teacher: FrozenTeacher, classes: int) -> Any:
-    """The teacher as what an attack and a judge query."""
-    return TeacherPipeline(teacher, classes)
 
 
 class TeacherPipeline:

@@ -32,9 +32,9 @@ from vlmdefend.types import Batch, Outputs
 
 WeightReduction = Literal["released", "sum", "mean"]
 Space = Literal["pixel", "released"]
-Augmentation = Literal["none", "shift", "crop", "crop-flip"]
+Augmentation = Literal["off", "shift", "crop", "crop-flip"]
 AUGMENTATIONS: dict[Augmentation, Callable[[Tensor, ImageRng], Tensor]] = {
-    "none": lambda images, rng: images,
+    "off": lambda images, rng: images,
     "shift": weakly,
     "crop": lambda images, rng: cropped(images, rng, flip=False),
     "crop-flip": lambda images, rng: cropped(images, rng, flip=True),
@@ -60,7 +60,7 @@ class DartUrda(Adaptation):
             (a defect: most of the image moves by more than eps). For reproduction only.
         defense: the term at the adversarial image; prediction: at the clean one; features: of the features.
         entropy_weight: weigh images by the teacher's certainty.
-        augment: of target images, what teacher and student both see: ``none``, ``shift``, ``crop``, ``crop-flip``.
+        augment: of target images, what teacher and student both see: ``off``, ``shift``, ``crop``, ``crop-flip``.
     """
 
     name: ClassVar[str] = "dart-urda"
@@ -80,7 +80,7 @@ class DartUrda(Adaptation):
     prediction: bool = True
     features: bool = True
     entropy_weight: bool = True
-    augment: Augmentation = "none"
+    augment: Augmentation = "off"
 
     def __post_init__(self) -> None:
         if not (self.defense or self.prediction or self.features):
@@ -94,7 +94,7 @@ class DartUrda(Adaptation):
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
         """The three terms; metrics: agreement with the teacher's class on clean and adversarial images."""
         trained, target = student_of(student), domains_of(batch).target
-        if self.augment == "none":
+        if self.augment == "off":
             images, taught = target.images, teacher_of(teacher).of(target)
         else:
             images = AUGMENTATIONS[self.augment](target.images, rng.child("augment"))

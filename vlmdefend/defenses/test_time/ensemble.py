@@ -40,6 +40,11 @@ class Ensemble(Defense):
     paradigm: ClassVar[Paradigm] = "test-time adaptation"
     summary: ClassVar[str] = "mean logits over random crops, the control of prompt tuning"
     citation: ClassVar[str] = "control in T-VSS and RITA; votes: ZERO, Farina et al. 2024"
+    evidence: ClassVar[str] = (
+        "level with R-TPT under transfer (RITA, T-VSS); here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % "
+        "undefended (tiny-vit / tiny-rn on fashion, n = 200): clean 75.0 / 77.0, transfer 70.0 / 71.0, adaptive "
+        "52.5 / 44.0 % (n = 40 / 100); 60 steps or loss cw broke no more"
+    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 1}
     recipe: ClassVar[Recipe] = Recipe("EOT: fresh views at every step, mean gradient over 2 draws of them", samples=2)

@@ -39,12 +39,16 @@ class Agreement(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "detector: embeddings of the image and of its low-pass version or shifts differ"
     citation: ClassVar[str] = "control; low-pass as in CSR, 2601.19210"
+    evidence: ClassVar[str] = (
+        "a control; here (PGD-10, 4/255, fashion, tiny-rn, n = 64), turning away 5 % of the clean images, "
+        "robust 81 % under transfer but 53 % adaptive, and accuracy falls from 91 to 84 %"
+    )
     changes: ClassVar[str] = "nothing; may reject"
     rejects: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {}
     recipe: ClassVar[Recipe] = Recipe(
-        "exact; a term that keeps the score low, three weights, least suspicious per image",
-        detector_weights=(0.0, 10.0, 100.0),
+        "exact; a term that keeps the score low, five weights, the least suspicious that fools",
+        detector_weights=(0.0, 10.0, 30.0, 100.0, 300.0),
     )
     other: Literal["low_pass", "shifts"] = "low_pass"
     radius: float = 40 / 224

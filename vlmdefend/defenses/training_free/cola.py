@@ -39,6 +39,10 @@ class Cola(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "embeddings of crops projected onto the span of the class texts, weighted mean"
     citation: ClassVar[str] = "after Zhu et al. 2025, one text per class"
+    evidence: ClassVar[str] = (
+        "published without code or adaptive attack; here (PGD-10, 4/255, fashion, n = 64, tiny-vit) clean "
+        "78.1, transfer 70.3, adaptive 62.5 %"
+    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 1, "project": False}

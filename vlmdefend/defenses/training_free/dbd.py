@@ -39,6 +39,10 @@ class Dbd(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "moves the embedding towards, or past, the mean of confident crops"
     citation: ClassVar[str] = "Liu et al. 2026"
+    evidence: ClassVar[str] = (
+        "published 98.8 % is without an adaptive attack; here (PGD-10, 4/255, fashion, n = 64, tiny-vit) "
+        "clean 76.6, transfer 73.4, adaptive 67.2, worst 65.6 %"
+    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 0}

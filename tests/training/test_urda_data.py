@@ -1,0 +1,90 @@
+"""Two domains in step: who comes when, and what of an image is told."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.urda_sets import write_domains
+from vlmdefend.data import load_dataset
+from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.errors import UserError
+from vlmdefend.training.data import TrainingImages, batches
+from vlmdefend.training.urda_data import DomainImages, image_id, same_classes, unlabelled
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainingImages, TrainingImages]:
+    root: Path = write_domains(tmp_path_factory.mktemp("domains"), train=4, test=1)
+    light, dark = (load_dataset(f"folder:{root / name}", "train") for name in ("light", "dark"))
+    return TrainingImages(light, PixelTransform(28)), TrainingImages(
+        unlabelled(dark).select(range(7)), PixelTransform(28)
+    )
+
+
+def test_the_target_comes_alike_with_and_without_a_source(domains) -> None:
+    source, target = domains
+    both, alone = DomainImages(source, target, 20).order(0, "x"), DomainImages(None, target, 20).order(0, "x")
+    assert [place.target for place in both] == [place.target for place in alone]
+    assert all(place.source is None for place in alone)
+
+
+def test_a_smaller_set_comes_again_in_another_order_under_another_id(domains) -> None:
+    source, target = domains
+    images = DomainImages(source, target, 21)
+    order = images.order(0, "x")
+    assert len(order) == len(images) == 21
+    rounds = [[p.target.at for p in order[first : first + 7]] for first in (0, 7, 14)]
+    assert all(sorted(turn) == list(range(7)) for turn in rounds)
+    assert rounds[0] != rounds[1]
+    ids = [name for part in images.stream(batches(order, 7)) for name in part.ids]
+    assert len(set(ids)) == len(ids) == 42
+    targets = Counter(image_id(name) for name in ids if name.startswith("target/"))
+    assert targets == dict.fromkeys(target.images.ids, 3)
+
+
+def test_a_batch_is_labelled_source_then_unknown_target(domains) -> None:
+    source, target = domains
+    images = DomainImages(source, target, 6)
+    places = images.order(3, "x")
+    batch = images.batch(places)
+    assert batch.images.shape == (12, 3, 28, 28)
+    assert batch.labels[6:].tolist() == [-1] * 6
+    assert batch.labels[:6].tolist() == [source.images.labels[p.source.at] for p in places]
+    assert torch.equal(batch.images[6:], target.batch([p.target.at for p in places]).images)
+
+
+def test_orders_differ_by_epoch_and_seed_and_domain(domains) -> None:
+    source, _ = domains
+    images = DomainImages(source, source, 12)
+    found = {tuple(p.source.at for p in images.order(*which)) for which in ((0, "a/0"), (0, "a/1"), (1, "a/0"))}
+    found.add(tuple(p.target.at for p in images.order(0, "a/0")))
+    assert len(found) == 4
+
+
+def test_what_is_chosen_of_unlabelled_images_does_not_depend_on_their_classes(domains) -> None:
+    from dataclasses import replace
+
+    found = domains[0].images
+    other = replace(found, labels=tuple((label + 1) % 3 for label in found.labels))
+    assert found.subset(5).ids != unlabelled(found).subset(5).ids  # the one is balanced by class
+    assert unlabelled(found).subset(5).ids == unlabelled(other).subset(5).ids
+
+
+def test_classes_in_another_order_are_brought_into_the_sources(domains) -> None:
+    from dataclasses import replace
+
+    found = domains[0].images
+    turned = replace(found, class_names=("square", "bar", "cross"))
+    same = same_classes(found, turned)
+    assert same.class_names == found.class_names
+    names = [turned.class_names[label] for label in turned.labels]
+    assert [same.class_names[label] for label in same.labels] == names
+
+
+def test_no_domain_is_no_epoch() -> None:
+    with pytest.raises(UserError, match="one domain at least"):
+        DomainImages(None, None, 4)

@@ -1,0 +1,180 @@
+"""What ``vlmdefend urda-train`` prints: choices, cost, the three numbers before and after, the terms of the bound."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vlmdefend.types import format_eps
+
+if TYPE_CHECKING:
+    from vlmdefend.training.listener import Counted
+    from vlmdefend.training.urda import Adapted, RobustAdaptation
+
+SEEN = {"tiny-vit", "tiny-rn"}
+
+
+def print_choices(adaptation: RobustAdaptation) -> None:
+    """Every choice that decides the result, defaults too."""
+    settings, robust = adaptation.settings, adaptation.robust
+    step_1 = "not needed"
+    if settings.teacher is not None:
+        step_1 = f"the teacher is {settings.teacher}"
+    elif adaptation.wants_teacher:
+        step_1 = f"{adaptation.method!r}"
+    lines = [
+        ("source", f"{settings.source}: {len(adaptation.source)} labelled images"),
+        (
+            "target",
+            f"{settings.target}: {len(adaptation.target)} images without labels"
+            + (f", {len(adaptation.held_out)} held out to choose by" if settings.held_out else "")
+            + f"; measured on {len(adaptation.tested)} of its split {settings.eval_split}",
+        ),
+        ("network", network_text(adaptation)),
+        ("step 1", step_1 + (f"; {_stage(adaptation, first=True)}" if adaptation.trains_teacher else "")),
+        ("step 2", "left out" if robust is None else f"{robust!r}; {_stage(adaptation, first=False)}"),
+        ("start", f"of the student: {settings.init}"),
+        ("update", update_text(adaptation)),
+        ("chosen", selection_text(settings.select)),
+        ("out", str(settings.out)),
+    ]
+    for name, text in lines:
+        typer.echo(f"{name:<9}{text}", err=True)
+    for warning in warnings_of(adaptation):
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def network_text(adaptation: RobustAdaptation) -> str:
+    """Backbone, bottleneck and head."""
+    settings = adaptation.settings
+    weights = "published weights" if settings.pretrained and settings.backbone != "tiny-cnn" else "random weights"
+    return f"{settings.backbone} ({weights}), bottleneck {settings.bottleneck}, {settings.head} head"
+
+
+def update_text(adaptation: RobustAdaptation) -> str:
+    """Optimizer and precision."""
+    settings = adaptation.settings
+    return (
+        f"SGD, Nesterov momentum {settings.momentum:g}, weight decay {settings.weight_decay:g}, rate x "
+        f"(1 + 0.001 k)^-0.75, BatchNorm {settings.batch_norm}, {adaptation.processes.precision}, seed {settings.seed}"
+    )
+
+
+def selection_text(select: str) -> str:
+    """How an epoch is chosen, and what that reads."""
+    return {
+        "last": "the last epoch; no target label is read",
+        "agreement": "the epoch that agrees best with the teacher, attacked then clean; no target label is read",
+        "entropy": "the epoch that is sure of most images; no target label is read",
+        "oracle": "ORACLE: the epoch that is best by the labels of held-out target images",
+    }[select]
+
+
+def warnings_of(adaptation: RobustAdaptation) -> list[str]:
+    """Choices under which the numbers do not mean what they seem to."""
+    settings, found = adaptation.settings, []
+    if settings.backbone in SEEN or settings.teacher in SEEN:
+        name = settings.backbone if settings.backbone in SEEN else settings.teacher
+        found.append(
+            f"{name} was trained on the training images of all embedded sets with their class names: on these sets "
+            "nothing is left to adapt, and the numbers say nothing of adaptation."
+        )
+    if settings.select == "oracle":
+        found.append("--oracle: the epoch is chosen by target labels, so this is no unsupervised adaptation.")
+    if settings.space == "released":
+        found.append("--space released: most of each image moves by more than eps; for reproduction only.")
+    return found
+
+
+def print_cost(adaptation: RobustAdaptation) -> None:
+    """``--dry-run``: steps and passes of each stage."""
+    from tabulate import tabulate
+
+    rows = [
+        (cost.stage, cost.epochs, cost.steps, f"{cost.forward_backwards:,}", f"{cost.proxy_forwards:,}")
+        for cost in adaptation.costs()
+    ]
+    headers = ["stage", "epochs", "steps", "forward+backwards", "forwards of the teacher"]
+    typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
+    typer.echo("\nOf one image each; at most, for the teacher looks once at an image that is not augmented.")
+    typer.echo("Nothing was trained (--dry-run).")
+
+
+def print_result(adaptation: RobustAdaptation, found: Adapted) -> None:
+    """The table, the bound, and what to do next."""
+    from tabulate import tabulate
+
+    settings = adaptation.settings
+    numbers = {"teacher": found.before, "student": found.after}
+    rows = [
+        (name, *(interval(count) for count in (n.clean, n.true_labels, n.pseudo_labels, n.worst)))
+        for name, n in numbers.items()
+        if n is not None
+    ]
+    n = next(value for value in numbers.values() if value is not None).clean.n
+    typer.echo(
+        f"\n{settings.target}, {n} held-out images; PGD-20, L_inf {format_eps(settings.radius)}, right % [95 %]\n"
+    )
+    headers = ["", "clean", "PGD, true labels", "PGD, pseudo-labels", "worst"]
+    typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
+    if settings.select == "oracle":
+        typer.echo("\nORACLE: the epoch was chosen by target labels.")
+    for line in theory_lines(found.theory):
+        typer.echo(line)
+    done = "found done" if found.reused else "written"
+    typer.echo(
+        f"\n{found.out}: {done}. PGD alone; for a verdict: vlmdefend evaluate --model local-dir:{found.out} --dataset "
+        f"{settings.target} --attack autoattack --eps {format_eps(settings.radius)}"
+    )
+
+
+def theory_lines(theory: dict[str, Any]) -> list[str]:
+    """The terms of R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g) that can be estimated."""
+    from vlmdefend.evaluation.statistics import wilson
+
+    if not theory:
+        return []
+    hits, n = theory["source_accuracy"]
+    errors, m = theory["domain_errors"]
+    low, high = wilson(errors, m)
+    distance = max(0.0, 2 - 4 * errors / m)
+    right, count = theory["target_accuracy"]
+    lines = [
+        "\nerror under attack on the target <= R_S(g) + d/2 + lambda* + A_T (elementary, after Ben-David et al. 2010)",
+        f"  R_S  the teacher's error on the source           {_error(hits, n)}",
+        f"  d    proxy A-distance, linear, on its features   {distance:.2f} [{max(0.0, 2 - 4 * high):.2f}, "
+        f"{max(0.0, 2 - 4 * low):.2f}]",
+        "  lambda*                                          not estimable without target labels",
+        f"  R_T  the teacher's error on the target           {_error(right, count)}   (needs labels; <= the sum)",
+    ]
+    if "disagreement" in theory:
+        apart, images = theory["disagreement"]
+        lines.append(f"  A_T  other than the teacher under PGD, at least   {_error(images - apart, images)}")
+        lines.append("  checked: right under attack >= teacher right - A_T, on every attacked batch")
+    return lines
+
+
+def interval(count: Counted) -> str:
+    """``85.2 [81.8, 88.0]``."""
+    from vlmdefend.evaluation.statistics import wilson
+
+    low, high = wilson(count.hits, count.n)
+    return f"{100 * count.share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _error(hits: int, n: int) -> str:
+    from vlmdefend.evaluation.statistics import wilson
+
+    low, high = wilson(n - hits, n)
+    return f"{1 - hits / n:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _stage(adaptation: RobustAdaptation, *, first: bool) -> str:
+    settings = adaptation.settings
+    epochs, rate, size = (
+        (settings.epochs_teacher, settings.lr_teacher, settings.batch_size)
+        if first
+        else (settings.epochs_student, settings.lr_student, settings.batch_size_student)
+    )
+    return f"{epochs} epochs, rate {rate:g}, batch {size}"
