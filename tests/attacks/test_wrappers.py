@@ -22,6 +22,7 @@ from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.repeated import Repeated
 from vlmdefend.attacks.square import Square
 from vlmdefend.attacks.targeted import Targeted
+from vlmdefend.attacks.universal import Universal
 from vlmdefend.attacks.view import View
 from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.errors import UserError
@@ -225,6 +226,53 @@ def test_eot_asks_a_random_pipeline_more_often_and_a_fixed_one_no_more() -> None
     more = View(model, ImageRng(0, ids), stop=False, samples=6)
     assert (Eot(attack=Pgd(steps=4), samples=5)(more, images, labels, threat).steps == 24).all()
     assert more.samples == 6
+
+
+def test_eot_learns_from_as_many_draws_as_it_attacks_with() -> None:
+    model = convolutional()
+    images, labels, ids = labelled(model, SHAPE, 4)
+    threat = Threat("linf", 8 / 255)
+    inner = Universal(steps=2, images=4)
+    eot = Eot(attack=inner, samples=5)
+    assert eot.fit_budget(4) == inner.fit_budget(4, 5) == (40, 40)
+    model.__class__ = Noisy
+    view, plain = View(model, ImageRng(0, ids)), View(model, ImageRng(0, ids), samples=5)
+    learned, expected = eot.fit(view, images, labels, threat).inner[0], inner.fit(plain, images, labels, threat)
+    assert int(view.ledger.backwards.sum()) == 40
+    assert view.samples == 1
+    assert isinstance(learned, Universal)
+    assert isinstance(expected, Universal)
+    assert torch.equal(learned._lesson(), expected._lesson())
+
+
+# what is inside counts
+
+
+class Careless(Pgd):
+    """Leaves the ball on every image."""
+
+    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
+        return images + 0.1
+
+
+@pytest.mark.parametrize(
+    ("attack", "expected"),
+    [
+        (WorstOf(attacks=[Pgd(steps=2), Careless()]), 3),
+        (Repeated(attack=Careless(), n=2), 6),
+        (Eot(attack=Repeated(attack=Careless(), n=2)), 6),
+        (Careless(), 3),
+    ],
+    ids=["worst-of", "repeated", "nested", "alone"],
+)
+def test_images_that_an_attack_inside_of_another_puts_outside_the_budget_are_counted(
+    attack: Attack, expected: int
+) -> None:
+    model = convolutional()
+    images, labels, ids = labelled(model, SHAPE, 3)
+    view = View(model, ImageRng(0, ids), stop=False)
+    assert attack(view, images, labels, Threat("linf", 0.01)).outside == expected
+    assert attack(view, images, labels, Threat("linf", 0.01)).outside == expected  # of this call, not of both
 
 
 # budgets

@@ -177,6 +177,31 @@ def same_weights(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+# several processes
+
+
+def test_torchrun_runs_the_same_command_gives_the_same_weights_and_finds_it_done(tmp_path: Path) -> None:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "vlmdefend",
+    ]
+    options = ["distill", *SHORT, "--out", str(tmp_path / "two")]
+    for words in (("written",), ("found done",)):
+        ended = subprocess.run([*launcher, *options], env=environment(), capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert all(ended.stdout.count(word) == 1 for word in words)  # one process speaks
+    one = [*command(), *SHORT, "--micro-batch", "16", "--out", str(tmp_path / "one")]
+    assert subprocess.run(one, env=environment(), capture_output=True, timeout=300).returncode == 0
+    assert same_weights(tmp_path / "one", tmp_path / "two")
+    assert same_weights(tmp_path / "one" / "pivot", tmp_path / "two" / "pivot")
+
+
 # interruptions
 
 

@@ -79,6 +79,8 @@ def test_a_cell_written_twice_is_run_once(evaluate: Cli) -> None:
 def test_steps_reach_the_attacks_that_take_steps_and_do_not_say_how_many(evaluate: Cli) -> None:
     rows = planned(evaluate, "-a", "pgd,pgd:steps=3,fgsm", "--steps", "5")
     assert [int(row[-1]) // 16 for row in rows] == [5, 3, 1]
+    rows = planned(evaluate, "-a", "pgd,repeated:n=2:attack=[pgd:steps=3]", "--steps", "5")
+    assert [int(row[-1]) // 16 for row in rows] == [5, 6]
 
 
 def robust(out: Path) -> set[str]:

@@ -45,6 +45,15 @@ def test_an_edited_plugin_is_another_method_and_is_computed_anew(evaluate: Cli, 
     assert "found done" not in evaluate(*options).out
 
 
+@pytest.mark.parametrize("name", ["repeated:attack=signs", "repeated:n=1:attack=[eot:attack=[worst-of:attacks=signs]]"])
+def test_an_edited_attack_inside_of_others_is_computed_anew(name: str, evaluate: Cli, put: Put) -> None:
+    options = ["--plugin", put("signs.py", SIGNS), "-d", "none", "-a", name]
+    assert evaluate(*options).code == 0
+    assert "found done" in evaluate(*options).out
+    put("signs.py", SIGNS + "\n# edited\n")
+    assert "found done" not in evaluate(*options).out
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -8,10 +8,23 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli, Outcome, one_sentence
+from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.training.urda import RobustAdaptation
 
 SMALL = ("--limit", "72", "--eval-limit", "20", "--batch-size", "18", "--batch-size-student", "18", "--device", "cpu")
-SHORT = (*SMALL, "--epochs-teacher", "1", "--epochs-student", "1", "--steps", "2")
+SHORT = (
+    *SMALL,
+    "--iterations-teacher",
+    "4",
+    "--iterations-student",
+    "4",
+    "--epochs-teacher",
+    "1",
+    "--epochs-student",
+    "1",
+    "--steps",
+    "2",
+)
 DIGITS = ("--source", "mnist", "--target", "uci-digits")
 
 
@@ -155,3 +168,62 @@ def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     assert weights[0] == weights[1]
     assert json.loads((tmp_path / "out" / "training" / "summary.json").read_text())["finished"]
     assert whole.code == 0
+
+
+def test_report_shows_the_same_numbers_again(urda: Cli, cli: Cli, tmp_path: Path) -> None:
+    outcome = urda()
+    shown = cli("report", tmp_path / "out")
+    assert shown.code == 0, shown.err
+    body = [line for line in outcome.out.splitlines() if line and "written" not in line]
+    assert [line for line in shown.out.splitlines() if line][1:] == body
+    (tmp_path / "out" / "training" / "summary.json").unlink()
+    assert "is not finished" in one_sentence(cli("report", tmp_path / "out"))
+
+
+def test_every_method_is_listed_by_its_role(cli: Cli) -> None:
+    outcome = cli("list", "adaptations")
+    assert outcome.code == 0, outcome.err
+    for name in ("dart-urda", "dart-dad", "mdd", "zero-shot"):
+        assert name in outcome.out
+    assert "robustification" in outcome.out
+
+
+PLUGIN = '''"""Half: half the cross-entropy of the source."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch.nn.functional as F
+
+from vlmdefend.defenses.adaptation import ADAPTATIONS
+from vlmdefend.defenses.adaptation.base import Adaptation, domains_of, student_of, whole
+from vlmdefend.defenses.training_time.base import Terms
+
+
+@ADAPTATIONS.register
+@dataclass(frozen=True, kw_only=True)
+class Half(Adaptation):
+    """Half the cross-entropy."""
+
+    name: ClassVar[str] = "half"
+    summary: ClassVar[str] = "half the cross-entropy of the source"
+    citation: ClassVar[str] = "–"
+    role: ClassVar[str] = "adaptation"
+    domains: ClassVar[str] = "source"
+
+    def losses(self, student, teacher, batch, rng):
+        """Half."""
+        source = domains_of(batch).source
+        logits = student_of(student)(source.images).logits
+        return Terms(whole(batch, half=F.cross_entropy(logits, source.labels) / 2), {})
+'''
+
+
+def test_a_method_of_the_user_is_one_file(urda: Cli, tmp_path: Path) -> None:
+    (tmp_path / "half.py").write_text(PLUGIN)
+    try:
+        outcome = urda("--plugin", tmp_path / "half.py", "--method", "half", "--robustify", "none")
+    finally:
+        ADAPTATIONS._classes.pop("half", None)
+    assert outcome.code == 0, outcome.err
+    assert "Half()" in outcome.err

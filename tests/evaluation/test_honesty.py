@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import vlmdefend
 from vlmdefend.attacks.pgd import Pgd
@@ -17,12 +18,12 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.evaluation import run as run_module
-from vlmdefend.evaluation.attackers import Variant, craft
+from vlmdefend.evaluation.attackers import BARE, Variant, Watched, craft
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.evaluation.verdict import Judge
 from vlmdefend.reporting import load_runs
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, Threat
+from vlmdefend.types import Outputs, Pipeline, Threat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,63 @@ def test_a_surrogate_with_other_values_does_not_spare_the_images_it_misclassifie
     judge.counted = Counted(classifier)
     judge.deployed = judge.defense.wrap(judge.counted)
     assert not judge._surrogate_agrees(batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evades(Defense):
+    """Answers what the attack finds on the bare model with no numbers; its stand-in never shows them."""
+
+    name: ClassVar[str] = "evades"
+    paradigm: ClassVar[Paradigm] = "training-free"
+    summary: ClassVar[str] = "not a number off the 255 levels"
+    citation: ClassVar[str] = "–"
+    recipe: ClassVar[Recipe] = Recipe("bare only", bare=True)
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        return Evaded(model)
+
+
+class Evaded:
+    def __init__(self, model: Pipeline) -> None:
+        self.model, self.num_classes, self.stochastic = model, model.num_classes, model.stochastic
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        levels = images.detach() * 255
+        attacked = (levels - levels.round()).abs().flatten(1).amax(dim=1) > 1e-3
+        return Outputs(torch.where(attacked[:, None], torch.nan, self.model(images, rng).logits))
+
+
+def test_finds_on_the_bare_model_that_a_defense_answers_with_no_numbers_are_noticed() -> None:
+    images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
+    model = Halves()
+    labels, ids = torch.zeros(4, dtype=torch.int64), [str(i) for i in range(4)]
+    threat, rng = Threat("linf", 2.5 / 255), ImageRng(0, ids, "attacker")
+    for variants in ({Variant(BARE): Pgd(steps=2)}, {Variant(): Pgd(steps=2)}):
+        assert not craft("adaptive", variants, Evades(), model, images, labels, threat, rng, 4).finite
+    rounded = {Variant(BARE): Pgd(steps=2)}
+    assert craft("adaptive", rounded, Rolled(), model, images, labels, threat, rng, 4).finite
+
+
+class Halves:
+    """The logits are the means over the halves of the pixels; the first class starts ahead."""
+
+    num_classes = 2
+    stochastic = False
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        halves = images.flatten(1).unflatten(1, (2, -1)).mean(dim=2)
+        return Outputs(halves + torch.tensor([0.5, 0.0]))
+
+
+def test_what_is_watched_is_written_to_one_place_which_a_replayed_graph_writes_again() -> None:
+    images, rng = torch.rand(2, 3, 8, 8), ImageRng(0, ["a", "b"])
+    watched = Watched(Halves())
+    watched(images, rng)
+    place = watched._finite
+    watched(images * torch.nan, rng)
+    watched(images, rng)
+    assert watched._finite is place
+    assert not watched.finite
 
 
 def folder_of(shade: int, path: Path) -> None:

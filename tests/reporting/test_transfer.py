@@ -38,7 +38,7 @@ CELL: dict[str, Any] = {
 def record(
     robust: int, clean: int = 9, *, source: str = "", digest: str = "", **fields: Any
 ) -> tuple[Record, list[Row]]:
-    config = dict(CELL["attack_config"])
+    config = dict(fields.pop("attack_config", CELL["attack_config"]))
     config |= {"source": source} if source else {}
     config |= {"set": digest} if digest else {}
     cell = Cell(**{**CELL, "attack_config": config, **fields})
@@ -73,6 +73,14 @@ def test_each_set_has_its_row_and_each_target_its_column() -> None:
 def test_a_pair_that_was_not_scored_is_a_dash() -> None:
     lines = printed(record(1, source="a", model="x"), record(2, source="b", model="y"))
     assert lines[3].split()[-1] == "-"
+
+
+def test_images_that_the_set_holds_as_they_were_are_counted_below() -> None:
+    config = {"source": "tiny-rn:pgd:steps=10", "set": "1f2e", "source_attacked": 7}
+    lines = printed(record(1, attack_config=config), record(2, model="tiny-rn", attack_config=config))
+    assert " ".join(lines[-2:]).endswith("wrong when clean, so not attacked: 3 images of tiny-rn:pgd:steps=10 4/255")
+    config["source_attacked"] = 10
+    assert "not attacked" not in " ".join(printed(record(1, attack_config=config)))
 
 
 def test_two_sets_of_one_name_are_told_apart_by_their_hash() -> None:

@@ -27,7 +27,7 @@ class Attacked(NamedTuple):
     fooled: Tensor  # (B,) bool, as the view sees it
     margin: Tensor  # (B,) best other logit minus the label's, as the view sees it
     steps: Tensor  # (B,) int64, gradient evaluations spent on the image
-    outside: int  # images that ``perturb`` returned outside the budget; projected back
+    outside: int  # images that it, or an attack inside of it, returned outside the budget; projected back
 
 
 class Attack(ABC):
@@ -130,12 +130,13 @@ class Attack(ABC):
             empty = torch.zeros(0, device=images.device)
             return Attacked(result, empty.bool(), empty, view.ledger.backwards[view._at], 0)
         logits = view(images)
-        fooled, margin, outside = goal.reached(logits), goal.margin(logits), 0
+        fooled, margin, before = goal.reached(logits), goal.margin(logits), view.ledger.outside
         todo = (~fooled).nonzero()[:, 0].cpu() if view.stop else torch.arange(len(images))
         if len(todo) and self._can_move(threat):
             part, clean = view.select(todo), images[todo]
             found = self.perturb(part, clean, labels[todo], threat.select(todo), part.rng.child(self.name)).detach()
             found, outside = _inside(found, clean, threat.select(todo))
+            view.ledger.outside += outside
             with self.conditions(view.text_side if self.changes_prompts else None):
                 logits = part(found)
             found_goal = goal.select(todo)
@@ -146,7 +147,7 @@ class Attack(ABC):
             result[todo] = torch.where(per_image(better, found), found, clean)
             margin[todo] = torch.where(better, found_margin, margin[todo])
             fooled[todo] = torch.where(better, found_goal.reached(logits), fooled[todo])
-        return Attacked(result, fooled, margin, view.ledger.backwards[view._at], outside)
+        return Attacked(result, fooled, margin, view.ledger.backwards[view._at], view.ledger.outside - before)
 
     def _can_move(self, threat: Threat) -> bool:
         return bool((torch.as_tensor(threat.eps) > 0).any())

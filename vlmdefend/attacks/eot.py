@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks._runs import check_options
 from vlmdefend.attacks._wrapper import Wrapper
+from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
@@ -46,9 +47,20 @@ class Eot(Wrapper):
         forwards, backwards = self.inner[0].budget(draws)
         return forwards + 2 * draws, backwards
 
+    def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
+        """As of the attack, at the larger number of draws."""
+        return self.inner[0].fit_budget(count, max(samples, self.samples))
+
+    def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
+        """The attack learns from a view that draws more often."""
+        return super().fit(self._drawn(view), images, labels, threat)
+
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """The attack, on a view that draws more often."""
+        return self.inner[0](self._drawn(view), images, labels, threat).images
+
+    def _drawn(self, view: View) -> View:
         part = view.select(torch.arange(len(view)))
         if view.stochastic:
             part.samples = max(view.samples, self.samples)
-        return self.inner[0](part, images, labels, threat).images
+        return part

@@ -33,6 +33,7 @@ class Ledger:
     forwards: Tensor  # (N,) int64
     backwards: Tensor  # (N,) int64
     gradient_values: int = 0
+    outside: int = 0  # images that an attack, or one inside of it, returned outside the budget
     # pixel gradients that are zero or not finite
     zero_gradients: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
 

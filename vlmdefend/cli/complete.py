@@ -39,6 +39,12 @@ def _models() -> list[str]:
     return model_names()
 
 
+def _objectives() -> list[str]:
+    from vlmdefend.defenses.training_time import OBJECTIVES
+
+    return [name for name in OBJECTIVES.names() if name != "hpt-gpd"]
+
+
 def _adaptations() -> list[str]:
     from vlmdefend.defenses.adaptation import ADAPTATIONS
 
@@ -50,3 +56,4 @@ defenses = _starting(_defenses)
 datasets = _starting(_datasets)
 models = _starting(_models)
 adaptations = _starting(_adaptations)
+objectives = _starting(_objectives)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from vlmdefend.registry import Registry
 
-KINDS = ("models", "datasets", "attacks", "defenses", "protocols")
+KINDS = ("models", "datasets", "attacks", "defenses", "adaptations", "protocols")
 
 
 class Entry(NamedTuple):
@@ -28,7 +28,7 @@ def list_names(
     everything: Annotated[bool, typer.Option("--all", help="Also every ARCH:TAG of open_clip (models).")] = False,
     plugin: Annotated[list[str] | None, typer.Option(help="Python file that registers more of them.")] = None,
 ) -> None:
-    """List models, datasets, attacks, defenses or protocols."""
+    """List models, datasets, attacks, defenses, adaptations or protocols."""
     from vlmdefend.errors import UserError, did_you_mean
     from vlmdefend.registry import load_plugin
 
@@ -45,6 +45,7 @@ def list_names(
         "datasets": datasets,
         "attacks": attacks,
         "defenses": defenses,
+        "adaptations": adaptations,
         "protocols": protocols,
     }[plural]()
     show(plural.removesuffix("s"), entries)
@@ -63,6 +64,17 @@ def attacks() -> tuple[tuple[str, ...], list[Entry]]:
         )
         for family in ATTACKS.families
     ]
+
+
+def adaptations() -> tuple[tuple[str, ...], list[Entry]]:
+    """What `urda-train` knows: step 1 (adaptation) and step 2 (robustification), what each does, where it is from."""
+    from vlmdefend.defenses.adaptation import ADAPTATIONS
+
+    entries = [
+        Entry(name, (str(getattr(cls, "role", "")),), _sentence(cls)) if cls else Entry(name, ("",), trouble)
+        for name, cls, trouble in _classes(ADAPTATIONS)
+    ]
+    return ("role",), sorted(entries, key=lambda entry: (*entry.columns, entry.name))
 
 
 def defenses() -> tuple[tuple[str, ...], list[Entry]]:

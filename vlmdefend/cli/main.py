@@ -14,6 +14,7 @@ from vlmdefend.cli.evaluate import evaluate
 from vlmdefend.cli.list_ import list_names
 from vlmdefend.cli.proxy_gap import proxy_gap
 from vlmdefend.cli.report import report
+from vlmdefend.cli.train import train
 from vlmdefend.cli.urda_train import urda_train
 from vlmdefend.errors import UserError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(evaluate)
 app.command()(attack)
+app.command()(train)
 app.command()(distill)
 app.command("proxy-gap")(proxy_gap)
 app.command("urda-train")(urda_train)

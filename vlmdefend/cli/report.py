@@ -29,7 +29,9 @@ SUFFIXES = {
 
 
 def report(
-    runs: Annotated[list[Path] | None, typer.Argument(help="Run folders of `evaluate` (default: runs).")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of `evaluate` or `urda-train` (default: runs).")
+    ] = None,
     format: Annotated[
         Format | None,
         typer.Option("--format", "-f", help="How to write it (default: by the suffix of --out, else terminal)."),
@@ -44,10 +46,17 @@ def report(
     Reads the records only; nothing is recomputed, and the folders are not written to.
     """
     from vlmdefend.errors import UserError
+    from vlmdefend.reporting.adaptation import adaptation_text, is_adaptation
     from vlmdefend.reporting.runs import load_runs, only, unfinished
     from vlmdefend.reporting.verdict import verdict_lines
 
     folders = runs or [Path("runs")]
+    adapted = [folder for folder in folders if is_adaptation(folder)]
+    for folder in adapted:
+        typer.echo(f"{folder}\n\n{adaptation_text(folder)}\n")
+    if adapted and len(adapted) == len(folders):
+        return
+    folders = [folder for folder in folders if folder not in adapted]
     chosen = format or (SUFFIXES.get(out.suffix.lower(), Format.TERMINAL) if out else Format.TERMINAL)
     if chosen is Format.PARQUET and out is None:
         raise UserError("--format parquet: is no text for a terminal; add --out FILE.parquet.")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from vlmdefend.types import format_eps
 
 if TYPE_CHECKING:
-    from vlmdefend.training.listener import Counted
     from vlmdefend.training.urda import Adapted, RobustAdaptation
 
 SEEN = {"tiny-vit", "tiny-rn"}
@@ -103,71 +102,20 @@ def print_cost(adaptation: RobustAdaptation) -> None:
 
 def print_result(adaptation: RobustAdaptation, found: Adapted) -> None:
     """The table, the bound, and what to do next."""
-    from tabulate import tabulate
+    from vlmdefend.reporting.adaptation import result_text
 
     settings = adaptation.settings
-    numbers = {"teacher": found.before, "student": found.after}
-    rows = [
-        (name, *(interval(count) for count in (n.clean, n.true_labels, n.pseudo_labels, n.worst)))
-        for name, n in numbers.items()
-        if n is not None
-    ]
-    n = next(value for value in numbers.values() if value is not None).clean.n
-    typer.echo(
-        f"\n{settings.target}, {n} held-out images; PGD-20, L_inf {format_eps(settings.radius)}, right % [95 %]\n"
-    )
-    headers = ["", "clean", "PGD, true labels", "PGD, pseudo-labels", "worst"]
-    typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
-    if settings.select == "oracle":
-        typer.echo("\nORACLE: the epoch was chosen by target labels.")
-    for line in theory_lines(found.theory):
-        typer.echo(line)
+    typer.echo(f"\n{result_text(settings.model_dump(mode='json'), found.spec())}")
     done = "found done" if found.reused else "written"
+    if not found.written:
+        typer.echo(
+            f"\n{found.out}: {done}; the teacher is {settings.teacher or settings.backbone}, nothing was trained."
+        )
+        return
     typer.echo(
         f"\n{found.out}: {done}. PGD alone; for a verdict: vlmdefend evaluate --model local-dir:{found.out} --dataset "
         f"{settings.target} --attack autoattack --eps {format_eps(settings.radius)}"
     )
-
-
-def theory_lines(theory: dict[str, Any]) -> list[str]:
-    """The terms of R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g) that can be estimated."""
-    from vlmdefend.evaluation.statistics import wilson
-
-    if not theory:
-        return []
-    hits, n = theory["source_accuracy"]
-    errors, m = theory["domain_errors"]
-    low, high = wilson(errors, m)
-    distance = max(0.0, 2 - 4 * errors / m)
-    right, count = theory["target_accuracy"]
-    lines = [
-        "\nerror under attack on the target <= R_S(g) + d/2 + lambda* + A_T (elementary, after Ben-David et al. 2010)",
-        f"  R_S  the teacher's error on the source           {_error(hits, n)}",
-        f"  d    proxy A-distance, linear, on its features   {distance:.2f} [{max(0.0, 2 - 4 * high):.2f}, "
-        f"{max(0.0, 2 - 4 * low):.2f}]",
-        "  lambda*                                          not estimable without target labels",
-        f"  R_T  the teacher's error on the target           {_error(right, count)}   (needs labels; <= the sum)",
-    ]
-    if "disagreement" in theory:
-        apart, images = theory["disagreement"]
-        lines.append(f"  A_T  other than the teacher under PGD, at least   {_error(images - apart, images)}")
-        lines.append("  checked: right under attack >= teacher right - A_T, on every attacked batch")
-    return lines
-
-
-def interval(count: Counted) -> str:
-    """``85.2 [81.8, 88.0]``."""
-    from vlmdefend.evaluation.statistics import wilson
-
-    low, high = wilson(count.hits, count.n)
-    return f"{100 * count.share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _error(hits: int, n: int) -> str:
-    from vlmdefend.evaluation.statistics import wilson
-
-    low, high = wilson(n - hits, n)
-    return f"{1 - hits / n:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def _stage(adaptation: RobustAdaptation, *, first: bool) -> str:

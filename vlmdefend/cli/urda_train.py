@@ -91,7 +91,9 @@ def urda_train(
     eval_split: Annotated[
         str | None, OPTION(help="Split that is measured on.  \\[default: test]", rich_help_panel=WHAT)
     ] = None,
-    eval_limit: Annotated[int | None, OPTION(help="Subset of it.", rich_help_panel=WHAT)] = None,
+    eval_limit: Annotated[
+        int | None, OPTION(help="Subset of it.  \\[default: 2000; embedded: all]", rich_help_panel=WHAT)
+    ] = None,
     profile: Annotated[
         str | None,
         OPTION(
@@ -169,10 +171,11 @@ def urda_train(
     epochs_teacher: Annotated[int | None, OPTION(help="\\[default: 20; embedded: 10]", rich_help_panel=TRAIN)] = None,
     epochs_student: Annotated[int | None, OPTION(help="\\[default: 20]", rich_help_panel=TRAIN)] = None,
     iterations_teacher: Annotated[
-        int | None, OPTION(help="Steps of an epoch.  \\[default: the larger set once]", rich_help_panel=TRAIN)
+        int | None,
+        OPTION(help="Steps of an epoch.  \\[default: the larger set once; embedded: 100]", rich_help_panel=TRAIN),
     ] = None,
     iterations_student: Annotated[
-        int | None, OPTION(help="\\[default: the images once; released: 500]", rich_help_panel=TRAIN)
+        int | None, OPTION(help="\\[default: the images once; released: 500; embedded: 40]", rich_help_panel=TRAIN)
     ] = None,
     lr_teacher: Annotated[
         float | None, OPTION(help="Base rate of step 1.  \\[default: 0.004; embedded: 0.02]", rich_help_panel=TRAIN)

@@ -64,7 +64,8 @@ class Watched:
         """Predict and watch."""
         outputs = self.pipeline(images, rng)
         finite = outputs.logits.detach().isfinite().all()
-        self._finite = finite if self._finite is None else self._finite & finite
+        # In place: a CUDA graph (attacks/_graph.py) repeats what is written, and would forget a new tensor.
+        self._finite = finite if self._finite is None else self._finite.logical_and_(finite)
         return outputs
 
     @property
@@ -190,12 +191,13 @@ def craft(
         view.stop = view.stop and stop
         found = attack(view, images[todo], labels[todo], threat.select(todo))
         margin = found.margin
-        if variant.surrogate == BARE:
-            judge = view_of(attacker, defense, model, streams.child("judge"), width)
-            with attack.conditions(judge.text_side if attack.changes_prompts else None):
+        judge = view_of(attacker, defense, model, streams.child("judge"), width)
+        with attack.conditions(judge.text_side if attack.changes_prompts else None):
+            if variant.surrogate == BARE:
                 margin = Goal(labels[todo]).margin(judge(found.images))
-        if defense.rejects:
-            quiet = -_detector_scores(defense, model, found.images, streams.child("judge"), width)
+            scores = _detector_scores(defense, model, found.images, judge.rng, width) if defense.rejects else None
+        if scores is not None:
+            quiet = -scores
             margin = torch.where(margin > 0, 2.0 + quiet.atan(), margin)  # of what fools, the least suspicious
         better = margin > margins[todo]
         best[todo] = torch.where(per_image(better, found.images), found.images, best[todo])
@@ -204,7 +206,9 @@ def craft(
         values += view.ledger.gradient_values
         zeros += int(view.ledger.zero_gradients)
         outside += found.outside
-        finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
+        finite = finite and all(
+            not isinstance(seen.pipeline, Watched) or seen.pipeline.finite for seen in (view, judge)
+        )
         if view.stop and not defense.rejects:  # another variant may fool the detector better
             todo = (margins <= SURE).nonzero()[:, 0].cpu()
         if not len(todo):

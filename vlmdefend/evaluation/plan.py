@@ -125,10 +125,19 @@ def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
 
 
 def _create_attack(text: str, steps: int | None) -> Attack:
-    """``--steps`` is for the attacks that take steps and do not say how many; the others go without."""
+    """``--steps`` is for the attacks that take steps and do not say how many; the others go without.
+
+    Raises:
+        UserError: attacks inside of this one take steps, and nothing says how many.
+    """
     from vlmdefend.registry import parse_spec
 
     attack = ATTACKS.create(text)
+    if steps is not None and "steps=" not in text and any("steps" in inner.spec() for inner in attack.inner):
+        raise UserError(
+            f"--steps {steps}: does not reach the attacks inside of {attack.name}; write it there, for example "
+            f"[pgd:steps={steps}]."
+        )
     if steps is None or "steps" not in attack.spec() or "steps" in parse_spec(text)[1]:
         return attack
     return ATTACKS.create(text, steps=steps)

@@ -200,11 +200,15 @@ def _model_hash(model: VisionLanguageModel) -> str:
 
 
 def _code_hash(method: Attack | Defense) -> dict[str, str]:
-    """For a method that is not of this package, a hash of its file: edited, it is another method."""
+    """For a method that is not of this package, and for those inside of it, a hash of the file: edited, it is another."""
+    wrapped = method.inner if isinstance(method, Attack) else ()
+    inner = {
+        key.replace("file_hash", f"file_hash_{i}", 1): digest
+        for i, attack in enumerate(wrapped)
+        for key, digest in _code_hash(attack).items()
+    }
     if type(method).__module__.partition(".")[0] == "vlmdefend":
-        wrapped = method.inner if isinstance(method, Attack) else ()
-        inner = [_code_hash(attack) for attack in wrapped]
-        return {f"file_hash_{i}": found["file_hash"] for i, found in enumerate(inner) if "file_hash" in found}
+        return inner
     try:
         code = Path(inspect.getsourcefile(type(method)) or "").read_bytes()
     except (TypeError, OSError):
@@ -212,7 +216,7 @@ def _code_hash(method: Attack | Defense) -> dict[str, str]:
             code = inspect.getsource(type(method)).encode()  # a notebook's cell
         except (TypeError, OSError):
             code = uuid4().bytes  # nobody can tell whether it is the same: never reuse
-    return {"file_hash": hashlib.sha256(code).hexdigest()[:8]}
+    return {"file_hash": hashlib.sha256(code).hexdigest()[:8], **inner}
 
 
 @cache

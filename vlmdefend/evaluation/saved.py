@@ -75,7 +75,8 @@ class Saved(Attack):
         manifest = self.source.manifest
         fields = ("model", "weights_hash", "defense", "defense_config", "attack", "attack_config", "attacker", "seed")
         about = {f"source_{name}": getattr(manifest.cell, name) for name in fields}
-        return {"source": manifest.source, "set": self.source.hash, **about}
+        attacked = manifest.clean_correct  # the others are in the set as they were, and count as robust where right
+        return {"source": manifest.source, "set": self.source.hash, "source_attacked": attacked, **about}
 
     @cached_property
     def _by_id(self) -> dict[str, IndexRow]:

@@ -67,7 +67,7 @@ class ImageClassifier(nn.Module):
         self.backbone = backbone.network
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.bottleneck = _bottleneck(backbone.width, bottleneck, bottleneck_kind)
+            self.bottleneck = _bottleneck(backbone.width, bottleneck, bottleneck_kind, batch_norm)
             self.head = _head(self.width, num_classes, head)
         self.register_buffer("mean", torch.tensor(backbone.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std).view(3, 1, 1), persistent=False)
@@ -235,14 +235,15 @@ class HeadPipeline:
         return outputs if self.order is None else Outputs(outputs.logits[:, self.order], outputs.features)
 
 
-def _bottleneck(inputs: int, width: int, kind: BottleneckKind) -> nn.Module:
+def _bottleneck(inputs: int, width: int, kind: BottleneckKind, batch_norm: BatchNormPolicy) -> nn.Module:
     if not width:
         return nn.Identity()
     linear = nn.Linear(inputs, width)
     if kind == "linear":
         return linear
-    nn.init.normal_(linear.weight, 0.0, 0.005)  # tllib's; BatchNorm sets the scale
-    nn.init.constant_(linear.bias, 0.1)
+    if batch_norm == "train":  # tllib's weights, whose scale BatchNorm sets
+        nn.init.normal_(linear.weight, 0.0, 0.005)
+        nn.init.constant_(linear.bias, 0.1)
     return nn.Sequential(linear, nn.BatchNorm1d(width), nn.ReLU())
 
 

@@ -35,7 +35,7 @@ class PromptTower:
                 "as 'a photo of a {c}.'."
             )
         self._tokens = self._shortened(side.tokens.flatten(0, 1))  # (C T, L)
-        embedded = side.table.detach()[self._tokens].unflatten(0, side.tokens.shape[:2])  # (C, T, L, W)
+        embedded = side.table.detach()[self._tokens].view(*side.tokens.shape[:2], *self._tokens.shape[1:], -1)
         self._embedded, longest = embedded, max(words)
         counts = torch.tensor(words, device=embedded.device)
         self._used = (torch.arange(longest, device=embedded.device) < counts[:, None])[..., None]  # (T, F, 1)

@@ -21,7 +21,8 @@ PER_TABLE = 3  # columns that fit beside the name of a set in 80 characters
 def print_transfer(cells: Iterable[tuple[Record, Sequence[Row]]], console: Console | None = None) -> None:
     """Robust accuracy with its Wilson interval for every saved set and every target; clean accuracy on top.
 
-    An image that a target gets wrong when clean counts as not robust.
+    An image that a target gets wrong when clean counts as not robust. One that the attacked model got wrong was not
+    attacked, so that it counts as robust where the target gets it right: a line below says how many those are.
     """
     from rich.console import Console
     from rich.table import Table
@@ -56,6 +57,18 @@ def print_transfer(cells: Iterable[tuple[Record, Sequence[Row]]], console: Conso
             for source in sources:
                 table.add_row(Text(plain(source)), *(_robust(by_place.get((source, target))) for target in shown))
             console.print(table, highlight=False)
+        if alone := _not_attacked(same, rows):
+            console.print(Text(plain(f"wrong when clean, so not attacked: {alone}")), highlight=False)
+
+
+def _not_attacked(results: Sequence[Result], names: dict[str, str]) -> str:
+    """``8 images of tiny-vit:pgd:steps=10 4/255, ...`` for the sets that hold images as they were."""
+    counts = {
+        names[result.record.key]: result.record.n - result.record.cell.attack_config["source_attacked"]
+        for result in results
+        if "source_attacked" in result.record.cell.attack_config
+    }
+    return ", ".join(f"{count} image{'s' if count > 1 else ''} of {name}" for name, count in counts.items() if count)
 
 
 def _sources(cells: Sequence[Cell]) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmdefend.errors import UserError
+from vlmdefend.models.patches import with_patches
 from vlmdefend.models.vision_language import (
     CLIP_MEAN,
     CLIP_STD,
@@ -60,32 +61,38 @@ class TrainedClassifier(ZeroShotClassifier):
         self.logit_scale, self.batch_norm = logit_scale, batch_norm
         self.trains_text = False
 
-    def logits(self, features: Tensor) -> Tensor:
-        """(B, D) image features -> (B, C)."""
-        return self._scaled(features, self.text_features)
+    def logits(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(..., D) image features -> (..., C), of its own class features or of others."""
+        if self.logit_scale is None:
+            return super().logits(features, classes)
+        classes = self.text_features if classes is None else classes
+        return self.logit_scale * F.normalize(features, dim=-1) @ classes.mT
 
     def training_outputs(self, images: Tensor) -> Outputs:
         """The forward that is trained: as any other, but for trained text features and BatchNorm in training."""
         text = self._encode_text() if self.trains_text else self.text_features
         with batch_statistics(self.clip) if self.batch_norm == "train" else _nothing():
             features = self._training_features(images) if self.batch_norm == "train" else self.features(images)
-        return Outputs(self._scaled(features, text), features)
+        return Outputs(self.logits(features, text), features)
+
+    def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
+        """As :meth:`training_outputs`, and (B, N, D) what the image tower says of each of N = G x G places.
+
+        Raises:
+            UserError: an image tower that pools in a way of its own.
+        """
+        text = self._encode_text() if self.trains_text else self.text_features
+        with batch_statistics(self.clip) if self.batch_norm == "train" else _nothing():
+            features, patches = with_patches(self.clip.visual, self._prepared(images))
+        return Outputs(self.logits(features, text), features), patches
 
     def refresh(self) -> None:
         """Encode the class names again, where the text tower trains, for the forwards that do not train it."""
         if self.trains_text:
             self.text_features = self.model.text_features(self.class_names, self.templates)
 
-    def _scaled(self, features: Tensor, text: Tensor) -> Tensor:
-        if self.logit_scale is not None:
-            return self.logit_scale * F.normalize(features, dim=-1) @ text.T
-        logits: Tensor = self.clip.logit_scale.exp() * F.normalize(features, dim=-1) @ text.T
-        bias = getattr(self.clip, "logit_bias", None)
-        return logits if bias is None else logits + bias
-
     def _training_features(self, images: Tensor) -> Tensor:
-        pixels = self._resized(images) if self.resize_inside else images
-        features: Tensor = self.clip.encode_image((pixels - self.mean) / self.std, normalize=False)
+        features: Tensor = self.clip.encode_image(self._prepared(images), normalize=False)
         return features
 
     def _encode_text(self) -> Tensor:

@@ -15,26 +15,24 @@ from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
-from vlmdefend.models import load_model
-from vlmdefend.models.checkpoint import find_weights, read_weights, save_folder
-from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.training.classifier import TrainedClassifier, choose_trained, statistics
 from vlmdefend.training.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.data import TrainingImages, hold_out
-from vlmdefend.training.folder import PIVOT, TRAINING, RunFolder
+from vlmdefend.training.folder import RunFolder
 from vlmdefend.training.held_out import accuracies, proxy_gap
 from vlmdefend.training.listener import Accuracies, Counted, Gap, Listener
 from vlmdefend.training.log import Tracking, check_tracker
 from vlmdefend.training.loop import Run
 from vlmdefend.training.memory import Memory
+from vlmdefend.training.pair import Pair
 from vlmdefend.training.processes import Processes, deterministic
-from vlmdefend.training.settings import Settings
+from vlmdefend.training.settings import Settings, lines_of
 from vlmdefend.training.stage import Optimization, Stage
-from vlmdefend.training.student import AutocastTeacher, TrainedStudent
-from vlmdefend.training.weights import Weights, copied, put_
-from vlmdefend.types import Batch, Pipeline
+from vlmdefend.training.student import TrainedStudent
+from vlmdefend.training.weights import Weights, copied, put_, weights_hash
+from vlmdefend.types import Batch
 
 SHARE_KEPT = 0.75  # of its clean accuracy: what every proxy of the paper keeps on the target's adversarial images
+VERSIONS = ("vanilla", "pivot", "result")
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,9 @@ class Distilled:
     """What a run made."""
 
     out: Path
-    summary: dict[str, Accuracies]  # "vanilla", "pivot", "result" on the held-out images; empty if there are none
+    summary: dict[str, Accuracies]  # of VERSIONS, on the held-out images; empty if there are none
     gap: Gap | None
-    reused: bool  # nothing was left to train
+    reused: bool  # nothing was left to do
 
 
 @dataclass
@@ -67,21 +65,20 @@ class Distillation:
             torch.set_num_threads(settings.threads)
         self.folder = RunFolder(settings.out)
         self.processes = Processes(settings.device, settings.precision)
-        self.target = load_model(settings.target, weights=settings.weights, device=self.processes.device)
-        self.proxy = load_model(settings.proxy, weights=settings.proxy_weights, device=self.processes.device)
-        if self.target.weights_hash == self.proxy.weights_hash and not settings.force:
+        if settings.batch_norm == "train" and (self.processes.count > 1 or settings.micro_batch):
             raise UserError(
-                f"{settings.target} and {settings.proxy} hold the same weights: a model has nothing to learn from "
-                "itself; give a proxy of another architecture, or --force to try all the same."
+                "--batch-norm train needs the whole batch in one forward: run one process without --micro-batch, or "
+                "give --batch-norm frozen."
             )
-        classes = None if settings.classes is None else _lines_of(settings.classes)
+        self.pair = Pair(settings, self.processes)
+        classes = None if settings.classes is None else lines_of(settings.classes)
         found = load_dataset(
             settings.dataset, settings.split, limit=settings.limit, root=settings.root, classes=classes
         )
+        self.pair.class_names = found.class_names
         self.images, self.held_out = hold_out(found, min(settings.held_out, len(found) // 5), settings.seed)
-        native = settings.pixel_space == "native"
-        self.transform = PixelTransform(None if native else self.target.image_size, self.target.interpolation)
-        self._check_processes()
+        size = None if settings.pixel_space == "native" else self.pair.target.image_size
+        self.transform = PixelTransform(size, self.pair.target.interpolation)
 
     def run(self, listener: Listener) -> Distilled:
         """Train, or go on, or find it done; write the pivot and the result. ``listener`` hears of it."""
@@ -94,47 +91,8 @@ class Distillation:
 
     def memory(self) -> MemoryCost:
         """What it will take, estimated with one image."""
-        student = self._student()
-        return memory_cost(student, self.proxy.clip, self._optimization(), self.target.image_size)
-
-    def _run(self, listener: Listener) -> Distilled:
-        settings, main = self.settings, self.processes.is_main
-        pivot = None if settings.pivot is None else self._read_pivot(settings.pivot)
-        if main:
-            self.folder.check_settings(self._facts(pivot))
-        self.processes.wait()
-        student = self._student()
-        vanilla = copied(student.weights())
-        held_out = self._held_out_batch()
-        summary = self.folder.summary() if main else {}
-        gap = self._preflight(held_out, summary)
-        if gap is not None:
-            listener.gap(gap)
-        judge = None if held_out is None else partial(self._judge, held_out)
-        tracking = Tracking(settings.track, self.processes, self.folder.training, self._facts(pivot))
-        training = Run(
-            student,
-            AutocastTeacher(self._classifier(self.proxy), self.processes),
-            TrainingImages(self.images, self.transform, skip_bad=settings.skip_bad, threads=2),
-            self.stages(),
-            self._optimization(),
-            self.folder.training,
-            judge=judge,
-            listener=listener,
-            tracking=tracking,
-            pivot=pivot,
-            save_every=settings.save_every,
-        )
-        memory = training.run()
-        tracking.close()
-        reused = bool(summary.get("finished"))
-        if not reused:
-            summary |= self._finish(student, memory, vanilla, judge)
-            if main:
-                self.folder.write_summary(summary)
-        names: tuple[str, ...] = ("vanilla", "pivot", "result")
-        read = {name: _read_accuracies(summary[name]) for name in names if name in summary}
-        return Distilled(self.folder.out, read, gap, reused)
+        side = self.pair.target.image_size
+        return memory_cost(self.pair.student(), self.pair.proxy.clip, self._optimization(), side)
 
     def stages(self) -> list[Stage]:
         """Stage a: GA at a low rate, averaged into the pivot. Stage b: from vanilla again, HPT, pulled to the pivot."""
@@ -147,17 +105,12 @@ class Distillation:
             steps=settings.steps,
             alpha=settings.step_size,
         )
+        anchor, transfer = objective(anchored=True), objective(anchored=False)
         both = {
-            "a": Stage(
-                name="a",
-                objective=objective(anchored=True),
-                epochs=settings.epochs_a,
-                rate=settings.lr_a,
-                ema=settings.ema,
-            ),
+            "a": Stage(name="a", objective=anchor, epochs=settings.epochs_a, rate=settings.lr_a, ema=settings.ema),
             "b": Stage(
                 name="b",
-                objective=objective(anchored=False),
+                objective=transfer,
                 epochs=settings.epochs_b,
                 rate=settings.lr_b,
                 pull=settings.pull,
@@ -166,34 +119,69 @@ class Distillation:
         }
         return [both[name] for name in settings.stages]
 
+    def _run(self, listener: Listener) -> Distilled:
+        settings, main = self.settings, self.processes.is_main
+        pivot = None if settings.pivot is None else self.pair.read_pivot(settings.pivot)
+        if main:
+            self.folder.check_settings(self._facts(pivot))
+        summary = self.folder.summary() if main else {}
+        student = self.pair.student()
+        vanilla, held_out = copied(student.weights()), self._held_out_batch()
+        gap = self._preflight(held_out, summary)
+        if gap is not None:
+            listener.gap(gap)
+        judge = None if held_out is None else partial(self._judge, held_out)
+        tracking = Tracking(settings.track, self.processes, self.folder.training, self._facts(pivot))
+        training = Run(
+            student,
+            self.pair.teacher(),
+            TrainingImages(self.images, self.transform, skip_bad=settings.skip_bad),
+            self.stages(),
+            self._optimization(),
+            self.folder.training,
+            judge=judge,
+            listener=listener,
+            tracking=tracking,
+            pivot=pivot,
+            save_every=settings.save_every,
+        )
+        self.processes.wait()
+        memory = training.run()
+        tracking.close()
+        reused = self.processes.sum_numbers({"finished": float("finished" in summary)})["finished"] > 0
+        if not reused:
+            summary |= self._finish(student, memory, vanilla, judge)
+            if main:
+                self.folder.write_summary(summary)
+        read = {name: _read_accuracies(summary[name]) for name in VERSIONS if name in summary}
+        return Distilled(self.folder.out, read, gap, reused)
+
+    def _finish(
+        self, student: TrainedStudent, memory: Memory, vanilla: Weights, judge: Callable[[], Accuracies] | None
+    ) -> dict[str, Any]:
+        """Measure vanilla, pivot and result, write the folders of the last two."""
+        result = memory.best if self.settings.select == "best" else copied(student.weights())
+        if self.settings.stage == "a" and memory.pivot is not None:
+            result = memory.pivot
+        facts = {"training_ids_hash": self.images.ids_hash, "training_images": len(self.images)}
+        facts |= {"steps": memory.position.done}
+        measured: dict[str, Any] = {}
+        for name, weights in zip(VERSIONS, (vanilla, memory.pivot, result), strict=True):
+            if weights is None:
+                continue
+            put_(student.weights(), weights)
+            student.refresh()
+            if judge is not None:
+                measured[name] = [list(counts) for counts in judge()]
+            if self.processes.is_main and name != "vanilla":
+                folder = self.folder.pivot if name == "pivot" else self.folder.out
+                self.pair.save_target(folder, {"part": name, **facts, "held_out": dict(measured)})
+            self.processes.wait()
+        return {**measured, "epochs": memory.epochs, "finished": True}
+
     def _optimization(self) -> Optimization:
         names = ("optimizer", "momentum", "weight_decay", "warm_up", "clip", "batch_size", "micro_batch", "seed")
         return Optimization(**{name: getattr(self.settings, name) for name in names})
-
-    def _classifier(self, model: VisionLanguageModel, batch_norm: Any = "frozen") -> TrainedClassifier:
-        settings = self.settings
-        return TrainedClassifier(
-            model,
-            self.images.class_names,
-            settings.templates,
-            normalization=settings.normalization,
-            logit_scale=settings.scale,
-            resize_inside=settings.pixel_space == "native" or model.image_size != self.target.image_size,
-            batch_norm=batch_norm,
-        )
-
-    def _student(self) -> TrainedStudent:
-        classifier = self._classifier(self.target, self.settings.batch_norm)
-        return TrainedStudent(classifier, choose_trained(classifier, self.settings.trains), self.processes)
-
-    def _deployed(self, model: VisionLanguageModel) -> Pipeline:
-        """The model as it is used and measured: with its own logit scale, which the strength of attacks depends on."""
-        return model.zero_shot(
-            self.images.class_names,
-            self.settings.templates,
-            normalization=self.settings.normalization,
-            resize_inside=self.settings.pixel_space == "native" or model.image_size != self.target.image_size,
-        )
 
     def _held_out_batch(self) -> Batch | None:
         if not len(self.held_out):
@@ -202,7 +190,8 @@ class Distillation:
         return reader.batch(range(len(self.held_out)))
 
     def _judge(self, batch: Batch) -> Accuracies:
-        return accuracies(self._deployed(self.target), batch, self.settings.radius, self.settings.seed, self.processes)
+        model = self.pair.deployed(self.pair.target)
+        return accuracies(model, batch, self.settings.radius, self.settings.seed, self.processes)
 
     def _preflight(self, held_out: Batch | None, summary: dict[str, Any]) -> Gap | None:
         """What the proxy makes of the vanilla target's adversarial images: measured once, by the main process."""
@@ -212,94 +201,24 @@ class Distillation:
             few = min(self.settings.gap_images, len(held_out.ids))
             device = self.processes.device
             batch = Batch(held_out.ids[:few], held_out.images[:few].to(device), held_out.labels[:few].to(device))
-            models = {"target": self._deployed(self.target), "proxy": self._deployed(self.proxy)}
+            models = {"target": self.pair.deployed(self.pair.target), "proxy": self.pair.deployed(self.pair.proxy)}
             found = proxy_gap("target", models, batch, self.settings.radius, self.settings.seed)
             summary["gap"] = {"clean": found.clean, "adversarial": found.adversarial}
             self.folder.write_summary(summary)
-        gap = summary["gap"]
-        return Gap(
-            self.settings.target,
-            {name: Counted(*counts) for name, counts in gap["clean"].items()},
-            {name: Counted(*counts) for name, counts in gap["adversarial"].items()},
-        )
-
-    def _finish(
-        self, student: TrainedStudent, memory: Memory, vanilla: Weights, judge: Callable[[], Accuracies] | None
-    ) -> dict[str, Any]:
-        """Measure vanilla, pivot and result, write the folders of the last two."""
-        last = copied(student.weights())
-        result = memory.best if self.settings.select == "best" else last
-        if self.settings.stage == "a":
-            result = memory.pivot if memory.pivot is not None else last
-        measured: dict[str, Any] = {}
-        versions = {"vanilla": vanilla, "pivot": memory.pivot, "result": result}
-        for name, weights in versions.items():
-            if weights is None:
-                continue
-            put_(student.weights(), weights)
-            student.classifier.refresh()
-            if judge is not None:
-                measured[name] = [list(counts) for counts in judge()]
-            if self.processes.is_main and name != "vanilla":
-                self._write(self.folder.pivot if name == "pivot" else self.folder.out, name, memory, measured)
-            self.processes.wait()
-        return {**measured, "epochs": memory.epochs, "finished": True}
-
-    def _write(self, folder: Path, what: str, memory: Memory, measured: dict[str, Any]) -> None:
-        mean, std = statistics(self.target, self.settings.normalization)
-        self.target.preprocess_cfg |= {"mean": list(mean), "std": list(std)}  # what its weights now expect
-        settings = self.settings.model_dump(mode="json")
-        metadata = {
-            "method": "hpt-gpd",
-            "made_by": "vlmdefend distill",
-            "part": what,
-            "settings": settings,
-            "target_weights_hash": self._hashes["target_weights"],
-            "proxy_weights_hash": self._hashes["proxy_weights"],
-            "training_ids_hash": self.images.ids_hash,
-            "training_images": len(self.images),
-            "class_names": list(self.images.class_names),
-            "steps": memory.position.done,
-            "held_out": measured,
+        counts = {
+            kind: {name: Counted(*pair) for name, pair in found.items()} for kind, found in summary["gap"].items()
         }
-        save_folder(self.target, folder, metadata, beside=(TRAINING, PIVOT))
-
-    def _read_pivot(self, path: Path) -> Weights:
-        """The pivot's weights, by the names that train.
-
-        Raises:
-            UserError: a weight is missing or of another shape.
-        """
-        state = read_weights(find_weights(path) if path.is_dir() else path)
-        found = {}
-        for name, weight in self._student().weights().items():
-            short = name.removeprefix("visual.")
-            value = state.get(name, state.get(short))
-            if value is None or value.shape != weight.shape:
-                how = "missing" if value is None else f"of shape {tuple(value.shape)}, not {tuple(weight.shape)}"
-                raise UserError(f"--pivot {path}: {name} is {how}; give the pivot of a run with the same target.")
-            found[name] = value.to(weight.device, weight.dtype)
-        return found
+        return Gap(self.settings.target, counts["clean"], counts["adversarial"])
 
     def _facts(self, pivot: Weights | None) -> dict[str, Any]:
         """What must not change between the beginning of a run and its end."""
-        if not hasattr(self, "_hashes"):
-            self._hashes = {"target_weights": self.target.weights_hash, "proxy_weights": self.proxy.weights_hash}
-        sums = None if pivot is None else float(sum(t.double().abs().sum() for t in pivot.values()))
         return {
             **self.settings.decisive(),
-            **self._hashes,
+            **self.pair.hashes,
             "training_images": self.images.ids_hash,
             "held_out_images": self.held_out.ids_hash,
-            "pivot_weights": sums,
+            "pivot_weights": None if pivot is None else weights_hash(pivot),
         }
-
-    def _check_processes(self) -> None:
-        if self.settings.batch_norm == "train" and (self.processes.count > 1 or self.settings.micro_batch):
-            raise UserError(
-                "--batch-norm train needs the whole batch in one forward: run one process without --micro-batch, or "
-                "give --batch-norm frozen."
-            )
 
 
 def warnings_of(gap: Gap) -> list[str]:
@@ -317,13 +236,6 @@ def warnings_of(gap: Gap) -> list[str]:
             f"{100 * gap.clean['target'].share:.1f} % clean): the paper advises the opposite (5.7)."
         )
     return found
-
-
-def _lines_of(file: Path) -> list[str]:
-    try:
-        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"--classes {file}: cannot be read; give a UTF-8 text file, one class name per line.") from None
 
 
 def _read_accuracies(written: Any) -> Accuracies:

@@ -148,7 +148,7 @@ class Run:
         position = self.memory.position
         return (
             f"stage {stage.name}, epoch {position.epoch + 1}, step {position.done + 1}: {reason}; nothing of this step "
-            f"was kept, the last good state is in {self.folder}. Give a smaller --lr-{stage.name}, or --clip 1."
+            f"was kept, the last good state is in {self.folder}. Give a smaller {stage.rate_option}, or --clip 1."
         )
 
     def _end_epoch(self, stage: Stage, epoch: int, started: float) -> None:

@@ -122,14 +122,7 @@ class Settings(BaseModel):
     @property
     def step_size(self) -> float:
         """alpha as a number: ``eps``, ``0.5eps``, ``eps/2`` or ``1/255``."""
-        written = self.alpha.replace(" ", "").lower()
-        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\*?eps(?:/(\d+\.?\d*))?", written)
-        if match is None:
-            try:
-                return parse_eps(written)
-            except UserError:
-                raise UserError(f"--alpha {self.alpha}: write eps, eps/2, or a number such as 1/255.") from None
-        return self.radius * float(match[1] or 1) / float(match[2] or 1)
+        return step_size_of(self.alpha, self.radius)
 
     @property
     def scale(self) -> float | None:
@@ -154,6 +147,22 @@ class Settings(BaseModel):
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in ANYWAY}
 
 
+def step_size_of(alpha: str, radius: float) -> float:
+    """``eps``, ``0.5eps``, ``eps/2`` or ``1/255`` as a number.
+
+    Raises:
+        UserError: written otherwise.
+    """
+    written = alpha.replace(" ", "").lower()
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\*?eps(?:/(\d+\.?\d*))?", written)
+    if match is None:
+        try:
+            return parse_eps(written)
+        except UserError:
+            raise UserError(f"--alpha {alpha}: write eps, eps/2, or a number such as 1/255.") from None
+    return radius * float(match[1] or 1) / float(match[2] or 1)
+
+
 def make_settings(given: dict[str, Any]) -> Settings:
     """Fill in what was not given (None), from the profile.
 
@@ -169,7 +178,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
     defaults: dict[str, Any] = profile_defaults(profile, embedded=embedded) | {
         "profile": profile,
         "dataset": "fashion" if embedded else "tiny-imagenet",
-        "out": Path("distilled") / f"{_as_name(target)}-from-{_as_name(proxy)}",
+        "out": Path("distilled") / f"{as_name(target)}-from-{as_name(proxy)}",
         "held_out": 500,
     }
     try:
@@ -216,6 +225,18 @@ def _option(name: str) -> str:
     return name.replace("_", "-").replace("templates", "template")
 
 
-def _as_name(model: str) -> str:
+def as_name(model: str) -> str:
     """A model's name as part of a folder's."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-.") or "model"
+
+
+def lines_of(file: Path) -> list[str]:
+    """Class names from a file, one a line.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--classes {file}: cannot be read; give a UTF-8 text file, one class name per line.") from None

@@ -9,6 +9,7 @@ from vlmdefend.defenses.training_time.base import Objective
 from vlmdefend.training.schedule import Decay, learning_rate, warm_up_steps
 
 Optimizer = Literal["sgd", "adamw"]
+ONLY = "train"  # the name of the stage of a run that has one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,11 @@ class Stage:
     pull: float | None = None
     pull_first: bool = False
     decay: Decay | None = None
+
+    @property
+    def rate_option(self) -> str:
+        """What sets the rate, for messages: ``--lr-a``; ``--lr`` where there is one stage only."""
+        return "--lr" if self.name == ONLY else f"--lr-{self.name}"
 
     def pulls_at(self, epoch: int) -> bool:
         """Whether epoch (0, 1, ...) begins with a pull."""

@@ -44,6 +44,23 @@ class TrainedStudent:
         found: Outputs = self.classifier(images)
         return found.logits
 
+    def attacked_features(self, images: Tensor) -> Tensor:
+        """(B, D) features that an attack differentiates: as :meth:`attacked`."""
+        return self.classifier.features(images)
+
+    def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
+        """The forward that is trained, with (B, N, D) what it says of each place; in float32."""
+        with self.processes.autocast():
+            found, patches = self.classifier.with_patches(images)
+        return Outputs(
+            found.logits.float(), None if found.features is None else found.features.float()
+        ), patches.float()
+
+    @property
+    def class_features(self) -> Tensor:
+        """(C, D) unit text features, without gradient."""
+        return self.classifier.text_features
+
     def refresh(self) -> None:
         """Bring up to date what is computed from weights that were just changed."""
         self.classifier.refresh()
@@ -67,6 +84,14 @@ class AutocastTeacher:
         with torch.no_grad(), self.processes.autocast():
             found = self.classifier(images)
         return Outputs(found.logits.float(), None if found.features is None else found.features.float())
+
+    def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
+        """The same, with (B, N, D) what the model says of each place."""
+        with torch.no_grad(), self.processes.autocast():
+            found, patches = self.classifier.with_patches(images)
+        return Outputs(
+            found.logits.float(), None if found.features is None else found.features.float()
+        ), patches.float()
 
 
 class Accumulator:

@@ -18,7 +18,7 @@ from vlmdefend.defenses.adaptation.base import Adaptation
 from vlmdefend.errors import UserError
 from vlmdefend.models.backbones import Backbone, load_backbone
 from vlmdefend.models.classifier import ClassifierModel, ImageClassifier
-from vlmdefend.models.classifier_folder import save_classifier
+from vlmdefend.models.classifier_folder import is_classifier_folder, save_classifier
 from vlmdefend.training.cost import StageCost, stage_cost
 from vlmdefend.training.data import TrainingImages
 from vlmdefend.training.folder import RunFolder
@@ -58,6 +58,16 @@ class Adapted:
     theory: dict[str, Any]  # the terms of the bound that can be estimated
     reused: bool  # nothing was left to do
 
+    @property
+    def written(self) -> bool:
+        """Whether there is a classifier in ``out``."""
+        return is_classifier_folder(self.out)
+
+    def spec(self) -> dict[str, Any]:
+        """As JSON, as it is kept in the folder."""
+        numbers = {"before": self.before, "after": self.after}
+        return {**{name: n.spec() for name, n in numbers.items() if n is not None}, "theory": self.theory}
+
 
 @dataclass
 class RobustAdaptation:
@@ -85,6 +95,8 @@ class RobustAdaptation:
         self.processes = Processes(settings.device, settings.precision)
         if settings.batch_norm == "train" and self.processes.count > 1:
             raise UserError("--batch-norm train needs the whole batch in one process; give --batch-norm frozen.")
+        if self.processes.count > 1 and settings.reduction != "mean":
+            raise UserError(f"--reduction {settings.reduction} sums over a batch that processes share; give mean.")
         self._open_sets()
 
     def _open_sets(self) -> None:

@@ -21,6 +21,7 @@ from vlmdefend.types import parse_eps
 Term = Literal["defense", "prediction", "features", "entropy-weight"]
 Select = Literal["last", "agreement", "entropy", "oracle"]
 ANYWAY = frozenset(("out", "device", "threads", "track", "save_every", "root"))
+EVALUATED = 2000  # images of a set that may be large: all of them are in memory at once
 EMBEDDED_PREFIXES = ("mnist", "uci-digits", "fashion", "emoji:")
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -57,8 +58,10 @@ EMBEDDED: dict[str, Any] = {
     "augment": "off",
     "lr_teacher": 0.02,
     "epochs_teacher": 10,
+    "iterations_teacher": 100,
     "lr_student": 0.05,
     "epochs_student": 20,
+    "iterations_student": 40,
     "batch_size_student": 36,
 }
 """What ``scaled`` changes where both sets are embedded: a small network from random weights."""
@@ -177,6 +180,8 @@ def make_settings(given: dict[str, Any]) -> UrdaSettings:
     embedded = all(name.startswith(EMBEDDED_PREFIXES) for name in (source, target))
     defaults = {**COMMON, **PROFILES[profile], **(EMBEDDED if embedded and profile == "scaled" else {})}
     defaults["backbone"] = "tiny-cnn" if embedded else "timm:resnet50"
+    if not embedded:
+        defaults["eval_limit"] = EVALUATED
     if given.get("select", "last") != "last":
         defaults["held_out"] = 200
     method = parse_spec(str(given.get("method", "mdd")))[0]

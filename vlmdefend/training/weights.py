@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -13,6 +14,14 @@ Weights = dict[str, Tensor]
 def copied(weights: Mapping[str, Tensor]) -> Weights:
     """The values, apart from the model."""
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
+
+
+def weights_hash(weights: Mapping[str, Tensor]) -> str:
+    """16 hex digits over names and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -102,7 +102,6 @@ class _Tuned:
             confident = self._confident(views, seen, rng, unrolled=unrolled)
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if unrolled else nullcontext():
                 classes = self._tuned(confident if unrolled else confident.detach(), unrolled=unrolled)
-            classes = classes if unrolled else classes.detach()
         logits = seen.logits if classes is None else self._classifier.logits(features, classes)
         return Outputs(defense.predict(logits, features), features[:, 0] if read == 1 else features.mean(dim=1))
 

@@ -42,4 +42,5 @@ class CTpt(Tpt):
 
 def spread(classes: Tensor) -> Tensor:
     """(B, C, D) -> (B,) mean distance to the mean."""
-    return (classes - classes.mean(dim=1, keepdim=True)).norm(dim=-1).mean(dim=1)
+    distances: Tensor = (classes - classes.mean(dim=1, keepdim=True)).norm(dim=-1)
+    return distances.mean(dim=1)

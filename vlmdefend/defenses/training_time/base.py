@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -26,12 +27,29 @@ class Student(Protocol):
         """(B, 3, H, W) -> (B, C) logits for an attack: always float32, in evaluation mode."""
         ...
 
+    def attacked_features(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, D) features, not normalised, for an attack on them: as :meth:`attacked`."""
+        ...
+
+    def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
+        """As a call, and beside it (B, N, D) what the image tower says of each of N = G x G places, not normalised."""
+        ...
+
+    @property
+    def class_features(self) -> Tensor:
+        """(C, D) unit text features, without gradient."""
+        ...
+
 
 class Teacher(Protocol):
     """A frozen model; what it returns carries no gradient."""
 
     def __call__(self, images: Tensor) -> Outputs:
         """(B, 3, H, W) in [0, 1], of the student's size -> outputs."""
+        ...
+
+    def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
+        """As that of the student."""
         ...
 
 
@@ -49,17 +67,45 @@ class StepCost(NamedTuple):
     teacher_forwards: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a method's authors train with it; what ``vlmdefend train --profile paper`` takes.
+
+    Args:
+        options: of the objective, where the published run differs from its defaults.
+        logit_scale: what multiplies the cosines in training; None: the model's own.
+        toy_rate: learning rate for the embedded toys under ``--profile scaled``: SGD, batch 64, gradients no longer
+            than 1. Ours, found on them.
+        toy_options: of the objective, with it.
+    """
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    rate: float
+    weight_decay: float = 0.0
+    batch_size: int
+    epochs: int
+    warm_up: int = 1000
+    dataset: str = "tiny-imagenet"
+    template: str = "This is a photo of a {c}"
+    logit_scale: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    toy_rate: float = 1e-2
+    toy_options: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Objective(ABC):
     """One objective. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
 
     Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``), and
-    ``teacher``: which frozen model it is given, another one (``proxy``), the student as it was (``original``), or none.
+    ``teacher``: which frozen model it is given, another one (``proxy``), the student as it was (``original``), or none;
+    ``schedule``: how ``vlmdefend train`` trains with it.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     citation: ClassVar[str]
     teacher: ClassVar[TeacherKind] = "none"
+    schedule: ClassVar[Schedule | None] = None  # None: another command trains with it
 
     @property
     def reduction(self) -> Reduction:

@@ -1,0 +1,104 @@
+"""What ``vlmdefend train`` prints: its choices, the cost, and what came out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from vlmdefend.cli.distill_report import interval
+from vlmdefend.types import format_eps
+
+if TYPE_CHECKING:
+    from vlmdefend.training.train import Trained, Training
+    from vlmdefend.training.train_settings import TrainSettings
+
+
+def print_choices(training: Training) -> None:
+    """Every choice that decides the result, defaults too."""
+    if not training.processes.is_main:
+        return
+    settings, cost = training.settings, training.cost()
+    clip = "no clipping" if settings.clip is None else f"gradient norm at most {settings.clip:g}"
+    many = f", {training.processes.count} processes" if training.processes.count > 1 else ""
+    held = len(training.held_out)
+    parameters = sum(p.numel() for p in training.student.parameters.values())
+    lines = [
+        ("method", f"{settings.objective!r}"),
+        ("model", f"{settings.model}; trains: {trained_part(settings)}, {parameters:,} parameters"),
+        ("images", f"{settings.dataset} ({settings.split}): {len(training.images)} to train on, {held} held out"),
+        ("prompt", " | ".join(settings.templates)),
+        (
+            "profile",
+            f"{settings.profile}: logit scale {settings.logit_scale}, normalization {settings.normalization}, BatchNorm "
+            f"{settings.batch_norm}",
+        ),
+        (
+            "attack",
+            f"{settings.steps} steps, L_inf {settings.eps}, alpha {format_eps(settings.step_size)}, last iterate, "
+            "float32",
+        ),
+        (
+            "train",
+            f"{cost.epochs} epochs of {cost.steps // cost.epochs} steps, rate {settings.lr:g}, warm-up {cost.warm_up} "
+            "steps, then a cosine to 0",
+        ),
+        (
+            "update",
+            f"{settings.optimizer}, batch {settings.batch_size}{many}, weight decay {settings.weight_decay:g}, {clip}, "
+            f"{training.processes.precision}, seed {settings.seed}",
+        ),
+        ("out", str(settings.out)),
+    ]
+    for name, text in lines:
+        typer.echo(f"{name:<9}{text}", err=True)
+    if cost.warm_up >= cost.steps:
+        typer.echo(
+            f"warning: the run has {cost.steps} steps, all of them warm-up: it never reaches its rate; give --warm-up, "
+            "or more epochs.",
+            err=True,
+        )
+
+
+def print_cost(training: Training) -> None:
+    """``--dry-run``: what the choices cost."""
+    cost, memory, held = training.cost(), training.memory(), len(training.held_out)
+    typer.echo(
+        f"{cost.steps:,} steps; of one image each, {cost.forward_backwards:,} forward+backwards and "
+        f"{cost.proxy_forwards:,} forwards of the vanilla model. Measuring {held} held-out images after each epoch adds "
+        f"at most {11 * held * cost.epochs:,} more.\n"
+        f"Memory about {memory.total / 1e6:,.0f} MB: weights {memory.weights / 1e6:,.0f}, gradients, momentum and "
+        f"copies {memory.training / 1e6:,.0f}, activations of a micro-batch {memory.activations / 1e6:,.0f}.\n"
+        "Nothing was trained (--dry-run)."
+    )
+
+
+def print_result(training: Training, found: Trained) -> None:
+    """Vanilla, result and mixtures on the held-out images, and what to do next."""
+    from tabulate import tabulate
+
+    settings = training.settings
+    if found.summary:
+        rows = [(name, interval(acc.clean), interval(acc.robust)) for name, acc in found.summary.items()]
+        n = next(iter(found.summary.values())).clean.n
+        typer.echo(f"\n{settings.model} on {n} held-out images of {settings.dataset}, PGD-10 at {settings.eps}\n")
+        headers = ["", "clean % [95 %]", "robust % [95 %]"]
+        typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
+    done = "found done" if found.reused else "written"
+    typer.echo(
+        f"\n{found.out}: {done}, a model folder that open_clip reads. These figures are of PGD-10 alone; for a "
+        f"verdict: vlmdefend evaluate --model {settings.model},local-dir:{found.out} --attack autoattack --eps "
+        f"{settings.eps}"
+    )
+
+
+def trained_part(settings: TrainSettings) -> str:
+    """What trains, in words."""
+    kind, _, count = settings.trains.partition(":")
+    return {
+        "image": "the image tower",
+        "all": "the whole model",
+        "last": f"the last {count} tensors of the image tower",
+        "lora": f"LoRA of rank {count} in the image tower's attention, folded into the result",
+        "prompt": f"a visual prompt, {count} pixels around the image, folded into the result",
+    }.get(kind, settings.trains)

@@ -1,0 +1,60 @@
+"""What adversarial fine-tuning methods share: the options of the training attack, and what is logged."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmdefend.defenses.training_time._attack import train_pgd
+from vlmdefend.defenses.training_time.base import Objective, StepCost, Student
+from vlmdefend.errors import UserError
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adversarial(Objective, ABC):
+    """An objective on PGD's images: every image gets every step, the last iterate counts, float32.
+
+    Options:
+        eps: radius of the training attack, in pixels of [0, 1].
+        steps: of the training attack.
+        alpha: its step size.
+    """
+
+    eps: float = 1 / 255
+    steps: int = 2
+    alpha: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"{self.name}: steps={self.steps} must be zero or more.")
+
+    @property
+    def cost(self) -> StepCost:
+        """One forward and backward a step of the attack, one for the update; a forward of the teacher if any."""
+        return StepCost(forward_backwards=self.steps + 1, teacher_forwards=int(self.teacher != "none"))
+
+    def attacked(self, student: Student, batch: Batch, rng: ImageRng) -> Tensor:
+        """PGD on the cross-entropy against the student."""
+        return train_pgd(
+            student.attacked, batch.images, batch.labels, rng, eps=self.eps, steps=self.steps, alpha=self.alpha
+        )
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,)."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """(B, C) logits -> (B,) KL(softmax(first) || softmax(second))."""
+    return F.kl_div(second.log_softmax(dim=1), first.log_softmax(dim=1), reduction="none", log_target=True).sum(dim=1)
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) 1 where right; no gradient."""
+    return (logits.detach().argmax(dim=1) == labels).float()

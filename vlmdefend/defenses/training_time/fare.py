@@ -1,0 +1,62 @@
+"""FARE: adversarial images keep the features that the clean ones had. No labels, no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from vlmdefend.defenses.training_time import OBJECTIVES
+from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy
+from vlmdefend.defenses.training_time._attack import ascend
+from vlmdefend.defenses.training_time.base import Schedule, Student, Teacher, TeacherKind, Terms
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch
+
+
+@OBJECTIVES.register
+@dataclass(frozen=True, kw_only=True)
+class Fare(Adversarial):
+    """Unsupervised adversarial fine-tuning (Schlarmann et al. 2024, eq. 3).
+
+    ``|| f(x_a) - f_0(x) ||^2``, features not normalised, summed over their D entries; x_a is PGD's on that
+    distance. Its start is random, and must be: at the clean image of the vanilla model the distance and its gradient are 0.
+    The labels are read for the log alone.
+
+    Options:
+        momentum: of the attack, on signs of gradients, as in the authors' code; 0: plain PGD.
+    """
+
+    name: ClassVar[str] = "fare"
+    summary: ClassVar[str] = "features on adversarial images drawn to the vanilla model's on the clean ones"
+    citation: ClassVar[str] = "Schlarmann et al. 2024"
+    teacher: ClassVar[TeacherKind] = "original"
+    schedule: ClassVar[Schedule | None] = Schedule(
+        optimizer="adamw", rate=1e-5, weight_decay=1e-4, batch_size=128, epochs=2, warm_up=1400, dataset="imagenet"
+    )
+    eps: float = 4 / 255
+    steps: int = 10
+    alpha: float = 1 / 255
+    momentum: float = 0.9
+
+    def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
+        """The squared distance per image."""
+        assert teacher is not None
+        with torch.no_grad():
+            before = teacher(batch.images).features
+        assert before is not None
+        wanted = before  # a name that stays narrowed inside the closure
+        adversarial = ascend(
+            lambda pixels: (student.attacked_features(pixels) - wanted).square().sum(),
+            batch.images,
+            rng,
+            eps=self.eps,
+            steps=self.steps,
+            alpha=self.alpha,
+            momentum=self.momentum,
+        )
+        found = student(adversarial)
+        assert found.features is not None
+        distance = (found.features - wanted).square().sum(dim=1)
+        return Terms({"distance": distance}, {"accuracy_adversarial": accuracy(found.logits, batch.labels)})
