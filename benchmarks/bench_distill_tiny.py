@@ -19,7 +19,7 @@ from vlmdefend.training.held_out import correct
 from vlmdefend.training.listener import Counted, Listener
 from vlmdefend.training.settings import make_settings
 
-EPS, IMAGES = "8/255", 500
+EPS, IMAGES = "8/255", 200
 ATTACKS = ("pgd:steps=100", "autoattack")
 UNSEEN = {
     "mnist": ("mnist",),

@@ -14,12 +14,15 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.cli.conftest import Cli, Outcome, one_sentence
 from vlmdefend.data import load_dataset
+from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models import load_model
 from vlmdefend.training.loop import Run
+from vlmdefend.types import Batch
 
 PAIR = ("--proxy", "tiny-vit", "--target", "tiny-rn", "--device", "cpu")
 SMALL = ("--limit", "80", "--held-out", "16", "--gap-images", "8", "--batch-size", "32")
@@ -135,6 +138,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(
 def test_the_training_images_and_those_held_out_are_apart(done: Path) -> None:
     lines = [json.loads(line) for line in (done / "training" / "log.jsonl").read_text().splitlines()]
     assert [line["clean"][1] for line in lines if "mean" in line] == [16, 16]
+    assert [line["proxy_on_adversarial"][1] for line in lines if "mean" in line] == [8, 8]
     train = load_dataset("fashion", "train", limit=80)
     assert len(train) == 80
     assert json.loads((done / "training" / "settings.json").read_text())["held_out_images"] != train.ids_hash
@@ -175,6 +179,36 @@ def test_what_is_trained_with_imagenets_normalization_is_saved_with_it(distill: 
 def same_weights(first: Path, second: Path) -> bool:
     one, two = load_file(first / WEIGHTS), load_file(second / WEIGHTS)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# other images
+
+
+@pytest.mark.parametrize("space", ["model", "native"])
+def test_a_folder_of_class_folders_is_trained_on_at_the_models_size_or_its_own(
+    cli: Cli, tmp_path: Path, space: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for name in ("cat", "dog", "ship"):
+        (tmp_path / "photos" / "train" / name).mkdir(parents=True)
+        for i in range(6):
+            levels = torch.randint(0, 256, (20, 20, 3), generator=generator).to(torch.uint8)
+            Image.fromarray(levels.numpy()).save(tmp_path / "photos" / "train" / name / f"{i}.png")
+    sizes: set[tuple[int, ...]] = set()
+    losses = HptGpd.losses
+
+    def seen(self: HptGpd, student: object, teacher: object, batch: Batch, rng: object) -> object:
+        sizes.add(tuple(batch.images.shape[-2:]))
+        return losses(self, student, teacher, batch, rng)
+
+    options = ("--dataset", f"folder:{tmp_path / 'photos'}", "--pixel-space", space, "--out", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HptGpd, "losses", seen)
+        outcome = cli("distill", *PAIR, *options, "--epochs-a", "1", "--epochs-b", "1", "--batch-size", "8")
+    assert outcome.code == 0, outcome
+    assert "15 to train on, 3 held out" in outcome.err
+    assert sizes == {(20, 20) if space == "native" else (32, 32)}
+    assert json.loads((tmp_path / "out" / "vlmdefend.json").read_text())["class_names"] == ["cat", "dog", "ship"]
 
 
 # several processes

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli
+from vlmdefend.evaluation.grid import Grid
+from vlmdefend.evaluation.plan import make_plan
 
 
 def planned(evaluate: Cli, *options: str) -> list[list[str]]:
@@ -70,6 +72,16 @@ def test_asking_for_the_adaptive_attacker_of_an_exact_defense_runs_the_white_box
 
 def test_clean_accuracy_is_one_cell_whatever_the_radii_and_attackers(evaluate: Cli) -> None:
     assert len(planned(evaluate, "-d", "jpeg", "-a", "none", "--eps", "1/255,2/255")) == 1
+
+
+def test_attacks_of_several_norms_take_one_radius_list_only_where_one_norm_suits_all(evaluate: Cli) -> None:
+    assert len(planned(evaluate, "-a", "pgd,cw,none", "--norm", "l2", "--eps", "0.5")) == 3
+    by_default = make_plan(Grid.build({}, {"attack": ["pgd", "patch"], "limit": 16}))  # each norm has its own
+    assert [(cell.norm, round(cell.eps * 255)) for cell in by_default.cells if cell.eps > 0.03] == [
+        ("linf", 8),
+        ("linf", 16),
+        ("patch", 13),
+    ]
 
 
 def test_a_cell_written_twice_is_run_once(evaluate: Cli) -> None:

@@ -15,9 +15,11 @@ from tests.evaluation.test_verdict import noisy
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.corruption import Corruption
 from vlmdefend.attacks.patch import Patch
+from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.square import Square
 from vlmdefend.attacks.universal import Universal
 from vlmdefend.attacks.view import View
+from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.none import NoDefense
@@ -177,6 +179,19 @@ def test_queries_that_beat_one_delta_for_all_are_no_sign_of_a_masked_gradient(ve
     assert square[0].robust <= universal[0].robust - 5
     found = reasons([Result(*universal), Result(*square)])
     assert not any(reason.kind.startswith("gradient-free") for reason in found)
+
+
+def test_an_attack_on_each_image_stays_under_suspicion_beside_one_that_learned_from_the_set(verdict: Verdict) -> None:
+    def cut(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
+        return model(images.detach(), rng)
+
+    set_level, each = Universal(steps=4, batch=4), Pgd(steps=2, random_start=False)
+    alone, _ = verdict(attack=set_level, defense=Around(call=cut))
+    both, _ = verdict(attack=WorstOf(attacks=[set_level, each]), defense=Around(call=cut))
+    assert alone.set_level
+    assert alone.checks.attacked_survivors == 0
+    assert not both.set_level
+    assert both.checks.attacked_survivors == both.robust > 0
 
 
 def test_a_corruption_is_one_column_and_the_worst_of_them_three() -> None:

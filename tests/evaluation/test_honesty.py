@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 import vlmdefend
+from tests.evaluation.conftest import Verdict
 from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
@@ -63,6 +64,42 @@ def test_a_surrogate_with_other_values_does_not_spare_the_images_it_misclassifie
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gated(Defense):
+    """Shifts what lies off the 255 levels, as no clean image does; its stand-in never shifts."""
+
+    name: ClassVar[str] = "gated"
+    paradigm: ClassVar[Paradigm] = "training-free"
+    summary: ClassVar[str] = "acts on attacked images only"
+    citation: ClassVar[str] = "–"
+    recipe: ClassVar[Recipe] = Recipe("misleading")
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        def shifted(images: Tensor, rng: ImageRng) -> Tensor:
+            return torch.where(off_the_levels(images)[:, None, None, None], images.roll(1, dims=-1), images)
+
+        return TransformedInput(model, shifted)
+
+    def surrogate(self, model: Pipeline) -> Pipeline:
+        return model
+
+
+def off_the_levels(images: Tensor) -> Tensor:
+    levels = images.detach() * 255
+    return (levels - levels.round()).abs().flatten(1).amax(dim=1) > 1e-3
+
+
+def test_an_image_that_a_stand_in_let_go_and_the_deployed_pipeline_gets_right_is_attacked_to_the_end(
+    verdict: Verdict,
+) -> None:
+    record, rows = verdict(defense=Gated(), attacker="adaptive", attack=Pgd(steps=5), eps=60 / 255)
+    standing = [row for row in rows if row.robust]
+    assert standing
+    assert all(row.steps >= 5 for row in standing)
+    assert record.checks.outside_budget == 0
+    assert any(0 < row.steps < 5 for row in rows)  # others may still leave early
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evades(Defense):
     """Answers what the attack finds on the bare model with no numbers; its stand-in never shows them."""
 
@@ -81,9 +118,7 @@ class Evaded:
         self.model, self.num_classes, self.stochastic = model, model.num_classes, model.stochastic
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        levels = images.detach() * 255
-        attacked = (levels - levels.round()).abs().flatten(1).amax(dim=1) > 1e-3
-        return Outputs(torch.where(attacked[:, None], torch.nan, self.model(images, rng).logits))
+        return Outputs(torch.where(off_the_levels(images)[:, None], torch.nan, self.model(images, rng).logits))
 
 
 def test_finds_on_the_bare_model_that_a_defense_answers_with_no_numbers_are_noticed() -> None:

@@ -101,6 +101,15 @@ def test_the_best_is_bold_in_latex_once_per_radius_and_never_a_doubtful_one(make
     assert "textbf" not in render(verdict_lines([make(range(5))]), "latex")
 
 
+def test_a_defense_that_met_fewer_attacks_is_not_the_best(make: Make) -> None:
+    met = [make(range(5), defense="jpeg", attack=a, adaptive_equals_whitebox=True) for a in ("pgd", "fgsm")]
+    spared = make(range(9), defense="ttc", attack="fgsm", adaptive_equals_whitebox=True)
+    (group,) = grouped(verdict_lines([*met, spared]))
+    assert [group.is_best(line) for line in group.lines] == [True, False]
+    (group,) = grouped(verdict_lines([met[1], spared]))
+    assert [group.is_best(line) for line in group.lines] == [False, True]
+
+
 @pytest.mark.parametrize("format", ["terminal", "markdown", "latex", "csv"])
 def test_names_from_data_are_printed_as_they_are(make: Make, format: str) -> None:
     lines = verdict_lines([make(range(5), defense="none"), make(range(5), defense=NASTY, model=f"m{NASTY}\x1b[31m\n")])

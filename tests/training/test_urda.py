@@ -15,8 +15,9 @@ from vlmdefend.data import load_dataset
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.training import urda
+from vlmdefend.training import urda, urda_sets
 from vlmdefend.training.listener import Listener
+from vlmdefend.training.stage import Optimization
 
 STEP_ONE = [c.name for c in ADAPTATIONS if c.role == "adaptation" and c.trains]
 STEP_TWO = [c.name for c in ADAPTATIONS if c.role == "robustification"]
@@ -45,7 +46,7 @@ def relabelled(monkeypatch: pytest.MonkeyPatch, domain: str, split: str) -> None
             found = replace(found, labels=tuple((label + 1) % len(CLASSES) for label in found.labels))
         return found
 
-    monkeypatch.setattr(urda, "load_dataset", opened)
+    monkeypatch.setattr(urda_sets, "load_dataset", opened)
 
 
 # target labels
@@ -136,7 +137,7 @@ def test_released_weights_of_the_backbone_learn_at_a_tenth_of_the_rate(root: Pat
 
     ready = adaptation(root, tmp_path / "out")
     student = AdaptedStudent(ready._fresh(16), (ADAPTATIONS.create("mdd"),), ready.processes, backbone_factor=0.1)
-    optimizer = make_optimizer(student.parameters, urda.Optimization(), student.rate_factors)
+    optimizer = make_optimizer(student.parameters, Optimization(), student.rate_factors)
     for parameter in student.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
     update(student, optimizer, 0.005, None)
@@ -294,3 +295,11 @@ def test_bad_input_is_one_sentence(root: Path, tmp_path: Path, options: dict[str
     with pytest.raises(UserError, match=message):
         adaptation(root, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_does_not_go_on_under_another_teacher(root: Path, tmp_path: Path) -> None:
+    name = saved_teacher(tmp_path / "teacher")
+    run(root, tmp_path / "out", teacher=name)
+    saved_teacher(tmp_path / "teacher", seed=8)
+    with pytest.raises(UserError, match="holds a run with teacher_weights"):
+        run(root, tmp_path / "out", teacher=name)

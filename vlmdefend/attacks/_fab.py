@@ -73,11 +73,13 @@ def approach(
             "near": origin.clone(),  # adversarial, nearest to the clean image, outside the ball
             "distance": infinite,
             "retreated": none,  # x is a backward step from an adversarial iterate
+            "expected": none.clone(),  # the projection before was adversarial: x may well be, and needs no gradient
             "taken": none.long(),  # projections
         }
 
     def step(part: Part, index: Tensor, s: State) -> Tensor:
-        plane = nearest_plane(part.view, s["x"], part.goal, classes[index], threat.norm)
+        glance = s["expected"] & ~s["retreated"]
+        plane = _look(part, s["x"], classes[index], threat.norm, glance)
         fooled, margin = part.goal.reached(plane.logits), part.goal.margin(plane.logits)
         inside, distance = part.threat.contains(s["x"], s["origin"]), part.threat.distance(s["x"], s["origin"]).float()
         if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
@@ -86,7 +88,10 @@ def approach(
         retreat = fooled & ~s["retreated"]
         back = s["origin"] + (s["x"] - s["origin"]) * steps.beta
         following = torch.where(per_image(retreat, back), back, _onto_boundary(s, plane, steps, threat.norm))
-        s["taken"] += ~retreat
+        wait = glance & ~fooled  # not adversarial after all: the same point again, with its gradient
+        following = torch.where(per_image(wait, s["x"]), s["x"], following)
+        s["expected"] = torch.where(s["retreated"], s["expected"], fooled)
+        s["taken"] += ~retreat & ~wait
         decided = (margin > SURE) & inside & view.stop
         done = (decided | (s["taken"] == steps.projections)).cpu()
         leaving = done.nonzero()[:, 0]
@@ -108,6 +113,20 @@ def approach(
         step,
     )
     return harvest.finish(view, away)
+
+
+def _look(part: Part, x: Tensor, classes: Tensor, norm: Norm, glance: Tensor) -> Plane:
+    """The plane at each x; at a ``glance`` only the logits, with a normal of zero."""
+    if not glance.any():
+        return nearest_plane(part.view, x, part.goal, classes, norm)
+    logits = torch.empty(len(x), part.view.num_classes, device=x.device)
+    value, normal = torch.zeros(len(x), device=x.device), torch.zeros_like(x)
+    forward, both = (rows.nonzero()[:, 0] for rows in (glance.cpu(), ~glance.cpu()))
+    logits[forward] = part.view.select(forward)(x[forward])
+    if len(both):
+        plane = nearest_plane(part.view.select(both), x[both], part.goal.select(both), classes[both], norm)
+        value[both], normal[both], logits[both] = plane
+    return Plane(value, normal, logits)
 
 
 def nearest_plane(view: View, x: Tensor, goal: Goal, classes: Tensor, norm: Norm) -> Plane:

@@ -65,6 +65,11 @@ class Attack(ABC):
         """How many images of a set :meth:`fit` wants to see; 0: the attack meets each image unprepared."""
         return 0
 
+    @property
+    def set_level(self) -> bool:
+        """True: all that it does to an image was learned from the set, so that it is weaker than an attack on each."""
+        return all(attack.set_level for attack in self.inner) if self.inner else self.learns_from > 0
+
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
         """An attack that uses one thing on a whole set (universal, patch) learns it here, before any ``__call__``.
 

@@ -240,7 +240,8 @@ def distill(
     gap_images: Annotated[
         int | None,
         OPTION(
-            help="Held-out images for the proxy gap before training; 0: none.  \\[default: 200]", rich_help_panel=RUN
+            help="Held-out images for the proxy gap, before training and after each epoch.  \\[default: 200]",
+            rich_help_panel=RUN,
         ),
     ] = None,
     save_every: Annotated[

@@ -41,6 +41,8 @@ class Lines(Listener):
         if end.held_out is not None:
             clean, robust = end.held_out
             text += f"; held out: clean {100 * clean.share:.1f} %, robust {100 * robust.share:.1f} %"
+        for name, counted in end.probed.items():
+            text += f", {name.replace('_', ' ')} {100 * counted.share:.1f} %"
         self.say(f"{text} ({end.seconds:.0f} s)")
 
     def note(self, message: str) -> None:

@@ -88,10 +88,11 @@ def print_cost(distillation: Distillation) -> None:
     headers = ["stage", "epochs", "steps", "forward+backwards of the target", "forwards of the proxy"]
     typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
     memory = distillation.memory()
-    held = distillation.settings.epochs_a + distillation.settings.epochs_b
+    epochs = sum(cost.epochs for cost in distillation.costs())
+    held, few = len(distillation.held_out), min(distillation.settings.gap_images, len(distillation.held_out))
     typer.echo(
-        f"\nOf one image each. Measuring {len(distillation.held_out)} held-out images after each epoch adds at most "
-        f"{11 * len(distillation.held_out) * held:,} more.\n"
+        f"\nOf one image each. Measuring held-out images after each epoch adds at most "
+        f"{11 * (held + few) * epochs:,} more.\n"
         f"Memory about {memory.total / 1e6:,.0f} MB: weights {memory.weights / 1e6:,.0f}, gradients, momentum and "
         f"copies {memory.training / 1e6:,.0f}, activations of a micro-batch {memory.activations / 1e6:,.0f}.\n"
         "Nothing was trained (--dry-run)."

@@ -66,8 +66,8 @@ def train(
     profile: Annotated[
         str | None,
         OPTION(
-            help="paper: as published. scaled: the same, with warm-up at most a tenth of the run and gradients no longer "
-            "than 1; the embedded models have rates of their own.  \\[default: scaled]",
+            help="paper: as published. scaled: the same, with warm-up at most a tenth of the run and gradients no "
+            "longer than 1; the embedded models have rates of their own.  \\[default: scaled]",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -96,8 +96,8 @@ def train(
     mix: Annotated[
         list[float] | None,
         OPTION(
-            help="Also write OUT/mix-A: (1-A) x vanilla + A x trained weights (WiSE-FT); repeat for several. May be given "
-            "to a finished run.",
+            help="Also write OUT/mix-A: (1-A) x vanilla + A x trained weights (WiSE-FT); repeat for several. May be "
+            "given to a finished run.",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -127,7 +127,7 @@ def train(
         str | None,
         OPTION(help="last epoch, or the best on the held-out images.  \\[default: last]", rich_help_panel=METHOD),
     ] = None,
-    epochs: Annotated[int | None, OPTION(help="\\[default: the method's; embedded: 3]", rich_help_panel=TRAIN)] = None,
+    epochs: Annotated[int | None, OPTION(help="\\[default: the method's; embedded: 2]", rich_help_panel=TRAIN)] = None,
     lr: Annotated[
         float | None,
         OPTION(help="Base rate.  \\[default: the method's; of a visual prompt: 40]", rich_help_panel=TRAIN),
@@ -193,8 +193,8 @@ def train(
 ) -> None:
     """Make a CLIP robust by training: TeCoA, FARE, PMG-AFT, TGA-ZSR and others, one loop for all.
 
-    [bold]vlmdefend train --method tecoa --model tiny-vit[/bold] runs anywhere, in minutes. The result is a model folder:
-    `evaluate --model local-dir:OUT`, with any defense around it. Several GPUs: the same command under
+    [bold]vlmdefend train --method tecoa --model tiny-vit[/bold] runs anywhere, in minutes. The result is a model
+    folder: `evaluate --model local-dir:OUT`, with any defense around it. Several GPUs: the same command under
     `torchrun --nproc-per-node N -m vlmdefend` or `accelerate launch -m vlmdefend`.
     """
     from vlmdefend.registry import load_plugin

@@ -30,8 +30,8 @@ def print_choices(training: Training) -> None:
         ("prompt", " | ".join(settings.templates)),
         (
             "profile",
-            f"{settings.profile}: logit scale {settings.logit_scale}, normalization {settings.normalization}, BatchNorm "
-            f"{settings.batch_norm}",
+            f"{settings.profile}: logit scale {settings.logit_scale}, normalization {settings.normalization}, "
+            f"BatchNorm {settings.batch_norm}",
         ),
         (
             "attack",
@@ -65,8 +65,8 @@ def print_cost(training: Training) -> None:
     cost, memory, held = training.cost(), training.memory(), len(training.held_out)
     typer.echo(
         f"{cost.steps:,} steps; of one image each, {cost.forward_backwards:,} forward+backwards and "
-        f"{cost.proxy_forwards:,} forwards of the vanilla model. Measuring {held} held-out images after each epoch adds "
-        f"at most {11 * held * cost.epochs:,} more.\n"
+        f"{cost.proxy_forwards:,} forwards of the vanilla model. Measuring {held} held-out images after each epoch "
+        f"adds at most {11 * held * cost.epochs:,} more.\n"
         f"Memory about {memory.total / 1e6:,.0f} MB: weights {memory.weights / 1e6:,.0f}, gradients, momentum and "
         f"copies {memory.training / 1e6:,.0f}, activations of a micro-batch {memory.activations / 1e6:,.0f}.\n"
         "Nothing was trained (--dry-run)."

@@ -23,12 +23,12 @@ def print_choices(adaptation: RobustAdaptation) -> None:
     elif adaptation.wants_teacher:
         step_1 = f"{adaptation.method!r}"
     lines = [
-        ("source", f"{settings.source}: {len(adaptation.source)} labelled images"),
+        ("source", f"{settings.source}: {len(adaptation.sets.source)} labelled images"),
         (
             "target",
-            f"{settings.target}: {len(adaptation.target)} images without labels"
-            + (f", {len(adaptation.held_out)} held out to choose by" if settings.held_out else "")
-            + f"; measured on {len(adaptation.tested)} of its split {settings.eval_split}",
+            f"{settings.target}: {len(adaptation.sets.target)} images without labels"
+            + (f", {len(adaptation.sets.held_out)} held out to choose by" if settings.held_out else "")
+            + f"; measured on {len(adaptation.sets.tested)} of its split {settings.eval_split}",
         ),
         ("network", network_text(adaptation)),
         ("step 1", step_1 + (f"; {_stage(adaptation, first=True)}" if adaptation.trains_teacher else "")),

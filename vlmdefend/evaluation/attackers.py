@@ -28,6 +28,22 @@ class Crafted(NamedTuple):
     zero_gradients: int
     outside: int
     finite: bool  # every logit that the attacker was shown
+    fooled: Tensor  # (B,) bool, as the attacker sees it
+
+    def with_again(self, at: Tensor, again: Crafted) -> Crafted:
+        """The images ``at`` from a second attempt, and what both cost."""
+        images, steps, fooled = self.images.clone(), self.steps.clone(), self.fooled.clone()
+        images[at], fooled[at] = again.images, again.fooled
+        steps[at.cpu()] += again.steps
+        return Crafted(
+            images,
+            steps,
+            self.gradient_values + again.gradient_values,
+            self.zero_gradients + again.zero_gradients,
+            self.outside + again.outside,
+            self.finite and again.finite,
+            fooled,
+        )
 
 
 class Fitted(NamedTuple):
@@ -213,7 +229,7 @@ def craft(
             todo = (margins <= SURE).nonzero()[:, 0].cpu()
         if not len(todo):
             break
-    return Crafted(best, steps, values, zeros, outside, finite)
+    return Crafted(best, steps, values, zeros, outside, finite, margins > 0)
 
 
 def _detector_scores(defense: Defense, model: Pipeline, images: Tensor, rng: ImageRng, width: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,8 @@ def make_plan(grid: Grid) -> Plan:
     defenses = [DEFENSES.create(text) for text in grid.defense]
     attacks = [_create_attack(text, grid.steps) for text in grid.attack]
     norms = {attack: _norm_of(attack, grid.norm, protocol) for attack in attacks}
+    if grid.eps:
+        _refuse_several_norms({norm: attack.name for attack, norm in norms.items() if attack.name != "none"}, grid.eps)
     typed = {norm: [parse_eps(text, norm) for text in grid.eps or ()] for norm in dict.fromkeys(norms.values())}
     classes = None if grid.classes is None else read_class_names(grid.classes)
     limit = None if grid.full else grid.limit or protocol.limit
@@ -122,6 +125,16 @@ def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
     if norm not in attack.norms:
         raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
     return norm
+
+
+def _refuse_several_norms(attacks: Mapping[Norm, str], eps: Sequence[str]) -> None:
+    """4/255 is a strong attack in linf and none at all in l2."""
+    if len(attacks) > 1:
+        pairs = ", ".join(f"{norm} for {name}" for norm, name in attacks.items())
+        raise UserError(
+            f"--eps {','.join(map(str, eps))}: means another budget in each norm ({pairs}); run the attacks of each "
+            "norm with an --eps of their own."
+        )
 
 
 def _create_attack(text: str, steps: int | None) -> Attack:

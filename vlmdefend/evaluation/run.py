@@ -200,7 +200,7 @@ def _model_hash(model: VisionLanguageModel) -> str:
 
 
 def _code_hash(method: Attack | Defense) -> dict[str, str]:
-    """For a method that is not of this package, and for those inside of it, a hash of the file: edited, it is another."""
+    """For a method that is not of this package, and for those inside of it, a hash of the file: edited it is new."""
     wrapped = method.inner if isinstance(method, Attack) else ()
     inner = {
         key.replace("file_hash", f"file_hash_{i}", 1): digest

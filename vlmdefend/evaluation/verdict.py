@@ -20,7 +20,7 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import craft, fit, variants
+from vlmdefend.evaluation.attackers import Crafted, craft, fit, variants
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.evaluation.listener import Listener
 from vlmdefend.evaluation.machine import environment, peak_memory_mb, reset_peak_memory
@@ -86,7 +86,7 @@ class Judge:
             adaptive_equals_whitebox=self.defense.adaptive_equals_whitebox,
             blind=self.attack.blind,
             gradient_free=self.attack.gradient_free,
-            set_level=self.attack.learns_from > 0,
+            set_level=self.attack.set_level,
             attacked_prompts=self._learned().attacked_prompts(self._text_side()),
             paradigm=self.defense.paradigm,
             environment=environment(self.device),
@@ -206,18 +206,26 @@ class Judge:
         if not len(right):
             return adversarial, steps, Checks()
         rng = ImageRng(self.cell.seed, [batch.ids[i] for i in right.tolist()], "attacker")
-        crafted = craft(
-            self.cell.attacker,
-            self._attacks,
-            self.defense,
-            self.counted,
-            batch.images[right],  # a copy, which the attack may overwrite
-            batch.labels[right],
-            threat,
-            rng,
-            self.width,
-            stop=self._surrogate_agrees(batch),
-        )
+
+        def attempt(at: Tensor, *, stop: bool) -> Crafted:
+            return craft(
+                self.cell.attacker,
+                self._attacks,
+                self.defense,
+                self.counted,
+                batch.images[right[at]],  # a copy, which the attack may overwrite
+                batch.labels[right[at]],
+                threat,
+                rng.select(at),
+                self.width,
+                stop=stop,
+            )
+
+        stop = self._surrogate_agrees(batch)
+        crafted = attempt(torch.arange(len(right)), stop=stop)
+        if stop and self._has_stand_in() and crafted.finite:
+            spared = self._spared(crafted, batch.labels[right], rng.ids)
+            crafted = crafted.with_again(spared, attempt(spared, stop=False)) if len(spared) else crafted
         if not crafted.finite:
             raise self._not_finite()
         inside = threat.contains(crafted.images, batch.images[right])
@@ -280,8 +288,11 @@ class Judge:
         return scores
 
     def _surrogate_agrees(self, batch: Batch) -> bool:
-        """Whether an adaptive attacker may stop early: only if its stand-ins have the deployed pipeline's values."""
-        if self.cell.attacker != "adaptive" or self.defense.adaptive_equals_whitebox:
+        """Whether an adaptive attacker may stop early: only if its stand-ins have the deployed pipeline's values.
+
+        Asked of clean images; what they say of the others is judged after the attack (:meth:`_spared`).
+        """
+        if not self._has_stand_in():
             return True
         images, ids = batch.images[:4], batch.ids[:4]
         spent = self._spent()
@@ -295,6 +306,19 @@ class Judge:
             )
         self.counted.forwards, self.counted.backwards = spent
         return agrees
+
+    def _has_stand_in(self) -> bool:
+        return self.cell.attacker == "adaptive" and not self.defense.adaptive_equals_whitebox
+
+    def _spared(self, crafted: Crafted, labels: Tensor, ids: list[str]) -> Tensor:
+        """(n,) images that a stand-in calls fooled, so that they left early, and the deployed pipeline gets right."""
+        if self.defense.stochastic:
+            return torch.empty(0, dtype=torch.int64)  # there none leaves early
+        spent = self._spent()
+        with self._learned().conditions(self._text_side()):
+            right = self.answer(crafted.images, ids).predictions == labels
+        self.counted.forwards, self.counted.backwards = spent
+        return (crafted.fooled & right).nonzero()[:, 0].cpu()
 
     def _check_pipeline(self, batch: Batch) -> Checks:
         """Ask the deployed pipeline for a few images again, and one by one."""
@@ -310,7 +334,7 @@ class Judge:
         )
 
     def _check_survivors(self, rows: list[Row], right: list[int]) -> Checks:
-        climbs = self.cell.eps > 0 and not self.attack.blind and not self.attack.learns_from
+        climbs = self.cell.eps > 0 and not self.attack.blind and not self.attack.set_level
         survivors = [rows[i] for i in right if rows[i].robust] if climbs else []
         return Checks(
             attacked_survivors=len(survivors),

@@ -39,14 +39,15 @@ WEIGHTS_NAMES = (  # open_clip's own order of preference, and the compressed for
     "pytorch_model.pth",
     "model.pth",
 )
-NESTED = ("state_dict", "vision_encoder_state_dict", "model_state_dict", "model")
+# TeCoA's files and its descendants' hold the image tower beside the "state_dict" of a prompt, which may be empty
+NESTED = ("vision_encoder_state_dict", "state_dict", "model_state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` (also ``.xz``), ``.pt``, ``.pth`` or ``.bin`` file, on the CPU, by name.
 
-    Dictionaries nested as ``state_dict``, ``vision_encoder_state_dict`` or ``model`` are opened, wrappers'
+    Dictionaries nested as ``vision_encoder_state_dict``, ``state_dict`` or ``model`` are opened, wrappers'
     prefixes (``module.``) dropped. Pickles are read with ``weights_only=True``: nothing in a file is run.
 
     Raises:

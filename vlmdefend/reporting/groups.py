@@ -49,12 +49,18 @@ class Group:
     def is_best(self, line: Line) -> bool:
         """The highest ``worst`` of its radius among the numbers that nothing speaks against.
 
-        Compared are lines without a flag whose attackers are as many as any line's: a defense that only a transfer
-        attacker met is not better than one that an adaptive attacker met.
+        Compared are lines without a flag whose attackers are as many as any line's, and that met every attack which
+        any line met: a defense that only a transfer attacker met is not better than one that an adaptive attacker met,
+        nor one that only fgsm met than one that pgd met.
         """
         rivals = [rival for rival in self.lines if rival.eps == line.eps and rival.worst is not None]
         widest = max((len(rival.covered) for rival in rivals), default=0)
-        fair = [rival for rival in rivals if not rival.flags and len(rival.covered) == widest]
+        attacks = {attack for rival in rivals for attack in rival.attack_set}
+        fair = [
+            rival
+            for rival in rivals
+            if not rival.flags and len(rival.covered) == widest and attacks <= set(rival.attack_set)
+        ]
         best = max((rival.worst.value for rival in fair if rival.worst), default=None)
         return len(rivals) > 1 and line in fair and line.worst is not None and line.worst.value == best
 

@@ -140,6 +140,7 @@ class Distillation:
             self._optimization(),
             self.folder.training,
             judge=judge,
+            probe=None if held_out is None or not settings.gap_images else partial(self._probe, held_out),
             listener=listener,
             tracking=tracking,
             pivot=pivot,
@@ -198,17 +199,33 @@ class Distillation:
         if held_out is None or not self.settings.gap_images or not self.processes.is_main:
             return None
         if "gap" not in summary:
-            few = min(self.settings.gap_images, len(held_out.ids))
-            device = self.processes.device
-            batch = Batch(held_out.ids[:few], held_out.images[:few].to(device), held_out.labels[:few].to(device))
-            models = {"target": self.pair.deployed(self.pair.target), "proxy": self.pair.deployed(self.pair.proxy)}
-            found = proxy_gap("target", models, batch, self.settings.radius, self.settings.seed)
+            found = self._gap_on(held_out, self._few(held_out))
             summary["gap"] = {"clean": found.clean, "adversarial": found.adversarial}
             self.folder.write_summary(summary)
         counts = {
             kind: {name: Counted(*pair) for name, pair in found.items()} for kind, found in summary["gap"].items()
         }
         return Gap(self.settings.target, counts["clean"], counts["adversarial"])
+
+    def _probe(self, held_out: Batch) -> dict[str, Counted]:
+        """The proxy on the target's adversarial images again: as the target learns, both fail together more often."""
+        few = self._few(held_out)
+        mine = self.processes.share(few)
+        hits = self._gap_on(held_out, mine).adversarial["proxy"].hits if mine else 0
+        total = self.processes.sum_numbers({"hits": float(hits)})["hits"]
+        return {"proxy_on_adversarial": Counted(int(total), len(few))}
+
+    def _few(self, held_out: Batch) -> list[int]:
+        """Some of the held-out images, class-balanced: a set may be sorted by class."""
+        chosen = frozenset(self.held_out.subset(self.settings.gap_images, self.settings.seed).ids)
+        return [i for i, name in enumerate(held_out.ids) if name in chosen]
+
+    def _gap_on(self, held_out: Batch, index: list[int]) -> Gap:
+        device = self.processes.device
+        ids = [held_out.ids[i] for i in index]
+        batch = Batch(ids, held_out.images[index].to(device), held_out.labels[index].to(device))
+        models = {"target": self.pair.deployed(self.pair.target), "proxy": self.pair.deployed(self.pair.proxy)}
+        return proxy_gap("target", models, batch, self.settings.radius, self.settings.seed)
 
     def _facts(self, pivot: Weights | None) -> dict[str, Any]:
         """What must not change between the beginning of a run and its end."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -34,6 +36,7 @@ class EpochEnd(NamedTuple):
     metrics: dict[str, float]
     held_out: Accuracies | None
     seconds: float
+    probed: Mapping[str, Counted] = MappingProxyType({})  # what else was counted
 
 
 class Gap(NamedTuple):

@@ -13,7 +13,7 @@ from vlmdefend.defenses.training_time.base import Teacher
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.data import Images, batches
-from vlmdefend.training.listener import Accuracies, EpochEnd, Listener
+from vlmdefend.training.listener import Accuracies, Counted, EpochEnd, Listener
 from vlmdefend.training.log import Log, Tracking
 from vlmdefend.training.memory import Memory, Position
 from vlmdefend.training.stage import Optimization, Stage
@@ -36,6 +36,7 @@ class Run:
         options: how the weights move.
         folder: of the state and the log; exists.
         judge: clean and robust accuracy on the held-out images; None: nothing is held out.
+        probe: what else is counted at the end of an epoch, by name; it decides nothing.
         listener: hears of it.
         tracking: where numbers go beside the log.
         pivot: weights of a pivot made elsewhere.
@@ -49,6 +50,7 @@ class Run:
     options: Optimization
     folder: Path
     judge: Callable[[], Accuracies] | None = None
+    probe: Callable[[], dict[str, Counted]] | None = None
     listener: Listener = field(default_factory=Listener)
     tracking: Tracking | None = None
     pivot: Weights | None = None
@@ -156,20 +158,25 @@ class Run:
         if stage.ema is not None and memory.ema is not None:
             average_(memory.ema, self.student.weights(), stage.ema)
         held_out = self.judge() if self.judge is not None else None
+        probed = self.probe() if self.probe is not None else {}
         means = {name: value / len(self.images) for name, value in memory.sums.items()}
         line: dict[str, Any] = {"step": memory.position.done, "stage": stage.name, "epoch": epoch + 1, "mean": means}
         if held_out is not None:
             line |= {"clean": list(held_out.clean), "robust": list(held_out.robust)}
+        line |= {name: list(counted) for name, counted in probed.items()}
         if held_out is None or _score(line) > max(map(_score, self._epochs_of(stage)), default=(-1, -1)):
             memory.best = copied(self.student.weights())
         memory.epochs.append(line)
         if self.log is not None:
             self.log.write(line, flush=True)
         if self.tracking is not None:
-            shares = {} if held_out is None else {k: v.share for k, v in held_out._asdict().items()}
+            counts = {**({} if held_out is None else held_out._asdict()), **probed}
+            shares = {name: counted.share for name, counted in counts.items()}
             self.tracking.log({"step": line["step"], "stage": stage.name, **shares})
         seconds = time.monotonic() - started
-        self.listener.epoch(EpochEnd(stage.name, epoch + 1, stage.epochs, means["loss"], means, held_out, seconds))
+        self.listener.epoch(
+            EpochEnd(stage.name, epoch + 1, stage.epochs, means["loss"], means, held_out, seconds, probed)
+        )
         memory.position = memory.position._replace(epoch=epoch + 1, step=0)
         self._save()
 

@@ -1,4 +1,4 @@
-"""A training-time defense from settings to a model folder: the model, the images, one stage, the result, its mixtures."""
+"""A training-time defense from settings to a model folder: the model, the images, one stage, the result."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class Training:
         if settings.select == "best":
             put_(self.student.weights(), memory.best)
         before: dict[str, Any] = summary.get("measured", {})
-        done = self.processes.sum_numbers({name: 1.0 for name in before})  # the main process's, known to all
+        done = self.processes.sum_numbers(dict.fromkeys(before, 1.0))  # the main process's, known to all
         made = self._finish(judge, frozenset(done), steps=memory.position.done)
         if made and main:
             self.folder.write_summary({"measured": before | made, "epochs": memory.epochs, "finished": True})

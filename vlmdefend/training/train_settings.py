@@ -24,7 +24,7 @@ ANYWAY = frozenset(  # may differ when a run goes on: they change how it runs, o
 )
 OWN = ("eps", "steps", "alpha", "batch_size")  # options of objectives that are options of the command
 PROMPT_RATE = 40.0  # the published rate of a visual prompt (Mao et al. 2023)
-TOY = {"eps": "8/255", "batch_size": 64, "epochs": 3}
+TOY = {"eps": "8/255", "batch_size": 64, "epochs": 2}
 
 
 class TrainSettings(BaseModel):
@@ -186,14 +186,15 @@ def make_train_settings(given: Mapping[str, Any]) -> TrainSettings:
         first = error.errors()[0]
         message = first["msg"][0].lower() + first["msg"][1:]
         raise UserError(
-            f"--{_option(str(first['loc'][0]))} {first['input']}: {message}; `vlmdefend train --help` says what it takes."
+            f"--{_option(str(first['loc'][0]))} {first['input']}: {message}; `vlmdefend train --help` says what "
+            "it takes."
         ) from None
     _check(settings)
     return settings
 
 
 def _defaults(cls: type[Objective], schedule: Schedule, profile: str, *, toy: bool) -> dict[str, Any]:
-    of = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+    of = _published(cls)
     options = {**of, **(schedule.toy_options if toy else {})}
     found: dict[str, Any] = {
         "eps": format_eps(of["eps"]),
@@ -212,9 +213,13 @@ def _defaults(cls: type[Objective], schedule: Schedule, profile: str, *, toy: bo
     return found | ({**TOY, "optimizer": "sgd", "weight_decay": 0.0, "lr": schedule.toy_rate} if toy else {})
 
 
+def _published(cls: type[Objective]) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+
+
 def _share(cls: type[Objective]) -> str:
     """The step of the attack as the published share of its radius: ``eps``, ``0.25eps``."""
-    of = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+    of = _published(cls)
     return f"{of['alpha'] / of['eps']:.4g}eps"
 
 

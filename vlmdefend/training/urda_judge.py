@@ -13,7 +13,6 @@ from vlmdefend.defenses.adaptation.dart_urda import certainty
 from vlmdefend.models.classifier import ImageClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.listener import Accuracies, Counted
-from vlmdefend.training.processes import Processes
 from vlmdefend.training.urda_settings import Select
 from vlmdefend.training.urda_teacher import FrozenTeacher, predictions
 from vlmdefend.types import Batch, Threat
@@ -29,7 +28,6 @@ def judge_of(
     batch: Batch,
     eps: float,
     seed: int,
-    processes: Processes,
 ) -> Callable[[], Accuracies]:
     """The judge of each epoch: counts at clean and at PGD-10 images; the loop keeps the best by (adversarial, clean).
 

@@ -128,6 +128,25 @@ def domain_distance(source: Tensor, target: Tensor, seed: int = 0, ridge: float 
     return DomainDistance(int(((logits > 0) != (truth > 0.5)).sum()), len(truth))
 
 
+def bound_terms(teacher: Any, source: Batch, target: Batch, disagreement: Counted, seed: int) -> dict[str, Any]:
+    """R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g), term by term, as counts; lambda* needs labels of both domains.
+
+    Args:
+        teacher: g, images to outputs.
+        source: held-out source images.
+        target: held-out target images; their labels give R_T(g), which the first three terms bound.
+        disagreement: A_T, from below.
+        seed: of the halves that the domain classifier is fitted and judged on.
+    """
+    distance = domain_distance(features_at(teacher, source), features_at(teacher, target), seed)
+    return {
+        "source_accuracy": list(accuracy(teacher, source)),
+        "target_accuracy": list(accuracy(teacher, target)),
+        "domain_errors": list(distance),
+        "disagreement": list(disagreement),
+    }
+
+
 def features_at(outputs: Any, batch: Batch) -> Tensor:
     """(N, D) features of a batch, or logits where the model gives no features."""
     parts = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,11 @@ from vlmdefend.models.text_side import TextSide
 from vlmdefend.models.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
+
+# What autograd sees. ``cut``: as published, the tuned class features are constants. ``constant``: the same, and the
+# prediction has a gradient that serves an attacker better than its own, where there is one. ``unrolled``: as
+# ``constant``, but the tuned class features are a function of the image.
+Sight = Literal["cut", "constant", "unrolled"]
 
 # AdamW with the defaults of torch, which the official codes use
 BETA1, BETA2, EPSILON, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01
@@ -66,23 +71,27 @@ class PromptTuning(Defense):
         """(B, k, C) logits of the confident views and the (B, C, D) unit class features they come from -> (B,)."""
 
     @abstractmethod
-    def predict(self, logits: Tensor, features: Tensor) -> Tensor:
+    def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
         """(B, V, C) tuned logits and the (B, V, D) features of the views that are read -> (B, C)."""
 
     def wrap(self, model: Pipeline) -> Pipeline:
         """Tune, predict."""
-        return _Tuned(model, self)
+        return Tuned(model, self, "cut")
+
+    def surrogate(self, model: Pipeline) -> Pipeline:
+        """The tuned class features as constants."""
+        return Tuned(model, self, "constant")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
         """Constant, unrolled."""
-        return self.surrogate(model), _Tuned(model, self, unrolled=True)
+        return self.surrogate(model), Tuned(model, self, "unrolled")
 
 
-class _Tuned:
+class Tuned:
     """A classifier whose prompts follow the image."""
 
-    def __init__(self, model: Pipeline, defense: PromptTuning, *, unrolled: bool = False) -> None:
-        self.model, self.defense, self.unrolled = model, defense, unrolled
+    def __init__(self, model: Pipeline, defense: PromptTuning, sight: Sight) -> None:
+        self.model, self.defense, self.sight = model, defense, sight
         self.num_classes, self.stochastic = model.num_classes, True
         self.tower = PromptTower(_text_side(model, defense.name))
 
@@ -92,8 +101,7 @@ class _Tuned:
         read = defense.views if defense.reads_all_views else 1
         if not defense.steps and read == 1:
             return self.model(images, rng)
-        graph = torch.is_grad_enabled() and images.requires_grad
-        unrolled = graph and self.unrolled
+        unrolled = self.sight == "unrolled" and torch.is_grad_enabled() and images.requires_grad
         views = augmented_views(images, rng, defense.views)
         seen = predict_views(self.model, views[:, :read], rng)
         features = features_of(seen)
@@ -103,7 +111,8 @@ class _Tuned:
             with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if unrolled else nullcontext():
                 classes = self._tuned(confident if unrolled else confident.detach(), unrolled=unrolled)
         logits = seen.logits if classes is None else self._classifier.logits(features, classes)
-        return Outputs(defense.predict(logits, features), features[:, 0] if read == 1 else features.mean(dim=1))
+        predicted = defense.predict(logits, features, self.sight)
+        return Outputs(predicted, features[:, 0] if read == 1 else features.mean(dim=1))
 
     @property
     def _classifier(self) -> ZeroShotClassifier:

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses._views import marginal_entropy
 from vlmdefend.defenses.base import Recipe
-from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning
+from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning, Sight
 
 
 @DEFENSES.register
@@ -29,6 +29,10 @@ class Tpt(PromptTuning):
     name: ClassVar[str] = "tpt"
     summary: ClassVar[str] = "tunes the prompt to the marginal entropy of confident crops"
     citation: ClassVar[str] = "Shu et al., NeurIPS 2022"
+    evidence: ClassVar[str] = (
+        "1.5 % at 1/255 on RN50 under transfer (T-VSS): no defense; here (tiny-rn on fashion, 10-step PGD at 4/255, "
+        "n = 64): clean 90.6, transfer, whitebox and adaptive 32.8 %, all as undefended"
+    )
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}
     recipe: ClassVar[Recipe] = Recipe(
         "tuned prompt constant, or one unrolled step, best per image; EOT: fresh views at every step", surrogates=2
@@ -39,6 +43,6 @@ class Tpt(PromptTuning):
         """Entropy of the mean probabilities."""
         return marginal_entropy(logits)
 
-    def predict(self, logits: Tensor, features: Tensor) -> Tensor:
+    def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
         """Those of the image itself."""
         return logits[:, 0]

@@ -48,6 +48,10 @@ class Teacher(Protocol):
         """(B, 3, H, W) in [0, 1], of the student's size -> outputs."""
         ...
 
+
+class SpatialTeacher(Teacher, Protocol):
+    """A frozen model that also says what it sees where: the student as it was."""
+
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
         """As that of the student."""
         ...

@@ -21,8 +21,8 @@ class Fare(Adversarial):
     """Unsupervised adversarial fine-tuning (Schlarmann et al. 2024, eq. 3).
 
     ``|| f(x_a) - f_0(x) ||^2``, features not normalised, summed over their D entries; x_a is PGD's on that
-    distance. Its start is random, and must be: at the clean image of the vanilla model the distance and its gradient are 0.
-    The labels are read for the log alone.
+    distance. Its start is random, and must be: at the vanilla model's clean image the distance has no gradient. Labels
+    are read for the log alone.
 
     Options:
         momentum: of the attack, on signs of gradients, as in the authors' code; 0: plain PGD.
@@ -33,7 +33,14 @@ class Fare(Adversarial):
     citation: ClassVar[str] = "Schlarmann et al. 2024"
     teacher: ClassVar[TeacherKind] = "original"
     schedule: ClassVar[Schedule | None] = Schedule(
-        optimizer="adamw", rate=1e-5, weight_decay=1e-4, batch_size=128, epochs=2, warm_up=1400, dataset="imagenet"
+        optimizer="adamw",
+        rate=1e-5,
+        weight_decay=1e-4,
+        batch_size=128,
+        epochs=2,
+        warm_up=1400,
+        dataset="imagenet",
+        toy_options={"steps": 5},
     )
     eps: float = 4 / 255
     steps: int = 10

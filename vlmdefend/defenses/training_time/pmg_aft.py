@@ -20,7 +20,7 @@ class PmgAft(Adversarial):
     """Pre-trained model guided adversarial fine-tuning (Wang et al. 2024).
 
     ``CE(l(x_a), y) + KL(p_0(x_a) || p(x_a)) + KL(p(x) || p(x_a))``: p_0 are the class probabilities of the vanilla
-    model, at the adversarial image; p(x) are the model's own at the clean one, with their gradient, as in the authors' code.
+    model, at the adversarial image; p(x) are the model's own at the clean one, with their gradient, as in the code.
 
     Options:
         kl_reduction: ``batchmean``: both divergences are means over the batch, as the cross-entropy is: what the

@@ -40,7 +40,14 @@ class SimClip(Adversarial):
     citation: ClassVar[str] = "Hossain and Imteaj 2024"
     teacher: ClassVar[TeacherKind] = "original"
     schedule: ClassVar[Schedule | None] = Schedule(
-        optimizer="adamw", rate=1e-5, weight_decay=1e-5, batch_size=64, epochs=1, warm_up=1400, dataset="imagenet"
+        optimizer="adamw",
+        rate=1e-5,
+        weight_decay=1e-5,
+        batch_size=64,
+        epochs=1,
+        warm_up=1400,
+        dataset="imagenet",
+        toy_options={"steps": 5},
     )
     eps: float = 4 / 255
     steps: int = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,15 @@ from torch import Tensor
 
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy, cross_entropy
-from vlmdefend.defenses.training_time.base import Schedule, StepCost, Student, Teacher, TeacherKind, Terms
+from vlmdefend.defenses.training_time.base import (
+    Schedule,
+    SpatialTeacher,
+    StepCost,
+    Student,
+    Teacher,
+    TeacherKind,
+    Terms,
+)
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
@@ -55,7 +63,7 @@ class TgaZsr(Adversarial):
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
         """Three terms per image."""
-        assert teacher is not None
+        original = cast(SpatialTeacher, teacher)
         adversarial = self.attacked(student, batch, rng)
         side, classes = batch.images.shape[-1], student.class_features[batch.labels]  # (B, D)
 
@@ -63,7 +71,7 @@ class TgaZsr(Adversarial):
             return attention_map(patches, classes, side, token_norm=self.token_norm)
 
         with torch.no_grad():
-            before = attention(teacher.with_patches(batch.images)[1])
+            before = attention(original.with_patches(batch.images)[1])
         found, patches = student.with_patches(adversarial)
         clean, clean_patches = student.with_patches(batch.images)
         losses = {

@@ -1,0 +1,219 @@
+"""Methods in the loop: what trains and what does not, adapters folded into weights, robustness that goes up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.training.conftest import CLASSES, EPS, TEMPLATES, batch_of, classifier, student_of
+from vlmdefend.defenses.training_time import OBJECTIVES
+from vlmdefend.errors import UserError
+from vlmdefend.models import load_model
+from vlmdefend.models.patches import with_patches
+from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.rng import ImageRng
+from vlmdefend.training.adapters import choose_adapters, folded
+from vlmdefend.training.listener import Listener
+from vlmdefend.training.processes import Processes
+from vlmdefend.training.stage import Optimization
+from vlmdefend.training.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
+from vlmdefend.training.train import Training
+from vlmdefend.training.train_settings import make_train_settings
+from vlmdefend.types import Batch
+
+NAMES = [cls.name for cls in OBJECTIVES if cls.schedule is not None]
+
+
+def one_step(name: str, student: TrainedStudent, original: VisionLanguageModel, batch: Batch) -> dict[str, float]:
+    objective = OBJECTIVES.create(name, eps=EPS, alpha=EPS / 2, steps=2)
+    teacher = None if objective.teacher == "none" else AutocastTeacher(classifier(original), student.processes)
+    options = Optimization(batch_size=len(batch.ids))
+    means = Accumulator(student, teacher, options).gradients(objective, batch, ImageRng(0, batch.ids, "test"))
+    update(student, make_optimizer(student.parameters, options), 0.1, 1.0)
+    return means
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["rn", "vit"])
+def test_a_step_moves_the_image_tower_and_nothing_else(name: str, kind: str, folders: dict[str, Path]) -> None:
+    model, original = (load_model(f"local-dir:{folders[kind]}", device="cpu") for _ in range(2))
+    before, features = model.weights_hash, model.text_features(CLASSES, TEMPLATES)
+    student, batch = student_of(model), batch_of(6)
+    one_step(name, student, original, batch)  # from the vanilla weights, where a distance to them may have no gradient
+    one_step(name, student, original, batch)
+    moved = {k for k, v in model.clip.state_dict().items() if not torch.equal(v, original.clip.state_dict()[k])}
+    assert moved
+    assert all(k.startswith("visual.") and "running" not in k and "num_batches" not in k for k in moved)
+    assert original.weights_hash == before
+    assert torch.equal(model.text_features(CLASSES, TEMPLATES), features)
+
+
+def test_fare_and_sim_clip_do_not_read_the_labels(target: VisionLanguageModel) -> None:
+    batch = batch_of(4)
+    other = batch._replace(labels=(batch.labels + 1) % len(CLASSES))
+    for name in ("fare", "sim-clip", "agft"):
+        objective, original = OBJECTIVES.create(name, eps=EPS, steps=2), classifier(target)
+        found = [
+            sum(objective.losses(student_of(target), original, b, ImageRng(0, b.ids, "test")).losses.values())
+            for b in (batch, other)
+        ]
+        assert torch.equal(*found), name
+
+
+def test_more_steps_of_fares_attack_take_the_features_further_away(target: VisionLanguageModel) -> None:
+    batch, original = batch_of(8), classifier(target)
+
+    def distance(steps: int) -> Tensor:
+        objective = OBJECTIVES.create("fare", eps=EPS, alpha=EPS / 4, steps=steps)
+        return objective.losses(student_of(target), original, batch, ImageRng(0, batch.ids, "t")).losses["distance"]
+
+    found = [float(distance(steps).mean().detach()) for steps in (0, 2, 10)]
+    assert 0 < found[0] < found[1] < found[2]
+
+
+# places
+
+
+@pytest.mark.parametrize(("kind", "places"), [("rn", 1), ("vit", 4)])
+def test_with_patches_gives_the_models_own_features_and_a_vector_for_each_place(
+    kind: str, places: int, folders: dict[str, Path]
+) -> None:
+    model = classifier(load_model(f"local-dir:{folders[kind]}", device="cpu"))
+    images = batch_of(3).images
+    found, patches = model.with_patches(images)
+    assert torch.allclose(found.logits, model(images).logits, atol=1e-5)
+    assert patches.shape == (3, places, model.text_features.shape[1])
+
+
+def test_an_image_tower_that_is_neither_is_refused() -> None:
+    with pytest.raises(UserError, match="Linear pools in its own way; use a model with CLIP's own"):
+        with_patches(torch.nn.Linear(2, 2), torch.zeros(1, 3, 4, 4))
+
+
+# adapters
+
+
+def adapted(model: VisionLanguageModel, parts: str) -> TrainedStudent:
+    made = classifier(model)
+    parameters = choose_adapters(made, parts, seed=0)
+    assert parameters
+    return TrainedStudent(made, parameters, Processes("cpu"))
+
+
+@pytest.mark.parametrize(("kind", "parts"), [("vit", "lora:2"), ("rn", "lora:2"), ("vit", "prompt:4")])
+def test_adapters_begin_as_nothing_train_alone_and_fold_into_a_plain_model_of_the_same_answers(
+    kind: str, parts: str, folders: dict[str, Path]
+) -> None:
+    model, original, plain = (load_model(f"local-dir:{folders[kind]}", device="cpu") for _ in range(3))
+    batch, student = batch_of(6), adapted(model, parts)
+    assert torch.allclose(student.attacked(batch.images), classifier(original).forward(batch.images).logits, atol=1e-6)
+    for _ in range(2):
+        one_step("tecoa", student, original, batch)
+    own = {n: p for n, p in model.clip.named_parameters() if n not in student.parameters}
+    assert not any(p.requires_grad or p.grad is not None for p in own.values())
+    state = folded(model.clip, plain.clip.state_dict())
+    moved = {name for name, weight in state.items() if not torch.equal(weight, original.clip.state_dict()[name])}
+    expected = {"prompt": "visual.positional_embedding", "lora": ("visual.transformer.", "visual.attnpool.")}
+    assert moved
+    assert all(name.startswith(expected[parts.partition(":")[0]]) for name in moved)
+    plain.clip.load_state_dict(state)
+    with torch.no_grad():
+        first, with_adapter, folded_in = (
+            answers(batch.images)
+            for answers in (student_of(original).attacked, student.attacked, student_of(plain).attacked)
+        )
+    assert (with_adapter - folded_in).abs().max() < 0.02 * (with_adapter - first).abs().max()
+
+
+def test_a_visual_prompt_is_a_border_added_to_the_normalised_image(folders: dict[str, Path]) -> None:
+    model, original = (load_model(f"local-dir:{folders['vit']}", device="cpu") for _ in range(2))
+    student, images = adapted(model, "prompt:4"), batch_of(3).images
+    (border,) = student.parameters.values()
+    with torch.no_grad():
+        border.normal_(generator=torch.Generator().manual_seed(0))
+        plain = classifier(original)
+        mask = torch.ones(32, 32)
+        mask[4:28, 4:28] = 0
+        pixels = (images - plain.mean) / plain.std + mask * border
+        expected = original.clip.encode_image(pixels)
+        assert torch.allclose(student.attacked_features(images), expected, atol=1e-4)
+
+
+def test_lora_is_the_product_of_two_thin_matrices_over_the_rank(folders: dict[str, Path]) -> None:
+    model, original = (load_model(f"local-dir:{folders['vit']}", device="cpu") for _ in range(2))
+    student = adapted(model, "lora:2")
+    down, up = (next(p for n, p in student.parameters.items() if n.endswith(end)) for end in (".down", ".up"))
+    assert down.shape == (3, 2, 32)
+    assert up.shape == (3, 32, 2)
+    with torch.no_grad():
+        up[1] = 0.5  # the keys alone
+    name = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    change = folded(model.clip, [name])[name] - original.clip.state_dict()[name]
+    assert torch.allclose(change[32:64], (0.25 * down[1].sum(dim=0)).detach().expand(32, 32), atol=1e-6)
+    assert change[:32].abs().max() == 0
+    assert change[64:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts", "message"),
+    [
+        ("vit", "lora:0", "write lora: and a whole number from 1"),
+        ("vit", "prompt:x", "write prompt: and a whole number from 1"),
+        ("vit", "prompt:16", "leaves nothing of 32 pixels"),
+        ("rn", "prompt:4", "choose a ViT, or --trains image"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(kind: str, parts: str, message: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match=message):
+        choose_adapters(classifier(load_model(f"local-dir:{folders[kind]}", device="cpu")), parts, seed=0)
+
+
+# runs
+
+
+def training(out: Path, method: str, **options: Any) -> Training:
+    given = {"method": method, "model": "tiny-vit", "device": "cpu", "out": out, "held_out": 60, "limit": 300}
+    return Training(make_train_settings(given | options))
+
+
+@pytest.mark.parametrize("name", ["tecoa", "fare"])
+def test_a_short_run_lifts_robust_accuracy(name: str, tmp_path: Path) -> None:
+    found = training(tmp_path / "out", name, eps="16/255", limit=1000, held_out=60, epochs=2).run(Listener())
+    before, after = found.summary["vanilla"], found.summary["result"]
+    assert before.robust.hits <= 3  # of 60
+    assert after.robust.hits >= before.robust.hits + 9
+
+
+class Broken(Listener):
+    def step(self, values: dict[str, Any]) -> None:
+        if values["step"] == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    options = {"epochs": 1, "batch_size": 24, "save_every": 2, "trains": "lora:2", "limit": 120, "held_out": 8}
+    weights = "open_clip_model.safetensors"
+    training(tmp_path / "whole", "pmg-aft", **options).run(Listener())
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path / "broken", "pmg-aft", **options).run(Broken())
+    assert not (tmp_path / "broken" / weights).exists()
+    training(tmp_path / "broken", "pmg-aft", **options).run(Listener())
+    whole, broken = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("whole", "broken"))
+    assert whole.weights_hash == broken.weights_hash
+    assert whole.weights_hash != load_model("tiny-vit", device="cpu").weights_hash
+
+
+def test_a_mixture_lies_between_the_vanilla_and_the_trained_weights(tmp_path: Path) -> None:
+    options = {"epochs": 1, "limit": 80, "held_out": 8}
+    training(tmp_path / "out", "tecoa", **options).run(Listener())
+    again = training(tmp_path / "out", "tecoa", mix=(0.25,), **options).run(Listener())  # of a run that is done
+    assert list(again.summary) == ["vanilla", "result", "mix-0.25"]
+    models = [load_model(name, device="cpu") for name in ("tiny-vit", f"local-dir:{tmp_path / 'out'}")]
+    vanilla, trained = (model.clip.state_dict() for model in models)
+    mixed = load_model(f"local-dir:{tmp_path / 'out' / 'mix-0.25'}", device="cpu").clip.state_dict()
+    for name, weight in mixed.items():
+        assert torch.allclose(weight, 0.75 * vanilla[name] + 0.25 * trained[name], atol=1e-6), name
