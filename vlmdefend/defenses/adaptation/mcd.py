@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmdefend.defenses.adaptation import ADAPTATIONS
-from vlmdefend.defenses.adaptation._reversal import reversal_coefficient, reverse
+from vlmdefend.defenses.adaptation._reversal import reverse
 from vlmdefend.defenses.adaptation.base import (
     Adaptation,
     Role,
@@ -38,7 +37,8 @@ class Mcd(Adaptation):
 
     Options:
         trade_off: weight of the discrepancy.
-        warm_up: iterations over which the reversal grows.
+        reversal: coefficient of the gradient reversal, from the first step on, as the paper's features answer the heads
+            from the first step on; where it grows from zero the heads drift apart unanswered.
     """
 
     name: ClassVar[str] = "mcd"
@@ -46,7 +46,7 @@ class Mcd(Adaptation):
     citation: ClassVar[str] = "Saito et al. 2018"
     role: ClassVar[Role] = "adaptation"
     trade_off: float = 1.0
-    warm_up: int = 1000
+    reversal: float = 1.0
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
         """The second head."""
@@ -57,15 +57,14 @@ class Mcd(Adaptation):
         trained, pair = student_of(student), domains_of(batch)
         source, target = split(trained(batch.images), len(pair.source.ids))
         second, head = trained.auxiliary["second"], trained.classifier.head
-        coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)
-        below = reverse(features_of(target), coefficient)
+        below = reverse(features_of(target), self.reversal)
         supervised = F.cross_entropy(source.logits, pair.source.labels)
         supervised = supervised + F.cross_entropy(second(features_of(source)), pair.source.labels)
         losses = whole(
             batch, source=supervised, discrepancy=-self.trade_off * classifier_discrepancy(head(below), second(below))
         )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
+        return Terms(losses, told(batch, source_accuracy=hits))
 
 
 def classifier_discrepancy(first: Tensor, second: Tensor) -> Tensor:

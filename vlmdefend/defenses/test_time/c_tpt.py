@@ -19,7 +19,7 @@ class CTpt(Tpt):
     """TPT's loss minus ``dispersion`` times the mean distance of the class features to their mean (Yoon et al. 2024).
 
     Unit features, L2 distance, as the official code. It changes confidence more than predictions; with one step of
-    AdamW the gradient's sign is all that counts.
+    AdamW the gradient's sign is all that counts, which at 50 the dispersion, the same for every image, mostly decides.
 
     Options:
         dispersion: lambda, 50 for fine-grained sets in the paper, 20 for shifted ImageNets.
@@ -28,6 +28,10 @@ class CTpt(Tpt):
     name: ClassVar[str] = "c_tpt"
     summary: ClassVar[str] = "TPT that keeps the class features apart"
     citation: ClassVar[str] = "Yoon et al., ICLR 2024"
+    evidence: ClassVar[str] = (
+        "0.6 % at 1/255 on RN50 under transfer (T-VSS): no defense; here (tiny-rn on fashion, 10-step PGD at 4/255, "
+        "n = 64): clean 90.6, transfer and whitebox 32.8 %, as undefended; adaptive not measured"
+    )
     dispersion: float = 50.0
 
     def __post_init__(self) -> None:
