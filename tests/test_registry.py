@@ -17,7 +17,6 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.errors import UnknownName, UserError, did_you_mean
 from vlmdefend.registry import Registry, check_options, load_plugin, parse_spec
 
-
 EMPTY_ROOM = "vlmdefend.evaluation.protocols"  # a package without Python files
 
 
