@@ -119,13 +119,14 @@ def _look(part: Part, x: Tensor, classes: Tensor, norm: Norm, glance: Tensor) ->
     """The plane at each x; at a ``glance`` only the logits, with a normal of zero."""
     if not glance.any():
         return nearest_plane(part.view, x, part.goal, classes, norm)
-    logits = torch.empty(len(x), part.view.num_classes, device=x.device)
-    value, normal = torch.zeros(len(x), device=x.device), torch.zeros_like(x)
     forward, both = (rows.nonzero()[:, 0] for rows in (glance.cpu(), ~glance.cpu()))
-    logits[forward] = part.view.select(forward)(x[forward])
-    if len(both):
-        plane = nearest_plane(part.view.select(both), x[both], part.goal.select(both), classes[both], norm)
-        value[both], normal[both], logits[both] = plane
+    seen = part.view.select(forward)(x[forward])
+    if not len(both):
+        return Plane(seen.new_zeros(len(x)), torch.zeros_like(x), seen)
+    part_of = nearest_plane(part.view.select(both), x[both], part.goal.select(both), classes[both], norm)
+    value, normal, logits = (found.new_zeros(len(x), *found.shape[1:]) for found in part_of)
+    value[both], normal[both], logits[both] = part_of
+    logits[forward] = seen
     return Plane(value, normal, logits)
 
 
