@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check setup
+.PHONY: demo test check setup bench-training
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml
@@ -15,11 +15,16 @@ $(VENV)/.ready: pyproject.toml
 demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/vlmdefend evaluate --attack pgd
 
+# Processes in place of threads, for the same reason.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
 
 check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Hours; `benchmarks/training.py step` takes minutes.
+bench-training: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/training.py table
