@@ -200,6 +200,8 @@ def _is_torchscript(file: Path) -> bool:
 
 def _plain_names(read: Any, file: Path) -> dict[str, Tensor]:
     """Open nested dictionaries, keep tensors, drop the prefixes that every name shares."""
+    if isinstance(read, dict) and isinstance(read.get("vision_encoder_state_dict"), dict):
+        _refuse_prompts(read, file)
     while isinstance(read, dict) and any(isinstance(read.get(key), dict) for key in NESTED):
         read = next(read[key] for key in NESTED if isinstance(read.get(key), dict))
     state = (
@@ -213,6 +215,17 @@ def _plain_names(read: Any, file: Path) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
+
+
+def _refuse_prompts(read: dict[str, Any], file: Path) -> None:
+    """A visual prompt is part of the model: without it another one would be measured."""
+    for key in ("state_dict", "add_prompter"):
+        if isinstance(read.get(key), dict) and read[key]:
+            raise UserError(
+                f"{file} holds a visual prompt ({key}: {next(iter(read[key]))} ...), which open_clip's models have no "
+                "place for; train one that fits with `vlmdefend train --method tecoa --trains prompt:P`, or give a "
+                "fine-tuned checkpoint."
+            )
 
 
 def _write_model(model: VisionLanguageModel, folder: Path, facts: dict[str, Any]) -> None:
