@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmdefend.cli import complete
+from vlmdefend.cli import complete, training_options
+from vlmdefend.cli.training_options import METHOD, OPTION, RUN, TRAIN, WHAT
 
 if TYPE_CHECKING:
     from vlmdefend.training.train_settings import TrainSettings
-
-WHAT, METHOD, TRAIN, RUN = "Models and images", "The method", "How to train", "How to run"
-OPTION = typer.Option
 
 
 def train(
@@ -42,27 +40,14 @@ def train(
             rich_help_panel=WHAT,
         ),
     ] = None,
-    split: Annotated[
-        str | None, OPTION(help="Its split; never a test split.  \\[default: train]", rich_help_panel=WHAT)
-    ] = None,
-    limit: Annotated[int | None, OPTION(help="Class-balanced subset of so many images.", rich_help_panel=WHAT)] = None,
-    held_out: Annotated[
-        int | None,
-        OPTION(
-            help="Training images held out to measure on and choose by; at most a fifth.  \\[default: 500]",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    classes: Annotated[Path | None, OPTION(help="File of class names, one per line.", rich_help_panel=WHAT)] = None,
-    templates: Annotated[
-        list[str] | None,
-        OPTION("--template", help="Prompt with {c} for the class; repeat to ensemble.", rich_help_panel=WHAT),
-    ] = None,
+    split: training_options.Split = None,
+    limit: training_options.Limit = None,
+    held_out: training_options.HeldOut = None,
+    classes: training_options.Classes = None,
+    templates: training_options.Templates = None,
     weights: Annotated[Path | None, OPTION(help="Local weights file for the model.", rich_help_panel=WHAT)] = None,
-    root: Annotated[Path | None, OPTION(help="Folder of downloaded data sets.", rich_help_panel=WHAT)] = None,
-    skip_bad: Annotated[
-        bool, OPTION("--skip-bad", help="Leave out images that cannot be read.", rich_help_panel=WHAT)
-    ] = False,
+    root: training_options.Root = None,
+    skip_bad: training_options.SkipBad = False,
     profile: Annotated[
         str | None,
         OPTION(
@@ -141,7 +126,7 @@ def train(
     optimizer: Annotated[
         str | None, OPTION(help="sgd or adamw.  \\[default: the method's]", rich_help_panel=TRAIN)
     ] = None,
-    momentum: Annotated[float | None, OPTION(help="Of SGD.  \\[default: 0.9]", rich_help_panel=TRAIN)] = None,
+    momentum: training_options.Momentum = None,
     weight_decay: Annotated[float | None, OPTION(help="\\[default: the method's]", rich_help_panel=TRAIN)] = None,
     batch_size: Annotated[
         int | None,
@@ -149,22 +134,9 @@ def train(
             help="Images of a step, over all processes.  \\[default: the method's; embedded: 64]", rich_help_panel=TRAIN
         ),
     ] = None,
-    micro_batch: Annotated[
-        int | None,
-        OPTION(
-            help="Images at once in a process; halved when memory runs out.  \\[default: its share]",
-            rich_help_panel=TRAIN,
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        OPTION(
-            help="float32, bfloat16 or float16 of the update; the attack is always float32.  "
-            "\\[default: accelerate's, else float32]",
-            rich_help_panel=TRAIN,
-        ),
-    ] = None,
-    seed: Annotated[int | None, OPTION(help="\\[default: 0]", rich_help_panel=TRAIN)] = None,
+    micro_batch: training_options.MicroBatch = None,
+    precision: training_options.Precision = None,
+    seed: training_options.Seed = None,
     out: Annotated[
         Path | None,
         OPTION(
@@ -172,24 +144,15 @@ def train(
             rich_help_panel=RUN,
         ),
     ] = None,
-    save_every: Annotated[
-        int | None,
-        OPTION(help="Steps between saved states.  \\[default: each epoch, and five minutes]", rich_help_panel=RUN),
-    ] = None,
-    track: Annotated[
-        str | None, OPTION(help="tensorboard, trackio or wandb, beside the log in OUT/training.", rich_help_panel=RUN)
-    ] = None,
-    device: Annotated[
-        str | None, OPTION(help="cpu, cuda, cuda:1.  \\[default: the GPU if any]", rich_help_panel=RUN)
-    ] = None,
-    threads: Annotated[int | None, OPTION(help="CPU threads.  \\[default: torch's]", rich_help_panel=RUN)] = None,
+    save_every: training_options.SaveEvery = None,
+    track: training_options.Track = None,
+    device: training_options.Device = None,
+    threads: training_options.Threads = None,
     plugin: Annotated[
         list[str] | None, OPTION(help="Python file that registers data sources or methods.", rich_help_panel=RUN)
     ] = None,
-    dry_run: Annotated[
-        bool, OPTION("--dry-run", help="Print choices and cost; train nothing.", rich_help_panel=RUN)
-    ] = False,
-    debug: Annotated[bool, OPTION("--debug", help="Show tracebacks.", rich_help_panel=RUN)] = False,
+    dry_run: training_options.DryRun = False,
+    debug: training_options.Debug = False,
 ) -> None:
     """Make a CLIP robust by training: TeCoA, FARE, PMG-AFT, TGA-ZSR and others, one loop for all.
 

@@ -154,6 +154,7 @@ def _seal(
     about: dict[str, Any],
 ) -> None:
     """Check what lies on the disk against the clean images and the rows; then write index and manifest."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     cell = record.cell
@@ -167,7 +168,7 @@ def _seal(
         content = file.read_bytes()
         try:
             found = load(content)["images"]
-        except Exception:
+        except (SafetensorError, KeyError):
             raise _spoiled(file) from None
         own = rows[len(index) : len(index) + len(found)]
         if len(own) != len(found):
