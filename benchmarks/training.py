@@ -5,16 +5,17 @@
     python benchmarks/training.py table --methods tecoa,fare --models tiny-vit --seeds 0
 
 Trained on ``fashion`` with the same number of steps and images for all; measured on its test split and on the sets that
-were not trained on: clean, PGD-100, and AutoAttack on ``fashion`` alone. A cell is the mean over seeds in %, with its
-lowest and highest seed where there are several, and the 95 % interval of one seed over images where there is one. Floor
-of a step: its forward and backwards of the image encoder, through the same classes, without loss, schedule or log. One
-CPU thread, nothing is downloaded; models stay in ``--out`` and the same command goes on. The exit code is 0 whatever
-comes out.
+were not trained on: clean and PGD-100; AutoAttack (standard) on the first images of ``fashion`` and the first seed
+alone, it is the dearest. A cell is the mean over seeds in %, with its lowest and highest seed where there are several,
+and the 95 % interval of one seed over images where there is one. Floor of a step: its forward and backwards of the
+image encoder, through the same classes, without loss, schedule or log. One CPU thread, nothing is downloaded; models
+and what was measured of them stay in ``--out`` and the same command goes on. The exit code is 0 whatever comes out.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 import warnings
@@ -25,7 +26,7 @@ from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its thread pool reads this once
 EPS, PARTS = {"tiny-vit": "16/255", "tiny-rn": "8/255"}, ("step", "table")
-OTHERS = ("mnist", "uci-digits", "emoji")
+OTHERS = ("mnist", "uci-digits", "emoji:google")
 ROUNDS, IMAGES = 10, 32
 
 
@@ -37,7 +38,9 @@ def main() -> None:
     parser.add_argument("--methods", help="comma-separated; all unless given")
     parser.add_argument("--models", default=",".join(EPS))
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--images", type=int, default=500, help="test images of each set")
+    parser.add_argument("--images", type=int, default=200, help="test images of each set")
+    parser.add_argument("--autoattack", type=int, default=50, help="test images that AutoAttack gets; 0: none")
+    parser.add_argument("--limit", type=int, default=2000, help="training images")
     parser.add_argument("--epochs", type=int, default=2)
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -114,27 +117,27 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
 
 def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, str]]:
     """The vanilla model and each method: clean, PGD-100 and AutoAttack."""
-    from vlmdefend.models import load_model
     from vlmdefend.training.listener import Listener
 
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     for model in asked.models.split(","):
-        yield {"model": model, "method": "none", **shown([measured(load_model(model, device="cpu"), asked, model)])}
+        yield {"model": model, "method": "none", **shown([measured(model, asked, model, asked.out / f"{model}-none")])}
         for method in methods:
-            begun, found, spent = time.process_time(), [], []
-            for seed in seeds:
+            found, spent = [], []
+            for number, seed in enumerate(seeds):
                 training = made(asked, method, model, seed)
-                training.run(Listener())
-                spent.append(time.process_time() - begun)
-                found.append(measured(load_model(f"local-dir:{training.folder.out}", device="cpu"), asked, model))
-                begun = time.process_time()
-            cost = f"{training.settings.objective.cost.forward_backwards}"
+                out, begun = training.folder.out, time.process_time()
+                if not training.run(Listener()).reused:
+                    (out / "seconds.json").write_text(json.dumps(time.process_time() - begun))
+                if (out / "seconds.json").exists():  # not so where a run was ended half-way and went on
+                    spent.append(json.loads((out / "seconds.json").read_text()))
+                found.append(measured(f"local-dir:{out}", asked, model, out, autoattack=number == 0))
             yield {
                 "model": model,
                 "method": method,
                 **shown(found),
-                "forward+backwards": cost,
-                "CPU s": f"{mean(spent):.0f}",
+                "forward+backwards": f"{training.settings.objective.cost.forward_backwards}",
+                "CPU s": f"{mean(spent):.0f}" if spent else "–",
             }
 
 
@@ -144,41 +147,55 @@ def made(asked: argparse.Namespace, method: str, model: str, seed: int) -> Any:
     from vlmdefend.training.train_settings import make_train_settings
 
     given = {"method": method, "model": model, "seed": seed, "eps": EPS[model], "epochs": asked.epochs}
-    out = asked.out / f"{model}-{method.replace(':', '-')}-{seed}-{asked.epochs}"
-    return Training(make_train_settings({**given, "device": "cpu", "out": out, "held_out": 100}))
+    out = asked.out / f"{model}-{method.replace(':', '-')}-{seed}-{asked.epochs}-{asked.limit}"
+    settings = {**given, "limit": asked.limit, "device": "cpu", "out": out, "held_out": 100}
+    return Training(make_train_settings(settings))
 
 
-def measured(model: Any, asked: argparse.Namespace, name: str) -> dict[str, tuple[int, int]]:
-    """Hits and images of every column."""
+def measured(
+    spec: str, asked: argparse.Namespace, name: str, kept: Path, *, autoattack: bool = True
+) -> dict[str, list[int]]:
+    """Hits and images of every column; what is already in ``kept`` is not measured again."""
     from vlmdefend.attacks import ATTACKS
     from vlmdefend.data import load_dataset
     from vlmdefend.data.transforms import PixelTransform
+    from vlmdefend.models import load_model
     from vlmdefend.training.data import TrainingImages
     from vlmdefend.training.held_out import accuracies
     from vlmdefend.training.processes import Processes
     from vlmdefend.types import parse_eps
 
-    eps, found = parse_eps(EPS[name]), {}
-    for dataset in ("fashion", *OTHERS):
-        images = load_dataset(dataset, "test", limit=asked.images)
+    kept.mkdir(parents=True, exist_ok=True)
+    file, eps = kept / f"measured-{asked.images}-{asked.autoattack}.json", parse_eps(EPS[name])
+    found: dict[str, list[int]] = json.loads(file.read_text()) if file.exists() else {}
+    cells = [(dataset, "PGD-100", "pgd:steps=100", asked.images) for dataset in ("fashion", *OTHERS)]
+    if autoattack and asked.autoattack:
+        cells.append(("fashion", "AutoAttack", "autoattack", asked.autoattack))
+    model = None
+    for dataset, column, attack, count in cells:
+        if f"{dataset} {column}" in found:
+            continue
+        model = model or load_model(spec, device="cpu")
+        images = load_dataset(dataset, "test", limit=count)
         batch = TrainingImages(images, PixelTransform(model.image_size)).batch(range(len(images)))
         pipeline = model.zero_shot(images.class_names, ("a photo of a {c}.",))
-        attacks = {"PGD-100": "pgd:steps=100"} | ({"AutoAttack": "autoattack"} if dataset == "fashion" else {})
-        for column, attack in attacks.items():
-            each = accuracies(pipeline, batch, eps, 0, Processes("cpu"), ATTACKS.create(attack))
-            found[f"{dataset} clean"] = tuple(each.clean)
-            found[f"{dataset} {column}"] = tuple(each.robust)
+        each = accuracies(pipeline, batch, eps, 0, Processes("cpu"), ATTACKS.create(attack))
+        if column == "PGD-100":
+            found[f"{dataset} clean"] = list(each.clean)
+        found[f"{dataset} {column}"] = list(each.robust)
+        file.write_text(json.dumps(found))
     return found
 
 
-def shown(found: list[dict[str, tuple[int, int]]]) -> dict[str, str]:
-    """Mean and range over seeds, or the interval of one."""
+def shown(found: list[dict[str, list[int]]]) -> dict[str, str]:
+    """Mean and range over seeds, or the interval of one; AutoAttack is the first seed's."""
     from vlmdefend.evaluation.statistics import wilson
 
     cells = {}
     for column in found[0]:
-        shares = [100 * hits / n for hits, n in (one[column] for one in found)]
-        low, high = (min(shares), max(shares)) if len(found) > 1 else (100 * s for s in wilson(*found[0][column]))
+        counts = [one[column] for one in found if column in one]
+        shares = [100 * hits / n for hits, n in counts]
+        low, high = (min(shares), max(shares)) if len(counts) > 1 else (100 * s for s in wilson(*counts[0]))
         cells[column] = f"{mean(shares):.1f} [{low:.1f}, {high:.1f}]"
     return cells
 
