@@ -34,7 +34,7 @@ def attack(
         typer.Option(
             "--defense",
             "-d",
-            help="none, jpeg, noise:sigma=0.03 ...  \\[default: none]",
+            help="none, jpeg, noise:sigma=0.03, ttc+jpeg ...  \\[default: none]",
             autocompletion=complete.defenses,
             rich_help_panel=WHAT,
         ),

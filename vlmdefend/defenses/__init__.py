@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 DEFENSES: Registry[Defense] = Registry(
     "defense",
     (__name__, f"{__name__}.training_free", f"{__name__}.test_time"),
-    shared=("base",),
+    shared=("base", "composed"),
     separator="_",
 )
 __all__ = ["DEFENSES"]

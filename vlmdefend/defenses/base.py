@@ -34,8 +34,9 @@ class Defense(ABC):
     ``stochastic`` (its outputs are drawn anew at every call), ``neutral`` (options at which it does nothing, if there
     are such: a test holds it to that), ``changes`` (what of image, embedding, prompt or weights it changes),
     ``evidence`` (what is published and what was measured here, one line), ``rejects`` (an image of high detector score
-    is to be turned away: scored as accuracy against rejection, see evaluation/rejection.py), and ``recipe``: without
-    one a defense cannot be defined, for then nobody could tell whether it defends.
+    is to be turned away: scored as accuracy against rejection, see evaluation/rejection.py), ``certifies`` (its outputs
+    have a certified radius), ``follows_gradient`` (it needs the model's gradient at the image itself), and ``recipe``:
+    without one a defense cannot be defined, for then nobody could tell whether it defends.
     """
 
     name: ClassVar[str]
@@ -45,6 +46,8 @@ class Defense(ABC):
     changes: ClassVar[str] = "image"
     evidence: ClassVar[str] = ""
     rejects: ClassVar[bool] = False
+    certifies: ClassVar[bool] = False
+    follows_gradient: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
     neutral: ClassVar[dict[str, Any] | None] = None
     recipe: ClassVar[Recipe]
@@ -71,6 +74,11 @@ class Defense(ABC):
         One stand-in may mislead where another does not: what is scored is the best finding per image.
         """
         return (self.surrogate(model),)
+
+    @property
+    def inner(self) -> tuple[Defense, ...]:
+        """The defenses that this one is made of."""
+        return ()
 
     @property
     def adaptive_equals_whitebox(self) -> bool:
@@ -109,13 +117,32 @@ def features_of(outputs: Outputs) -> Tensor:
     return outputs.features
 
 
-class TransformedInput:
+class ChangedImage:
+    """A model that is shown another image: what it has beside its outputs stays its own.
+
+    That is what lets a defense of embeddings or prompts go around a defense of images.
+    """
+
+    KEPT: ClassVar[frozenset[str]] = frozenset(("logits", "text_features", "blank_features", "std", "text_side"))
+
+    def __init__(self, model: Pipeline, *, stochastic: bool = False) -> None:
+        self.model = model
+        self.num_classes = model.num_classes
+        self.stochastic = stochastic or model.stochastic
+
+    def __getattr__(self, name: str) -> Any:
+        """What does not depend on the image."""
+        if name in self.KEPT:
+            return getattr(self.model, name)
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+
+class TransformedInput(ChangedImage):
     """A model behind a transform of its input."""
 
     def __init__(self, model: Pipeline, transform: RandomTransform, *, stochastic: bool = False) -> None:
-        self.model, self.transform = model, transform
-        self.num_classes = model.num_classes
-        self.stochastic = stochastic or model.stochastic
+        super().__init__(model, stochastic=stochastic)
+        self.transform = transform
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Transform, then predict."""

@@ -11,8 +11,8 @@ from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
 from vlmdefend.data import load_dataset
 from vlmdefend.data.base import ImageSet
-from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense
+from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.attackers import variants
 from vlmdefend.evaluation.grid import Grid, read_class_names
@@ -76,7 +76,7 @@ def make_plan(grid: Grid) -> Plan:
         protocol = protocol.with_templates(check_templates(chosen))
     for name in grid.model:
         check_name(name, weights=grid.weights)
-    defenses = [DEFENSES.create(text) for text in grid.defense]
+    defenses = [create_defense(text) for text in grid.defense]
     attacks = [_create_attack(text, grid.steps) for text in grid.attack]
     norms = {attack: _norm_of(attack, grid.norm, protocol) for attack in attacks}
     if grid.eps:

@@ -201,11 +201,11 @@ def _model_hash(model: VisionLanguageModel) -> str:
 
 def _code_hash(method: Attack | Defense) -> dict[str, str]:
     """For a method that is not of this package, and for those inside of it, a hash of the file: edited it is new."""
-    wrapped = method.inner if isinstance(method, Attack) else ()
+    parts: tuple[Attack | Defense, ...] = method.inner
     inner = {
         key.replace("file_hash", f"file_hash_{i}", 1): digest
-        for i, attack in enumerate(wrapped)
-        for key, digest in _code_hash(attack).items()
+        for i, one in enumerate(parts)
+        for key, digest in _code_hash(one).items()
     }
     if type(method).__module__.partition(".")[0] == "vlmdefend":
         return inner

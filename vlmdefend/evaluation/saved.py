@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.view import View
 from vlmdefend.data.base import ImageSet
-from vlmdefend.defenses import DEFENSES
+from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.grid import Grid, read_class_names
@@ -103,7 +103,7 @@ def plan_saved(grid: Grid) -> Plan:
     choose_device(grid.device)
     for name in grid.model:
         check_name(name, weights=grid.weights)
-    defenses = [DEFENSES.create(text) for text in grid.defense]
+    defenses = [create_defense(text) for text in grid.defense]
     sets = [AdversarialSet.open(folder) for folder in grid.adversarial or ()]
     protocol = _protocol(grid, sets)
     dataset, split = (grid.dataset[0] if "dataset" in given else None), (grid.split if "split" in given else None)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmdefend.attacks.adaptive import bpda
-from vlmdefend.defenses.base import Defense
+from vlmdefend.defenses.base import ChangedImage, Defense
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, per_image
 
@@ -38,6 +38,8 @@ class CounterAttack(Defense):
     loss where it ends, and follows once the image itself is fooled.
     """
 
+    follows_gradient: ClassVar[bool] = True
+
     @abstractmethod
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """(B, 3, H, W) in [0, 1] -> what the model is shown; never changes ``images``."""
@@ -55,13 +57,12 @@ class CounterAttack(Defense):
         return self.surrogate(model), CounterAttacked(self, model, "unrolled")
 
 
-class CounterAttacked:
+class CounterAttacked(ChangedImage):
     """A model behind a counter-attack."""
 
     def __init__(self, defense: CounterAttack, model: Pipeline, sight: Sight) -> None:
-        self.defense, self.model, self.sight = defense, model, sight
-        self.num_classes = model.num_classes
-        self.stochastic = defense.stochastic or model.stochastic
+        super().__init__(model, stochastic=defense.stochastic)
+        self.defense, self.sight = defense, sight
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Counter-attack, predict."""

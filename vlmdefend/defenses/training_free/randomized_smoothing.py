@@ -59,6 +59,7 @@ class RandomizedSmoothing(Defense):
         "certified at L2 0.1: 82.5 / 67.0 % (n = 40 / 100)"
     )
     stochastic: ClassVar[bool] = True
+    certifies: ClassVar[bool] = True
     recipe: ClassVar[Recipe] = Recipe("EOT: log of the mean probability over 32 fresh draws in place of the vote")
     surrogate_draws: ClassVar[int] = 32
     sigma: float = 0.1

@@ -34,7 +34,7 @@ class Ttc(CounterAttack):
     of [0, 1], whatever the image size. The official code takes tau from the original CLIP when the model is an
     adversarially trained one; here it is the model's own.
 
-    Later papers find the threshold unstable and dispute its direction; ``threshold=inf`` counter-attacks always.
+    Later papers find the threshold unstable and dispute its direction; ``threshold=9`` counter-attacks always.
 
     Options:
         eps: the defender's ball, L-infinity.

@@ -1,0 +1,131 @@
+"""Several defenses around one model, ``ttc+jpeg``; and how any defense is made from its text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from typing import Any, cast
+
+from vlmdefend.defenses import DEFENSES
+from vlmdefend.defenses.base import Defense, Recipe
+from vlmdefend.errors import UserError
+from vlmdefend.registry import split_outside
+from vlmdefend.types import Pipeline
+
+
+def create_defense(text: str) -> Defense:
+    """Build ``name:option=value``, or several of them with + between, in the order in which the image meets them.
+
+    Raises:
+        UserError: an unknown name or option, or defenses that do not go together.
+    """
+    texts = [part.strip() for part in split_outside(text, "+")]
+    if len(texts) == 1:
+        return DEFENSES.create(text)
+    if not all(texts):
+        raise UserError(f"defense {text!r}: a + has nothing beside it; write it between two defenses, ttc+jpeg.")
+    return compose(tuple(DEFENSES.create(part) for part in texts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed(Defense):
+    """``first+second``: the image meets the first, and what that makes of it meets the second around the model.
+
+    A defense that follows the model's gradient itself (a counter-attack) looks through the stand-ins of those behind
+    it: they have the same values, and the deployed ones may have no gradient. The adaptive attacker tries every
+    stand-in of each with every one of the others, best per image; the draws of a gradient are those of the defense that
+    needs most, for all of them are drawn anew in each. A detector is that of the first.
+
+    Made by :func:`compose`, which gives every combination a class of its own for what a class says of itself.
+
+    Options:
+        parts: at least two defenses, the outermost first.
+    """
+
+    parts: tuple[Defense, ...]
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        """The last around the model, each around what is behind it."""
+        deployed, behind = model, model
+        for part in reversed(self.parts):
+            deployed = part.wrap(behind if part.follows_gradient else deployed)
+            behind = part.surrogate(behind)
+        return deployed
+
+    def surrogate(self, model: Pipeline) -> Pipeline:
+        """The first stand-in of each."""
+        for part in reversed(self.parts):
+            model = part.surrogate(model)
+        return model
+
+    def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
+        """Every stand-in of each around every one of those behind it."""
+        found: tuple[Pipeline, ...] = (model,)
+        for part in reversed(self.parts):
+            found = tuple(outer for inner in found for outer in part.surrogates(inner))
+        return found
+
+    @property
+    def adaptive_equals_whitebox(self) -> bool:
+        """If it is so for all."""
+        return all(part.adaptive_equals_whitebox for part in self.parts)
+
+    @property
+    def inner(self) -> tuple[Defense, ...]:
+        """The parts."""
+        return self.parts
+
+    def spec(self) -> dict[str, Any]:
+        """Every part's options behind its name."""
+        return {f"{part.name}.{option}": value for part in self.parts for option, value in part.spec().items()}
+
+
+def compose(parts: tuple[Defense, ...]) -> Defense:
+    """The defense that is all of ``parts``, the outermost first; equal parts give an equal defense.
+
+    Raises:
+        UserError: ``none`` or the same defense twice among them; a certificate or a reject option behind another
+            defense, where neither would be about the image that came in.
+    """
+    names = [part.name for part in parts]
+    together = "+".join(names)
+    if "none" in names or len(set(names)) < len(names):
+        raise UserError(f"defense {together}: give each defense once, and leave out none, which does nothing.")
+    for part in parts[1:]:
+        if part.certifies or part.rejects:
+            raise UserError(
+                f"defense {together}: {part.name} judges the image that it is given; write it first, "
+                f"{'+'.join([part.name, *(name for name in names if name != part.name)])}."
+            )
+    return cast(Callable[..., Defense], _class_of(parts))(parts=parts)
+
+
+@cache
+def _class_of(parts: tuple[Defense, ...]) -> type[Composed]:
+    def distinct(words: list[str]) -> str:
+        return ", ".join(dict.fromkeys(words))
+
+    stand_ins = prod(part.recipe.surrogates for part in parts)
+    texts = [f"{part.name}: {part.recipe.text}" for part in parts]
+    test_time = any(part.paradigm == "test-time adaptation" for part in parts)
+    said = {
+        "name": "+".join(part.name for part in parts),
+        "paradigm": "test-time adaptation" if test_time else "training-free",
+        "summary": ", then ".join(part.summary for part in parts),
+        "citation": distinct([part.citation for part in parts]),
+        "changes": distinct([part.changes for part in parts]),
+        "rejects": parts[0].rejects,
+        "certifies": parts[0].certifies,
+        "follows_gradient": any(part.follows_gradient for part in parts),
+        "stochastic": any(part.stochastic for part in parts),
+        "recipe": Recipe(
+            "; ".join(texts) + ("; every stand-in of one with every one of the others" if stand_ins > 1 else ""),
+            samples=max(part.recipe.samples for part in parts),
+            detector_weights=next((p.recipe.detector_weights for p in parts if p.recipe.detector_weights), ()),
+            surrogates=stand_ins,
+            bare=any(part.recipe.bare for part in parts),
+        ),
+    }
+    return cast(type[Composed], type("Composed", (Composed,), said | {"__module__": __name__}))
