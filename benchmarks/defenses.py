@@ -4,9 +4,12 @@
     python benchmarks/defenses.py overhead    every training-free defense as a multiple of one forward
     python benchmarks/defenses.py ttc         ttc against the forwards and gradients of its definition
     python benchmarks/defenses.py all         the three in this order
+    python benchmarks/defenses.py verdicts    every defense under PGD-10 at 4/255, all three attackers: hours
+    python benchmarks/defenses.py verdicts --models tiny-rn --images 100 --names ttc,jpeg,ttc+jpeg
 
 One CPU thread, the embedded models and images, nothing is downloaded. Ratios of CPU seconds of runs that take turns,
-as median [min-max]; the exit code is 0 whether or not a target is met.
+as median [min-max]; the exit code is 0 whether or not a target is met. Verdicts are those of ``vlmdefend evaluate``;
+finished cells stay in ``--out`` and are found there.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import argparse
 import os
 import warnings
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its thread pool reads this once
@@ -25,6 +29,7 @@ from bench_fixed import Row, Run, spread, take_turns, verdict
 from tabulate import tabulate
 from torch import Tensor
 
+import vlmdefend
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.open import load_dataset
 from vlmdefend.data.transforms import PixelTransform
@@ -34,9 +39,12 @@ from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.test_time.r_tpt import RTpt
 from vlmdefend.defenses.training_free.ttc import Ttc
 from vlmdefend.evaluation.counting import Counted
+from vlmdefend.evaluation.grid import ATTACKERS
 from vlmdefend.models import load_model
 from vlmdefend.models.prompt_tower import PromptTower
 from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.reporting.groups import attacker_text, clean_text, passes_text, worst_text
+from vlmdefend.reporting.verdict import verdict_lines
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline
 
@@ -48,12 +56,42 @@ def main() -> None:
     """Run what was asked for and print one table per part."""
     parts = {"tuning": tuning, "overhead": overhead, "ttc": ttc}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", nargs="?", default="all", choices=[*parts, "all"])
-    asked = parser.parse_args().part
+    parser.add_argument("part", nargs="?", default="all", choices=[*parts, "all", "verdicts"])
+    parser.add_argument("--models", default=",".join(MODELS), help="of the verdicts")
+    parser.add_argument("--names", default="", help="comma-separated; default: every defense")
+    parser.add_argument("--images", type=int, default=200, help="of the verdicts")
+    parser.add_argument("--out", type=Path, default=Path("runs/defenses"), help="where the verdicts' cells are kept")
+    asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, CPU")
-    for part in parts if asked == "all" else [asked]:
+    if asked.part == "verdicts":
+        names = ["none", *(name for name in asked.names.split(",") if name)] if asked.names else DEFENSES.names()
+        parts = {"verdicts": partial(verdicts, asked.out, asked.models.split(","), names, asked.images)}
+        asked.part = "all"
+    for part in parts if asked.part == "all" else [asked.part]:
         print(f"\n{part}\n\n{tabulate(parts[part](), headers='keys', tablefmt='github', disable_numparse=True)}")
+
+
+def verdicts(out: Path, models: list[str], names: list[str], images: int) -> list[Row]:
+    """Clean, under each attacker, worst with its interval, what the deployed pipeline costs, flags."""
+    rows = []
+    for model in models:
+        found = vlmdefend.evaluate(out, model=model, defense=names, eps="4/255", limit=images, threads=1)
+        for failure in found.failures:
+            print(f"failed: {failure}")
+        for line in verdict_lines(found.results):
+            rows.append(
+                {
+                    "model": model,
+                    "defense": line.pipeline.defense,
+                    "clean": clean_text(line),
+                    **{attacker: attacker_text(line, attacker) for attacker in ATTACKERS},
+                    "worst [95 %]": worst_text(line),
+                    "fwd+bwd": passes_text(line.cost.deployed_forwards, line.cost.deployed_backwards),
+                    "flags": " ".join(line.flags),
+                }
+            )
+    return rows
 
 
 def tuning() -> list[Row]:
