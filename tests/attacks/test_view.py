@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,10 +11,11 @@ from tests.attacks.conftest import Wrapped, labelled
 from vlmdefend.attacks.adaptive import bpda
 from vlmdefend.attacks.goal import Goal
 from vlmdefend.attacks.losses import LOSSES
+from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs
+from vlmdefend.types import Outputs, Threat
 
 
 class Noisy(Wrapped):
@@ -92,6 +95,63 @@ def test_the_detector_term_pushes_the_score_down(conv: Wrapped) -> None:
     assert torch.allclose(pushed.pixels, torch.full_like(images, -0.5))
     plain = View(conv, ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["ce"])
     assert (plain.pixels == 0).all()
+
+
+class Scoring(Wrapped):
+    """The detector's score is the mean pixel."""
+
+    def forward(self, images: torch.Tensor, rng: ImageRng | None = None) -> Outputs:
+        return Wrapped.forward(self, images, rng)._replace(detector_score=images.flatten(1).mean(1))
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+def test_with_labels_the_view_ranks_what_fools_by_the_detectors_quiet(conv: Wrapped, samples: int) -> None:
+    images, right, ids = labelled(conv, (3, 8, 8), 6)
+    labels = torch.where(torch.arange(6) < 3, (right + 1) % 5, right)  # the first three are fooled as they are
+    plain = Goal(labels).margin(conv(images).logits.detach())
+    conv.__class__ = Scoring
+    view = View(conv, ImageRng(0, ids), width=4, samples=samples, labels=labels)
+    expected = torch.where(plain > 0, 2 - images.flatten(1).mean(1).atan(), plain)
+    assert (plain > 0).tolist() == [True, True, True, False, False, False]
+    assert torch.allclose(Goal(labels).margin(view(images)), expected, atol=1e-4)
+    some = torch.tensor([1, 5])
+    found = view.select(some).gradient(images[some], Goal(labels[some]), LOSSES["ce"])
+    assert torch.allclose(Goal(labels[some]).margin(found.logits), expected[some], atol=1e-4)
+    bare = View(conv, ImageRng(0, ids)).select(some).gradient(images[some], Goal(labels[some]), LOSSES["ce"])
+    assert torch.allclose(found.pixels, bare.pixels, atol=1e-6)  # what is climbed stays
+
+
+def test_pgd_goes_on_to_the_quietest_of_the_iterates_that_fool() -> None:
+    """Class 0 below a mean of 1/2, and the detector likes bright images: every step beyond the first to fool is worse.
+
+    A step up is 0.05 of the mean, so of the starts at 0.47 the first iterate above 1/2 is at 0.52.
+    """
+
+    class Bright(Wrapped):
+        def __init__(self) -> None:
+            torch.nn.Module.__init__(self)
+            self.num_classes = 2
+
+        def forward(self, images: torch.Tensor, rng: ImageRng | None = None) -> Outputs:
+            mean = images.flatten(1).mean(1)
+            return Outputs(torch.stack([0.5 - mean, mean - 0.5], dim=1), detector_score=mean)
+
+    images, labels, threat = torch.full((2, 3, 4, 4), 0.47), torch.zeros(2, dtype=torch.int64), Threat("linf", 0.2)
+    attack = Pgd(steps=4, alpha="0.05", random_start=False)
+    quiet = View(Bright(), ImageRng(0, ["a", "b"]), stop=False, labels=labels)
+    loud = View(Bright(), ImageRng(0, ["a", "b"]), stop=False)
+    assert torch.allclose(attack(quiet, images, labels, threat).images, torch.tensor(0.52), atol=1e-5)
+    assert torch.allclose(attack(loud, images, labels, threat).images, torch.tensor(0.67), atol=1e-5)
+
+
+def test_an_infinite_weight_climbs_the_quiet_where_it_fools_and_the_loss_elsewhere(conv: Wrapped) -> None:
+    images, right, ids = labelled(conv, (3, 8, 8), 2)
+    labels = torch.stack([(right[0] + 1) % 5, right[1]])  # fooled, not fooled
+    conv.__class__ = Scoring
+    found = View(conv, ImageRng(0, ids), detector_weight=math.inf).gradient(images, Goal(labels), LOSSES["ce"])
+    plain = View(conv, ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["ce"])
+    assert torch.allclose(found.pixels[0], torch.tensor(-1 / 192), atol=1e-8)
+    assert torch.allclose(found.pixels[1], plain.pixels[1], atol=1e-7)
 
 
 def test_bpda_has_the_exact_values_and_the_stand_ins_gradient() -> None:

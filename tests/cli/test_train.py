@@ -85,7 +85,7 @@ def test_a_dry_run_counts_and_trains_nothing(cli: Cli, tmp_path: Path) -> None:
         (("--method", "tecoa", "--trains", "some"), "--trains some: write image, all, or last:K"),
         (("--method", "tecoa", "--profile", "code"), "write paper or scaled"),
         (("--method", "tecoa", "--optimizer", "adam"), "--optimizer adam: input should be 'sgd' or 'adamw'"),
-        (("--method", "tecoa", "--logit-scale", "-1"), "--logit-scale -1: write model, or a positive number"),
+        (("--method", "tecoa", "--logit-scale", "-1"), "--logit-scale -1: write model, 1, or another positive number"),
     ],
 )
 def test_a_wrong_option_is_refused_in_a_sentence(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,8 @@ def test_both_steps_run_and_the_three_numbers_of_both_models_are_told(urda: Cli,
     assert "step 1" in outcome.err
     assert "PGD, true labels" in outcome.out
     lines = outcome.out.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(("teacher", "student"))] == ["teacher", "student"]
+    assert next(line.split() for line in lines if "teacher" in line) == ["teacher", "student", "change"]
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     for term in ("R_S", "proxy A-distance", "lambda*", "A_T", "checked"):
         assert term in outcome.out
     for folder in (tmp_path / "out", tmp_path / "out" / "teacher"):
@@ -70,17 +72,34 @@ def test_what_it_made_is_evaluated_like_any_other_model(urda: Cli, cli: Cli, tmp
     assert "was trained for 10 classes (zero, one, two" in refused.err
 
 
+def test_the_command_that_is_printed_for_a_verdict_gives_one_on_the_same_images(
+    urda: Cli, cli: Cli, tmp_path: Path
+) -> None:
+    outcome = urda("--eps", "0.02")
+    command = next(line for line in outcome.out.splitlines() if "--attack autoattack" in line)
+    assert f"--model local-dir:{tmp_path / 'out'} " in command
+    assert command.endswith("--eps 0.02 --limit 20")
+    words = shlex.split(command)[1:]
+    words[words.index("autoattack")] = "autoattack:steps=5:queries=50"
+    judged = cli(*words, "--out", tmp_path / "runs", "--device", "cpu")
+    assert judged.code == 0, judged.err
+    (record,) = [json.loads(file.read_text()) for file in (tmp_path / "runs").rglob("record.json")]
+    numbers = json.loads((tmp_path / "out" / "training" / "summary.json").read_text())["after"]
+    assert record["clean_correct"] == numbers["clean"][0]
+    assert record["robust"] <= numbers["true_labels"][0]
+
+
 def test_the_other_pair_runs_too(urda: Cli) -> None:
     outcome = urda("--source", "emoji:google", "--target", "emoji:sketch", "--method", "mcc")
     assert outcome.code == 0, outcome.err
-    assert "emoji:sketch, 20 held-out images" in outcome.out
+    assert "emoji:sketch: 20 held-out images" in outcome.out
 
 
 def test_step_two_can_be_left_out(urda: Cli) -> None:
     outcome = urda("--robustify", "none")
     assert outcome.code == 0, outcome.err
     assert "left out" in outcome.err
-    assert "\nstudent " not in outcome.out
+    assert "student" not in outcome.out
 
 
 def test_the_oracle_is_asked_for_by_its_name_and_printed(urda: Cli) -> None:
@@ -97,6 +116,11 @@ def test_a_backbone_that_saw_the_target_is_warned_of(urda: Cli) -> None:
     assert outcome.code == 0, outcome.err
     assert "tiny-vit was trained on the training images of all embedded sets" in outcome.err
     assert "tiny-vit" not in urda("--dry-run").err
+
+
+def test_a_teacher_that_cannot_do_its_part_is_warned_of(urda: Cli) -> None:
+    assert "rfa takes its robustness from a robust teacher" in urda("--robustify", "rfa", "--dry-run").err
+    assert "rfa" not in urda("--dry-run").err
 
 
 def test_a_dry_run_tells_the_cost_and_writes_nothing(urda: Cli, tmp_path: Path) -> None:
@@ -135,6 +159,9 @@ def test_the_released_profile_is_the_code_of_the_authors(cli: Cli, tmp_path: Pat
         (("--backbone", "timm:resnet51"), "unknown timm model"),
         (("--eps", "8"), "8/255"),
         (("--init", "random"), "--init random"),
+        (("--clip", "0"), "--clip 0"),
+        (("--teacher", "timm:local-dir:nowhere"), "config.json cannot be read"),
+        (("--source", "domain:nowhere/Art", "--target", "mnist"), "there is no such folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_nothing_is_written(
@@ -174,7 +201,7 @@ def test_report_shows_the_same_numbers_again(urda: Cli, cli: Cli, tmp_path: Path
     outcome = urda()
     shown = cli("report", tmp_path / "out")
     assert shown.code == 0, shown.err
-    body = [line for line in outcome.out.splitlines() if line and "written" not in line]
+    body = [line for line in outcome.out.splitlines() if line and not line.endswith("written.")]
     assert [line for line in shown.out.splitlines() if line][1:] == body
     (tmp_path / "out" / "training" / "summary.json").unlink()
     assert "is not finished" in one_sentence(cli("report", tmp_path / "out"))

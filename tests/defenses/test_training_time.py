@@ -138,11 +138,24 @@ def test_agft_is_the_cross_entropy_to_the_softened_vanilla_answers() -> None:
     check(found["cross_entropy"], first, second)
 
 
+def test_hpt_gpd_is_the_divergence_of_target_and_proxy_in_either_direction() -> None:
+    check(terms("hpt-gpd").losses["hpt"], *KL_ORIGINAL)
+    turned = terms("hpt-gpd", direction="target-first", anchored=True).losses["ga"]
+    check(turned, 0.25 * LN2, 0.75 * LN3 - 0.375 * LN2)  # -1/4 ln 2 + 1/2 ln 2; -1/8 ln 4 + 3/4 ln 3 - 1/8 ln 2
+
+
 def test_an_attention_map_is_the_agreement_with_the_true_class_stretched_and_enlarged() -> None:
     found = attention_map(PLACES_ADVERSARIAL, CLASSES[:2], 2)
     assert torch.allclose(found, torch.tensor([[[0, 0.25], [0.5, 1]], [[0, 0], [1, 1]]]), atol=1e-6)
     larger = attention_map(PLACES_ADVERSARIAL, CLASSES[:2], 4)
     check(larger[1].mean(dim=1), 0.0, 0.25, 0.75, 1.0)  # bilinear, as images are enlarged
+
+
+def test_token_norm_divides_each_entry_by_its_norm_over_the_tokens_as_the_authors_code_does() -> None:
+    places = torch.tensor([[[3.0, 0.0], [4.0, 0.0], [0.0, 2.0], [0.0, 0.0]]])
+    plain, normed = (attention_map(places, torch.tensor([[0.6, 0.8]]), 2, token_norm=on) for on in (False, True))
+    check(plain.flatten(), 1.8 / 2.4, 1.0, 1.6 / 2.4, 0.0)
+    check(normed.flatten(), 0.6 * 3 / 5 / 0.8, 0.6 * 4 / 5 / 0.8, 1.0, 0.0)
 
 
 def test_tga_zsr_adds_the_distances_of_two_attention_maps_to_the_vanilla_one_scaled_to_224_pixels() -> None:
@@ -178,21 +191,46 @@ def test_a_map_that_is_the_same_everywhere_is_zero_and_not_a_division_by_zero() 
     assert gradient.isfinite().all()
 
 
+# as published
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "rate", "decay", "batch", "epochs", "warm_up", "levels", "steps"),
+    [
+        ("tecoa", "sgd", 1e-5, 0.0, 256, 10, 1000, 1, 2),
+        ("pmg-aft", "sgd", 5e-5, 0.0, 256, 10, 1000, 1, 2),
+        ("tga-zsr", "sgd", 1e-4, 0.0, 128, 10, 1000, 1, 2),
+        ("at", "sgd", 1e-4, 0.0, 128, 10, 1000, 1, 2),
+        ("agft", "sgd", 4e-4, 0.0, 128, 10, 1000, 1, 2),
+        ("fare", "adamw", 1e-5, 1e-4, 128, 2, 1400, 4, 10),
+        ("sim-clip", "adamw", 1e-5, 1e-5, 64, 1, 1400, 4, 10),
+        ("adv-lora", "adamw", 2e-4, 1e-2, 32, 16, 0, 1, 2),
+    ],
+)
+def test_schedules_are_those_of_the_published_runs(
+    name: str, optimizer: str, rate: float, decay: float, batch: int, epochs: int, warm_up: int, levels: int, steps: int
+) -> None:
+    cls = OBJECTIVES.get(name)
+    found = cls.schedule
+    assert found is not None
+    assert (found.optimizer, found.rate, found.weight_decay) == (optimizer, rate, decay)
+    assert (found.batch_size, found.epochs, found.warm_up) == (batch, epochs, warm_up)
+    options: Any = cls()
+    assert (options.eps * 255, options.alpha * 255, options.steps) == pytest.approx((levels, 1, steps))
+
+
 # the attack
 
 
-def test_momentum_adds_signs_of_gradients_and_steps_along_the_sign_of_the_sum() -> None:
-    """The gradients of two pixels are given; the sums of their signs at momentum 0.9 are written out."""
-    pixel, given = torch.full((1, 3, 1, 2), 0.5), iter([(2.0, -8.0), (-1.0, -1.0), (-1.0, -1.0)])
+def test_each_step_goes_along_the_sign_of_the_present_gradient_as_fares_signed_again_momentum_does() -> None:
+    """The gradients of two pixels are given; 0.9 times a sign, and a sign added, has the sign of the latter."""
+    pixel, given = torch.full((1, 3, 1, 2), 0.5), iter([(2.0, -8.0), (0.5, -1.0), (-1.0, -1.0)])
 
     def loss(images: Tensor) -> Tensor:
         return (images * torch.tensor(next(given))).sum()
 
-    # velocities: (1, -1); 0.9 (1, -1) + (-1, -1) = (-0.1, -1.9); 0.9 (-0.1, -1.9) + (-1, -1) = (-1.09, -2.71)
-    found = ascend(
-        loss, pixel, ImageRng(0, ["a"]), eps=0.4, steps=3, alpha=0.1, momentum=0.9, start=0.0
-    )  # + - -, and - - -
-    check(found[0, 0, 0], 0.5 + 0.1 - 0.1 - 0.1, 0.5 - 0.3)
+    found = ascend(loss, pixel, ImageRng(0, ["a"]), eps=0.4, steps=3, alpha=0.1, start=0.0)
+    check(found[0, 0, 0], 0.5 + 0.1 + 0.1 - 0.1, 0.5 - 0.3)
 
 
 @pytest.mark.parametrize("name", ["tecoa", "fare", "pmg-aft", "trades", "tga-zsr", "sim-clip", "agft"])

@@ -1,3 +1,4 @@
+import json
 import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -96,6 +97,48 @@ def test_datasets_models_and_protocols_are_listed(monkeypatch: pytest.MonkeyPatc
     assert "tecoa     native size (Mao et al. 2023)" in run("protocol").stdout
 
 
+def test_methods_say_what_trains_and_what_an_image_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = SimpleNamespace(forward_backwards=4, teacher_forwards=2, once=3)
+    low = described("low", summary="few", citation="A 2024", schedule=SimpleNamespace(trains="lora:2:0.25"), cost=cost)
+    plain = described("a-pair", summary="two models", citation="B 2026", schedule=None, cost=cost)
+    fake(monkeypatch, "vlmdefend.defenses.training_time", OBJECTIVES=FakeRegistry(low, plain))
+    shown = " ".join(run("methods").stdout.split())
+    paid = "cost: 4 forward+backwards and 2 of a frozen model an image and step, and 3 an image before the first"
+    in_words = "trains: LoRA of rank 2 and dropout 0.25 in the image tower's attention, folded into the result"
+    assert f"low train few (A 2024) {in_words} {paid}" in shown
+    assert f"a-pair distill two models (B 2026) trains: the image tower {paid}" in shown
+    assert "cannot be loaded: No module named 'torchattacks'" in shown
+
+
+def test_adaptations_say_their_step_and_cost(monkeypatch: pytest.MonkeyPatch) -> None:
+    cost = SimpleNamespace(forward_backwards=1, teacher_forwards=0, once=0)
+    dann = described("dann", role="adaptation", summary="aligned", citation="Ganin et al. 2016", cost=cost)
+    fake(monkeypatch, "vlmdefend.defenses.adaptation", ADAPTATIONS=FakeRegistry(dann))
+    shown = " ".join(run("adaptations").stdout.split())
+    assert "dann adaptation aligned (Ganin et al. 2016) cost: 1 forward+backwards an image and step" in shown
+
+
+def test_json_is_a_list_of_objects_with_every_part_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = SimpleNamespace(text="BPDA through it", samples=1)
+    ttc = described(
+        "ttc", paradigm="test-time adaptation", summary=LONG, citation="Xing 2025", stochastic=True, recipe=recipe
+    )
+    none = described("none", paradigm="none", summary="the bare model", citation="–", recipe="exact gradient")
+    fake(monkeypatch, "vlmdefend.defenses", DEFENSES=FakeRegistry(ttc, none))
+    assert json.loads(run("defenses", "--json").stdout) == [
+        {"name": "none", "paradigm": "none", "summary": "the bare model", "adaptive_attack": "exact gradient"},
+        {"name": "broken", "summary": "cannot be loaded: No module named 'torchattacks'"},
+        {
+            "name": "ttc",
+            "paradigm": "test-time adaptation",
+            "summary": LONG,
+            "citation": "Xing 2025",
+            "note": "random",
+            "adaptive_attack": "BPDA through it",
+        },
+    ]
+
+
 def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
     for args, expected in ((["defences"], "did you mean 'defenses'?"), ([], "models|datasets|attacks")):
         outcome = run(*args)
@@ -108,6 +151,8 @@ def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
     [
         ("attacks", "pgd"),
         ("defenses", "none"),
+        ("methods", "tecoa"),
+        ("adaptations", "dart-urda"),
         ("datasets", "fashion"),
         ("models", "tiny-vit"),
         ("protocols", "unified"),
@@ -119,3 +164,8 @@ def test_the_real_lists_fit_80_columns(kind: str, expected: str) -> None:
     assert expected in {line.partition(" ")[0] for line in outcome.stdout.splitlines()}
     assert max(map(cell_len, outcome.stdout.splitlines())) <= 80
     assert "cannot be loaded" not in outcome.stdout
+    told = json.loads(run(kind, "--json").stdout)
+    names = [one["name"] for one in told]
+    assert expected in names
+    assert len(set(names)) == len(names)
+    assert all(one["summary"] for one in told)

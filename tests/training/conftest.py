@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models import load_model
 from vlmdefend.models.vision_language import VisionLanguageModel
@@ -26,6 +27,7 @@ from vlmdefend.training.held_out import accuracies
 from vlmdefend.training.listener import Listener
 from vlmdefend.training.loop import Run
 from vlmdefend.training.processes import Processes
+from vlmdefend.training.prompts import choose_prompts
 from vlmdefend.training.stage import Optimization, Stage
 from vlmdefend.training.student import AutocastTeacher, TrainedStudent
 from vlmdefend.types import Batch
@@ -80,7 +82,14 @@ def classifier(model: VisionLanguageModel, **options: Any) -> TrainedClassifier:
 
 def student_of(model: VisionLanguageModel, trains: str = "image", precision: Any = None, **options: Any):
     made = classifier(model, **options)
-    return TrainedStudent(made, choose_trained(made, trains), Processes("cpu", precision))
+    parameters = choose_prompts(made, trains, seed=0) or choose_trained(made, trains)
+    return TrainedStudent(made, parameters, Processes("cpu", precision))
+
+
+def parts_of(name: str) -> str:
+    """What the objective of that name trains, as small as it can be."""
+    learns = OBJECTIVES.get(name).learns
+    return f"{learns[0]}:2" if learns else "image"
 
 
 def image_set(count: int) -> ImageSet:

@@ -25,7 +25,7 @@ from vlmdefend.training.train import Training
 from vlmdefend.training.train_settings import make_train_settings
 from vlmdefend.types import Batch
 
-NAMES = [cls.name for cls in OBJECTIVES if cls.schedule is not None]
+NAMES = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]
 
 
 def one_step(name: str, student: TrainedStudent, original: VisionLanguageModel, batch: Batch) -> dict[str, float]:
@@ -34,6 +34,7 @@ def one_step(name: str, student: TrainedStudent, original: VisionLanguageModel, 
     options = Optimization(batch_size=len(batch.ids))
     means = Accumulator(student, teacher, options).gradients(objective, batch, ImageRng(0, batch.ids, "test"))
     update(student, make_optimizer(student.parameters, options), 0.1, 1.0)
+    student.refresh()
     return means
 
 
@@ -104,7 +105,9 @@ def adapted(model: VisionLanguageModel, parts: str) -> TrainedStudent:
     return TrainedStudent(made, parameters, Processes("cpu"))
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("vit", "lora:2"), ("rn", "lora:2"), ("vit", "prompt:4")])
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("vit", "lora:2"), ("rn", "lora:2:0.5"), ("vit", "lora-all:2:0.25"), ("vit", "prompt:4")]
+)
 def test_adapters_begin_as_nothing_train_alone_and_fold_into_a_plain_model_of_the_same_answers(
     kind: str, parts: str, folders: dict[str, Path]
 ) -> None:
@@ -117,9 +120,11 @@ def test_adapters_begin_as_nothing_train_alone_and_fold_into_a_plain_model_of_th
     assert not any(p.requires_grad or p.grad is not None for p in own.values())
     state = folded(model.clip, plain.clip.state_dict())
     moved = {name for name, weight in state.items() if not torch.equal(weight, original.clip.state_dict()[name])}
-    expected = {"prompt": "visual.positional_embedding", "lora": ("visual.transformer.", "visual.attnpool.")}
-    assert moved
-    assert all(name.startswith(expected[parts.partition(":")[0]]) for name in moved)
+    image = ("visual.transformer.", "visual.attnpool.")
+    places = {"prompt": "visual.positional_embedding", "lora": image, "lora-all": (*image, "transformer.")}
+    expected = places[parts.partition(":")[0]]
+    assert all(name.startswith(expected) for name in moved)
+    assert {name.startswith("visual.") for name in moved} == ({True, False} if "all" in parts else {True})
     plain.clip.load_state_dict(state)
     with torch.no_grad():
         first, with_adapter, folded_in = (
@@ -143,7 +148,7 @@ def test_a_visual_prompt_is_a_border_added_to_the_normalised_image(folders: dict
         assert torch.allclose(student.attacked_features(images), expected, atol=1e-4)
 
 
-def test_lora_is_the_product_of_two_thin_matrices_over_the_rank(folders: dict[str, Path]) -> None:
+def test_lora_is_the_product_of_two_thin_matrices_over_the_root_of_the_rank(folders: dict[str, Path]) -> None:
     model, original = (load_model(f"local-dir:{folders['vit']}", device="cpu") for _ in range(2))
     student = adapted(model, "lora:2")
     down, up = (next(p for n, p in student.parameters.items() if n.endswith(end)) for end in (".down", ".up"))
@@ -153,7 +158,7 @@ def test_lora_is_the_product_of_two_thin_matrices_over_the_rank(folders: dict[st
         up[1] = 0.5  # the keys alone
     name = "visual.transformer.resblocks.0.attn.in_proj_weight"
     change = folded(model.clip, [name])[name] - original.clip.state_dict()[name]
-    assert torch.allclose(change[32:64], (0.25 * down[1].sum(dim=0)).detach().expand(32, 32), atol=1e-6)
+    assert torch.allclose(change[32:64], (0.5 / 2**0.5 * down[1].sum(dim=0)).detach().expand(32, 32), atol=1e-6)
     assert change[:32].abs().max() == 0
     assert change[64:].abs().max() == 0
 
@@ -162,6 +167,9 @@ def test_lora_is_the_product_of_two_thin_matrices_over_the_rank(folders: dict[st
     ("kind", "parts", "message"),
     [
         ("vit", "lora:0", "write lora: and a whole number from 1"),
+        ("vit", "lora:2:1", "the dropout after the rank must be a number from 0 to below 1"),
+        ("vit", "lora-all:2:x", "the dropout after the rank must be a number from 0 to below 1"),
+        ("vit", "prompt:4:0.5", "write prompt: and a whole number from 1"),
         ("vit", "prompt:x", "write prompt: and a whole number from 1"),
         ("vit", "prompt:16", "leaves nothing of 32 pixels"),
         ("rn", "prompt:4", "choose a ViT, or --trains image"),
@@ -180,9 +188,11 @@ def training(out: Path, method: str, **options: Any) -> Training:
     return Training(make_train_settings(given | options))
 
 
-@pytest.mark.parametrize("name", ["tecoa", "fare"])
-def test_a_short_run_lifts_robust_accuracy(name: str, tmp_path: Path) -> None:
-    found = training(tmp_path / "out", name, eps="16/255", limit=1000, held_out=60, epochs=2).run(Listener())
+@pytest.mark.parametrize(
+    ("name", "epochs"), [("tecoa", 2), ("fare", 2), ("at", 2), ("adv-lora:perturbation=per-image", 4)]
+)
+def test_a_short_run_lifts_robust_accuracy(name: str, epochs: int, tmp_path: Path) -> None:
+    found = training(tmp_path / "out", name, eps="16/255", limit=1000, held_out=60, epochs=epochs).run(Listener())
     before, after = found.summary["vanilla"], found.summary["result"]
     assert before.robust.hits <= 3  # of 60
     assert after.robust.hits >= before.robust.hits + 9

@@ -289,6 +289,8 @@ def test_domains_of_other_classes_are_refused(root: Path, tmp_path: Path) -> Non
         ({"profile": "paper"}, "write released or scaled"),
         ({"ablate": ("defense", "prediction", "features")}, "all three terms"),
         ({"augment": "mirror"}, "--augment mirror"),
+        ({"batch_size_student": 1}, "--batch-size-student 1: BatchNorm"),
+        ({"eval_limit": 3}, "3 images to measure on"),
     ],
 )
 def test_bad_input_is_one_sentence(root: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:

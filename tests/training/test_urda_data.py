@@ -88,3 +88,42 @@ def test_classes_in_another_order_are_brought_into_the_sources(domains) -> None:
 def test_no_domain_is_no_epoch() -> None:
     with pytest.raises(UserError, match="one domain at least"):
         DomainImages(None, None, 4)
+
+
+LAYOUTS = {  # as the sets are distributed: domains, and what lies between a domain and its classes
+    "Office-31": (("amazon", "webcam"), "images", ("back_pack", "bike", "mug")),
+    "Office-Home": (("Art", "Real World"), "", ("Alarm_Clock", "Bed", "TV")),
+    "VisDA-2017": (("train", "validation"), "", ("aeroplane", "car", "train")),
+    "DomainNet": (("clipart", "quickdraw"), "", ("The_Eiffel_Tower", "airplane", "t-shirt")),
+    "PACS": (("art_painting", "photo"), "", ("dog", "elephant", "guitar")),
+}
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+def test_adaptation_sets_open_as_two_domains_of_the_same_classes(tmp_path: Path, layout: str) -> None:
+    from PIL import Image
+
+    from vlmdefend.training.urda_sets import open_sets
+    from vlmdefend.training.urda_settings import make_settings
+
+    domains, between, classes = LAYOUTS[layout]
+    for domain in domains:
+        for label, name in enumerate(classes):
+            folder = tmp_path / domain / between / name
+            folder.mkdir(parents=True)
+            for i in range(15):
+                Image.new("RGB", (10, 10), (80 * label, 5 * i, 0)).save(folder / f"{i}.jpg")
+        if layout == "DomainNet":
+            for split, chosen in (("train", range(12)), ("test", range(12, 15))):
+                lines = [f"{domain}/{name}/{i}.jpg {k}" for k, name in enumerate(classes) for i in chosen]
+                (tmp_path / f"{domain}_{split}.txt").write_text("\n".join(lines) + "\n")
+    given = {"source": f"domain:{tmp_path / domains[0]}", "target": f"domain:{tmp_path / domains[1]}"}
+    sets = open_sets(make_settings({**given, "out": tmp_path / "out", "backbone": "tiny-cnn"}))
+    assert len(sets.source.class_names) == 3
+    assert set(sets.target.labels) == {0}  # all alike: unknown
+    assert set(sets.tested.labels) == {0, 1, 2}
+    assert not set(sets.target.ids) & set(sets.tested.ids)
+    assert not set(sets.source.ids) & set(sets.source_tested.ids)
+    assert len(sets.target) + len(sets.tested) == 45
+    red = [sets.tested.read(i).getpixel((0, 0))[0] for i in range(len(sets.tested))]
+    assert all(abs(value - 80 * label) < 8 for value, label in zip(red, sets.tested.labels, strict=True))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from vlmdefend.attacks.autoattack import AutoAttack
 from vlmdefend.errors import UserError
+from vlmdefend.training import urda_measure
 from vlmdefend.training.urda_measure import TargetNumbers, check_agreement, domain_distance, target_numbers
 from vlmdefend.types import Batch, Outputs
 
@@ -67,3 +69,59 @@ def test_sets_of_unequal_size_are_compared_at_equal_size() -> None:
     assert domain_distance(first, second).n == 10
     with pytest.raises(UserError, match="four held-out images"):
         domain_distance(first, second[:3])
+
+
+# what is attacked is what is scored, and a stronger attack finds no less
+
+
+class Lines:
+    """Four classes on a ring of the first two channels' means: a model that PGD breaks in part. It counts its calls."""
+
+    num_classes, stochastic = 4, False
+
+    def __init__(self) -> None:
+        self.attacked, self.scored = 0, 0
+
+    def __call__(self, images: Tensor, rng: object = None) -> Outputs:
+        self.attacked += int(images.requires_grad) * len(images)
+        self.scored += int(not torch.is_grad_enabled()) * len(images)
+        x, y = (images[:, :2].mean(dim=(2, 3)) - 0.5).unbind(1)
+        ripple = 0.02 * torch.sin(40 * images[:, 2].mean(dim=(1, 2)))  # what a gradient step does not see through
+        return Outputs(torch.stack([x + ripple, -x, y - ripple, -y], dim=1))
+
+
+def ring(count: int = 60) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.rand(count, 3, 1, 1, generator=generator).expand(-1, -1, 4, 4).contiguous()
+    model = Lines()
+    return Batch([str(i) for i in range(count)], images, model(images).logits.argmax(dim=1))
+
+
+def test_the_object_that_is_attacked_is_the_one_that_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ring()
+    model, seen = Lines(), []
+    view = urda_measure.View
+    monkeypatch.setattr(
+        urda_measure, "View", lambda pipeline, *a, **k: seen.append(pipeline) or view(pipeline, *a, **k)
+    )
+    target_numbers(model, given, given.labels, 0.1, 0)
+    assert seen == [model, model]
+    assert model.attacked > 0
+    assert model.scored >= 3 * len(given.ids)  # the clean images, and those of either attack
+
+
+def test_autoattack_leaves_no_more_right_than_pgd_does() -> None:
+    given = ring()
+    pgd = target_numbers(Lines(), given, given.labels, 0.1, 0)
+    auto = target_numbers(Lines(), given, given.labels, 0.1, 0, AutoAttack(steps=10, queries=100))
+    assert 0 < pgd.true_labels.hits < pgd.clean.hits == auto.clean.hits == 60
+    assert auto.true_labels.hits <= pgd.true_labels.hits
+    assert auto.worst.hits <= pgd.worst.hits
+
+
+def test_right_under_attack_are_no_fewer_than_the_teachers_less_the_disagreement() -> None:
+    given = ring()
+    other = (given.labels + (torch.arange(60) % 3 == 0)) % 4  # a teacher that is wrong on every third image
+    found = target_numbers(Lines(), given, other, 0.05, 0)
+    assert found.pseudo_labels.hits >= int((other == given.labels).sum()) - found.disagreement.hits
+    assert found.disagreement.hits >= 20  # on each of those the student says the true class, or a third one

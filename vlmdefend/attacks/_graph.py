@@ -31,8 +31,8 @@ def cuda_capture(work: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, 
 
 
 def replayable(view: View, images: Tensor, goal: Goal) -> bool:
-    """A full batch on a GPU, and a query that draws nothing and compares with nothing."""
-    plain = view.samples == 1 and not view.stochastic and goal.reference is None
+    """A full batch on a GPU, and a query that draws nothing, compares with nothing and ranks by no detector."""
+    plain = view.samples == 1 and not view.stochastic and goal.reference is None and view.labels is None
     return plain and images.is_cuda and len(images) == view.width
 
 

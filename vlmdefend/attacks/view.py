@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -49,7 +50,11 @@ class View:
             al. 2018).
         stop: an image that the view says is fooled may leave the attack. False where fooling the view proves
             nothing: a transfer attack, or a pipeline that draws anew when it is scored.
-        detector_weight: what the loss gains per unit of quiet in the pipeline's detector.
+        detector_weight: what the loss gains per unit of quiet in the pipeline's detector; infinite: a fooled image
+            climbs the quiet alone, any other the loss alone (selective descent, Bryniarski et al. 2022, section 3.1).
+        labels: (B,) of an attacker for whom a finding is better the quieter the detector is about it: the logits that
+            it is shown of a fooled image have the margin of :func:`quiet_margin`, so that the best of all iterates is
+            the quietest that fools. The loss and its gradient are of the pipeline's own logits.
         model: the model that the pipeline is built around, whose prompts an attack may change; None: the pipeline.
     """
 
@@ -62,11 +67,13 @@ class View:
         samples: int = 1,
         stop: bool = True,
         detector_weight: float = 0.0,
+        labels: Tensor | None = None,
         model: Pipeline | None = None,
     ) -> None:
         self.pipeline, self.rng = pipeline, rng
         self._model = pipeline if model is None else model
         self.width, self.samples, self.stop, self.detector_weight = width, samples, stop, detector_weight
+        self.labels = labels
         self._draws = rng.child("pipeline")
         self._at = torch.arange(len(rng))  # places in the ledger
         zeros = torch.zeros(len(rng), dtype=torch.int64)
@@ -96,6 +103,7 @@ class View:
         part = View.__new__(View)
         part.__dict__.update(self.__dict__)
         part.rng, part._draws, part._at = self.rng.select(index), self._draws.select(index), self._at[index]
+        part.labels = None if self.labels is None else self.labels[index]
         return part
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -126,14 +134,12 @@ class View:
             transform: what the pipeline sees instead of the images, differentiable; logits and loss are then those of
                 the transformed images.
         """
-        total, values, logits = None, None, None
+        total, values, logits, scores = None, None, None, None
         for _ in range(self.samples):
             with torch.enable_grad():
                 pixels = images.detach().requires_grad_(True)
                 outputs = self.pipeline(pixels if transform is None else transform(pixels), self._draws)
-                value = loss(outputs, goal)
-                if self.detector_weight and outputs.detector_score is not None:
-                    value = value - self.detector_weight * outputs.detector_score
+                value = self._with_quiet(loss(outputs, goal), outputs, goal)
                 objective = value.sum()
             found = torch.autograd.grad(objective, pixels, allow_unused=True)[0] if objective.requires_grad else None
             found = torch.zeros_like(images) if found is None else found
@@ -141,6 +147,7 @@ class View:
             values = value.detach() if values is None else values + value.detach()
             found_logits = outputs.logits.detach().float()
             logits = found_logits if logits is None else logits + found_logits
+            scores = _plus(scores, outputs.detector_score)
         assert total is not None
         assert values is not None
         assert logits is not None
@@ -150,7 +157,7 @@ class View:
         self.ledger.zero_gradients = self.ledger.zero_gradients.to(total.device) + dead.sum()
         if self.samples > 1:
             total, values, logits = total.div_(self.samples), values / self.samples, logits / self.samples
-        return Gradient(logits, values, total)
+        return Gradient(self._ranked(logits, scores), values, total)
 
     def once(self, images: Tensor, draws: ImageRng) -> Outputs:
         """One query with the caller's own draws and with its graph, for gradients that are not the pixels'."""
@@ -177,18 +184,46 @@ class View:
 
     def _mean_outputs(self, images: Tensor) -> Outputs:
         first = self.pipeline(images, self._draws)
-        if self.samples == 1:
-            return first
-        logits, features = first.logits, first.features
+        logits, features, scores = first.logits, first.features, first.detector_score
         for _ in range(self.samples - 1):
             more = self.pipeline(images, self._draws)
             logits = logits + more.logits
             features = None if features is None or more.features is None else features + more.features
-        return Outputs(logits / self.samples, None if features is None else features / self.samples)
+            scores = _plus(scores, more.detector_score)
+        if self.samples > 1:
+            logits, features = logits / self.samples, None if features is None else features / self.samples
+        return Outputs(self._ranked(logits, scores), features)
+
+    def _with_quiet(self, values: Tensor, outputs: Outputs, goal: Goal) -> Tensor:
+        """(B,) losses and what they gain where the detector is quiet."""
+        if not self.detector_weight or outputs.detector_score is None:
+            return values
+        if math.isinf(self.detector_weight):
+            return torch.where(goal.margin(outputs.logits.detach()) > 0, -outputs.detector_score, values)
+        return values - self.detector_weight * outputs.detector_score
+
+    def _ranked(self, logits: Tensor, scores: Tensor | None) -> Tensor:
+        """(B, C) logits and the (B,) sums of the detector's scores -> logits whose margin counts the quiet too."""
+        if self.labels is None or scores is None:
+            return logits
+        labels = self.labels.to(logits.device)
+        margin = Goal(labels).margin(logits)
+        moved = margin - quiet_margin(margin, scores / self.samples)
+        return logits.scatter_add(1, labels[:, None], moved.to(logits.dtype)[:, None])
 
     def _count(self, *, backwards: int) -> None:
         self.ledger.forwards[self._at] += self.samples
         self.ledger.backwards[self._at] += backwards * self.samples
+
+
+def quiet_margin(margins: Tensor, scores: Tensor) -> Tensor:
+    """(B,) margins over the label and (B,) scores of a detector -> (B,) what is best by: what fools, the quietest."""
+    return torch.where(margins > 0, 2.0 - scores.atan(), margins)
+
+
+def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
+    more = None if more is None else more.detach()
+    return more if total is None else total if more is None else total + more
 
 
 def chunks(total: int, width: int) -> Iterator[Tensor]:

@@ -2,23 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from vlmdefend.defenses.training_time.base import StepCost
     from vlmdefend.registry import Registry
 
-KINDS = ("models", "datasets", "attacks", "defenses", "adaptations", "protocols")
+KINDS = ("models", "datasets", "attacks", "defenses", "methods", "adaptations", "protocols")
 
 
-class Entry(NamedTuple):
-    """One line: the name, short columns, and the sentence that may wrap."""
+@dataclass(frozen=True)
+class Entry:
+    """One thing to choose.
+
+    Args:
+        columns: short values under the headers of the kind.
+        facts: what else is known of it, by the word it is introduced with.
+        note: one word behind the summary.
+    """
 
     name: str
-    columns: tuple[str, ...]
-    about: str
+    summary: str
+    columns: tuple[str, ...] = ()
+    citation: str = ""
+    note: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def about(self) -> str:
+        """What it does and where it is from (a dash says that there is no source), then a line for each fact."""
+        source = self.citation.strip(" -–")
+        first = f"{self.summary} ({source})" if source else self.summary
+        return "\n".join([f"{first}; {self.note}" if self.note else first, *map(": ".join, self.facts.items())])
+
+    def fields(self, headers: tuple[str, ...]) -> dict[str, Any]:
+        """For ``--json``; what is empty is left out."""
+        told = {"name": self.name, **dict(zip(headers, self.columns, strict=True)), "summary": self.summary}
+        told |= {"citation": self.citation.strip(" -–"), "note": self.note, **self.facts}
+        return {key.replace(" ", "_"): value for key, value in told.items() if value}
+
+
+Listed = tuple[tuple[str, ...], list[Entry]]  # the headers of the columns, and the entries
 
 
 def list_names(
@@ -26,9 +55,10 @@ def list_names(
         str | None, typer.Argument(help=f"One of: {', '.join(KINDS)}.", autocompletion=lambda: list(KINDS))
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also every ARCH:TAG of open_clip (models).")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A list of objects in place of a table.")] = False,
     plugin: Annotated[list[str] | None, typer.Option(help="Python file that registers more of them.")] = None,
 ) -> None:
-    """List models, datasets, attacks, defenses, adaptations or protocols."""
+    """List models, datasets, attacks, defenses, methods of `train`, adaptations of `urda-train`, or protocols."""
     from vlmdefend.errors import UserError, did_you_mean
     from vlmdefend.registry import load_plugin
 
@@ -40,91 +70,113 @@ def list_names(
     plural = plural if plural.endswith("s") else f"{plural}s"
     if plural not in KINDS:
         raise did_you_mean("kind of list", kind, list(KINDS))
-    entries = {
+    listed: Listed = {
         "models": lambda: models(everything),
         "datasets": datasets,
         "attacks": attacks,
         "defenses": defenses,
+        "methods": methods,
         "adaptations": adaptations,
         "protocols": protocols,
     }[plural]()
-    show(plural.removesuffix("s"), entries)
+    if as_json:
+        headers, entries = listed
+        typer.echo(json.dumps([entry.fields(headers) for entry in entries], indent=1, ensure_ascii=False))
+    else:
+        show(plural.removesuffix("s"), listed)
 
 
-def attacks() -> tuple[tuple[str, ...], list[Entry]]:
+def attacks() -> Listed:
     """Every attack: the norms it is defined for, what it does, where it is from."""
     from vlmdefend.attacks import ATTACKS
 
     return ("norms",), [
-        Entry(name, (" ".join(getattr(cls, "norms", ())),), _sentence(cls)) if cls else Entry(name, ("",), trouble)
-        for name, cls, trouble in _classes(ATTACKS)
-    ] + [
-        Entry(
-            f"{family}:NAME", ("linf l2",), f"an attack of the package {family} by its class name, such as {family}:CW"
-        )
-        for family in ATTACKS.families
+        *(
+            _entry(name, cls, trouble, (" ".join(getattr(cls, "norms", ())),))
+            for name, cls, trouble in _classes(ATTACKS)
+        ),
+        *(
+            Entry(
+                f"{family}:NAME",
+                f"an attack of the package {family} by its class name, such as {family}:CW",
+                ("linf l2",),
+            )
+            for family in ATTACKS.families
+        ),
     ]
 
 
-def adaptations() -> tuple[tuple[str, ...], list[Entry]]:
-    """What `urda-train` knows: step 1 (adaptation) and step 2 (robustification), what each does, where it is from."""
+def methods() -> Listed:
+    """Every training-time defense: the command that trains it, what it does, what trains, and what an image costs."""
+    from vlmdefend.cli.train_report import trained_part
+    from vlmdefend.defenses.training_time import OBJECTIVES
+
+    entries = []
+    for name, cls, trouble in _classes(OBJECTIVES):
+        schedule = getattr(cls, "schedule", None)
+        facts = {}
+        if cls is not None:
+            facts = {
+                "trains": trained_part("image" if schedule is None else schedule.trains),
+                "cost": _cost(cls().cost),
+            }
+        entries.append(_entry(name, cls, trouble, ("distill" if schedule is None else "train",), facts))
+    return ("command",), sorted(entries, key=lambda entry: (entry.columns[0] != "train", entry.name))
+
+
+def adaptations() -> Listed:
+    """What `urda-train` knows: step 1 (adaptation) and step 2 (robustification), what each does, what it costs."""
     from vlmdefend.defenses.adaptation import ADAPTATIONS
 
-    entries = [
-        Entry(name, (str(getattr(cls, "role", "")),), _sentence(cls)) if cls else Entry(name, ("",), trouble)
-        for name, cls, trouble in _classes(ADAPTATIONS)
-    ]
+    entries = []
+    for name, cls, trouble in _classes(ADAPTATIONS):
+        facts = {} if cls is None else {"cost": _cost(cls().cost)}
+        entries.append(_entry(name, cls, trouble, (str(getattr(cls, "role", "")),), facts))
     return ("role",), sorted(entries, key=lambda entry: (*entry.columns, entry.name))
 
 
-def defenses() -> tuple[tuple[str, ...], list[Entry]]:
+def defenses() -> Listed:
     """Every defense: paradigm, what it does, changes, where it is from, how it is attacked, what is known of it."""
     from vlmdefend.defenses import DEFENSES
 
     entries = []
     for name, cls, trouble in _classes(DEFENSES):
-        if cls is None:
-            entries.append(Entry(name, ("",), trouble))
-            continue
         recipe = getattr(cls, "recipe", "")
-        changes = "" if name == "none" else getattr(cls, "changes", "")
-        lines = [_sentence(cls) + ("; random" if getattr(cls, "stochastic", False) else "")]
-        lines += [f"changes: {changes}"] if changes else []
-        lines += [f"adaptive attack: {getattr(recipe, 'text', recipe)}"] if recipe else []
-        lines += [f"evidence: {cls.evidence}"] if getattr(cls, "evidence", "") else []
-        paradigm = str(getattr(cls, "paradigm", ""))
-        entries.append(Entry(name, (paradigm.replace(" adaptation", "\nadaptation"),), "\n".join(lines)))
+        facts = {
+            "changes": "" if name == "none" else getattr(cls, "changes", ""),
+            "adaptive attack": getattr(recipe, "text", recipe),
+            "evidence": getattr(cls, "evidence", ""),
+        }
+        note = "random" if getattr(cls, "stochastic", False) else ""
+        known = {word: text for word, text in facts.items() if text}
+        entries.append(_entry(name, cls, trouble, (str(getattr(cls, "paradigm", "")),), known, note))
     return ("paradigm",), sorted(entries, key=lambda entry: (entry.name != "none", *entry.columns, entry.name))
 
 
-def datasets() -> tuple[tuple[str, ...], list[Entry]]:
+def datasets() -> Listed:
     """Every data set: its number of classes and where its images come from."""
     from vlmdefend.data.open import listed_datasets
 
     return ("classes", "where"), [
-        Entry(line.name, (str(line.classes or ""), line.where), line.summary) for line in listed_datasets()
+        Entry(line.name, line.summary, (str(line.classes or ""), line.where)) for line in listed_datasets()
     ]
 
 
-def models(everything: bool) -> tuple[tuple[str, ...], list[Entry]]:
+def models(everything: bool) -> Listed:
     """Every model name and form of a name; ``everything`` spells out each ``ARCH:TAG`` of open_clip (seconds)."""
     from vlmdefend.models.names import listed_models
 
-    lines = listed_models(every_pair=everything)
-    return ("where",), [Entry(line.name, (line.where,), line.summary) for line in lines]
+    return ("where",), [Entry(line.name, line.summary, (line.where,)) for line in listed_models(every_pair=everything)]
 
 
-def protocols() -> tuple[tuple[str, ...], list[Entry]]:
+def protocols() -> Listed:
     """Every protocol."""
     from vlmdefend.evaluation.protocol import listed_protocols
 
-    entries = []
-    for protocol in listed_protocols():
-        entries.append(Entry(protocol.name, (), _cited(protocol.summary, protocol.citation)))
-    return (), entries
+    return (), [Entry(line.name, line.summary, citation=line.citation) for line in listed_protocols()]
 
 
-def show(kind: str, listed: tuple[tuple[str, ...], list[Entry]]) -> None:
+def show(kind: str, listed: Listed) -> None:
     """Print a table no wider than the terminal; only the last column wraps, names are never cut."""
     from rich.console import Console
     from rich.table import Table
@@ -138,7 +190,8 @@ def show(kind: str, listed: tuple[tuple[str, ...], list[Entry]]) -> None:
         table.add_column(header)
     table.add_column("about", overflow="fold", min_width=24)
     for entry in entries:
-        table.add_row(*(Text(_plain(text)) for text in (entry.name, *entry.columns, entry.about)))
+        columns = [column.replace(" adaptation", "\nadaptation") for column in entry.columns]
+        table.add_row(*(Text(_plain(text)) for text in (entry.name, *columns, entry.about)))
     Console(highlight=False).print(table)
 
 
@@ -153,16 +206,26 @@ def _classes(registry: Registry[Any]) -> Iterable[tuple[str, type[Any] | None, s
             yield name, None, f"cannot be loaded: {error}"
 
 
-def _sentence(cls: type[Any]) -> str:
-    """What it does and where it is from."""
+def _entry(
+    name: str,
+    cls: type[Any] | None,
+    trouble: str,
+    columns: tuple[str, ...],
+    facts: Mapping[str, str] | None = None,
+    note: str = "",
+) -> Entry:
+    """A class by what it says of itself, or why there is none."""
+    if cls is None:
+        return Entry(name, trouble, ("",) * len(columns))
     summary = getattr(cls, "summary", "") or (cls.__doc__ or "").strip().partition("\n")[0]
-    return _cited(summary, getattr(cls, "citation", ""))
+    return Entry(name, summary, columns, getattr(cls, "citation", ""), note, facts or {})
 
 
-def _cited(summary: str, citation: str) -> str:
-    """A citation in brackets; a dash says that there is none."""
-    source = citation.strip(" -–")
-    return f"{summary} ({source})" if source else summary
+def _cost(cost: StepCost) -> str:
+    """Of one image in one step, at the method's own options."""
+    teacher = f" and {cost.teacher_forwards} of a frozen model" if cost.teacher_forwards else ""
+    first = f", and {cost.once} an image before the first" if cost.once else ""
+    return f"{cost.forward_backwards} forward+backwards{teacher} an image and step{first}"
 
 
 def _plain(text: str) -> str:

@@ -21,7 +21,8 @@ def train(
         OPTION(
             "--method",
             "-m",
-            help="tecoa, fare, pmg-aft, tga-zsr, sim-clip, agft, trades; with options: pmg-aft:kl_reduction=sum.",
+            help="tecoa, fare, pmg-aft, tga-zsr, sim-clip, agft, adv-lora; baselines at, trades; with options: "
+            "at:images=clean. All of them: `vlmdefend list methods`.",
             autocompletion=complete.objectives,
             rich_help_panel=METHOD,
         ),
@@ -73,8 +74,9 @@ def train(
         str | None,
         OPTION(
             help="image: the image tower. all: text and scale too. last:K: its last K tensors. lora:R: rank R in its "
-            "attention. prompt:P: a border of P pixels (ViT). The last two are folded into plain weights at the end.  "
-            "\\[default: image]",
+            "attention; lora-all:R: in the text tower's too; lora:R:P: with dropout P. prompt:N: a border of N pixels "
+            "(ViT). Low rank and prompt are folded into plain weights at the end.  \\[default: image; of adv-lora: "
+            "lora-all:2:0.25]",
             rich_help_panel=METHOD,
         ),
     ] = None,

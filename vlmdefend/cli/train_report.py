@@ -7,11 +7,9 @@ from typing import TYPE_CHECKING
 import typer
 
 from vlmdefend.cli.distill_report import interval
-from vlmdefend.types import format_eps
 
 if TYPE_CHECKING:
     from vlmdefend.training.train import Trained, Training
-    from vlmdefend.training.train_settings import TrainSettings
 
 
 def print_choices(training: Training) -> None:
@@ -25,7 +23,7 @@ def print_choices(training: Training) -> None:
     parameters = sum(p.numel() for p in training.student.parameters.values())
     lines = [
         ("method", f"{settings.objective!r}"),
-        ("model", f"{settings.model}; trains: {trained_part(settings)}, {parameters:,} parameters"),
+        ("model", f"{settings.model}; trains: {trained_part(settings.trains)}, {parameters:,} parameters"),
         ("images", f"{settings.dataset} ({settings.split}): {len(training.images)} to train on, {held} held out"),
         ("prompt", " | ".join(settings.templates)),
         (
@@ -33,11 +31,7 @@ def print_choices(training: Training) -> None:
             f"{settings.profile}: logit scale {settings.logit_scale}, normalization {settings.normalization}, "
             f"BatchNorm {settings.batch_norm}",
         ),
-        (
-            "attack",
-            f"{settings.steps} steps, L_inf {settings.eps}, alpha {format_eps(settings.step_size)}, last iterate, "
-            "float32",
-        ),
+        ("attack", settings.objective.attack),
         (
             "train",
             f"{cost.epochs} epochs of {cost.steps // cost.epochs} steps, rate {settings.lr:g}, warm-up {cost.warm_up} "
@@ -92,13 +86,18 @@ def print_result(training: Training, found: Trained) -> None:
     )
 
 
-def trained_part(settings: TrainSettings) -> str:
-    """What trains, in words."""
-    kind, _, count = settings.trains.partition(":")
+def trained_part(trains: str) -> str:
+    """What ``--trains`` says, in words."""
+    kind, _, count = trains.partition(":")
+    lora = " and dropout ".join(count.split(":"))
     return {
         "image": "the image tower",
         "all": "the whole model",
         "last": f"the last {count} tensors of the image tower",
-        "lora": f"LoRA of rank {count} in the image tower's attention, folded into the result",
+        "lora": f"LoRA of rank {lora} in the image tower's attention, folded into the result",
+        "lora-all": f"LoRA of rank {lora} in both towers' attention, folded into the result",
+        "context": f"a learned context of {count} vectors in every prompt",
+        "class-context": f"a learned context of {count} vectors for each class",
+        "deep": f"{count} learned tokens in the blocks of both towers",
         "prompt": f"a visual prompt, {count} pixels around the image, folded into the result",
-    }.get(kind, settings.trains)
+    }.get(kind, trains)

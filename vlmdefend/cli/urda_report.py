@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlmdefend.types import format_eps
-
 if TYPE_CHECKING:
     from vlmdefend.training.urda import Adapted, RobustAdaptation
 
@@ -79,6 +77,13 @@ def warnings_of(adaptation: RobustAdaptation) -> list[str]:
             f"{name} was trained on the training images of all embedded sets with their class names: on these sets "
             "nothing is left to adapt, and the numbers say nothing of adaptation."
         )
+    if adaptation.robust is not None and adaptation.robust.name == "rfa" and settings.teacher is None:
+        found.append(
+            "rfa takes its robustness from a robust teacher, and that of step 1 is none; make one with --robustify vat "
+            "and give its folder as --teacher local-dir:FOLDER."
+        )
+    if adaptation.given is not None and adaptation.given.assumed:
+        found.append(adaptation.given.assumed)
     if settings.select == "oracle":
         found.append("--oracle: the epoch is chosen by target labels, so this is no unsupervised adaptation.")
     if settings.space == "released":
@@ -105,17 +110,10 @@ def print_result(adaptation: RobustAdaptation, found: Adapted) -> None:
     from vlmdefend.reporting.adaptation import result_text
 
     settings = adaptation.settings
-    typer.echo(f"\n{result_text(settings.model_dump(mode='json'), found.spec())}")
+    typer.echo(f"\n{result_text(settings.model_dump(mode='json'), found.spec(), found.out)}")
     done = "found done" if found.reused else "written"
-    if not found.written:
-        typer.echo(
-            f"\n{found.out}: {done}; the teacher is {settings.teacher or settings.backbone}, nothing was trained."
-        )
-        return
-    typer.echo(
-        f"\n{found.out}: {done}. PGD alone; for a verdict: vlmdefend evaluate --model local-dir:{found.out} --dataset "
-        f"{settings.target} --attack autoattack --eps {format_eps(settings.radius)}"
-    )
+    what = "" if found.written else f"; the teacher is {settings.teacher or settings.backbone}, nothing was trained"
+    typer.echo(f"\n{found.out}: {done}{what}.")
 
 
 def _stage(adaptation: RobustAdaptation, *, first: bool) -> str:

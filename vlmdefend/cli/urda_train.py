@@ -55,16 +55,17 @@ def urda_train(
     teacher: Annotated[
         str | None,
         OPTION(
-            help="In place of step 1: local-dir:PATH, a CLIP's name (text classes), timm:NAME, python:MODULE:FUNCTION.",
+            help="In place of step 1: local-dir:PATH, a CLIP's name (text classes), timm:NAME, timm:NAME@FILE, "
+            "timm:local-dir:FOLDER, python:MODULE:FUNCTION.",
             rich_help_panel=WHAT,
         ),
     ] = None,
     backbone: Annotated[
         str | None,
         OPTION(
-            help="tiny-cnn, timm:resnet50, or a CLIP whose image tower is taken. The embedded tiny-vit and tiny-rn saw "
-            "the embedded sets with their labels: nothing is adapted there.  \\[default: tiny-cnn on embedded sets, "
-            "else timm:resnet50]",
+            help="tiny-cnn, timm:resnet50, timm:resnet50@FILE, timm:local-dir:FOLDER, or a CLIP whose image tower is "
+            "taken. The embedded tiny-vit and tiny-rn saw the embedded sets with their labels: nothing is adapted "
+            "there.  \\[default: tiny-cnn on embedded sets, else timm:resnet50]",
             rich_help_panel=WHAT,
         ),
     ] = None,
@@ -194,6 +195,9 @@ def urda_train(
     ] = None,
     weight_decay: Annotated[
         float | None, OPTION(help="\\[default: 5e-4; released: 1e-3]", rich_help_panel=TRAIN)
+    ] = None,
+    clip: Annotated[
+        float | None, OPTION(help="Longest norm of a step's gradient.  \\[default: as it is]", rich_help_panel=TRAIN)
     ] = None,
     batch_size: Annotated[
         int | None, OPTION(help="Images of each domain in a step of step 1.  \\[default: 36]", rich_help_panel=TRAIN)

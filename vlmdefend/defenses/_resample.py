@@ -42,5 +42,6 @@ def whole(size: int, like: Tensor) -> Span:
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """(..., C, H, W) images with (..., H, H) and (..., W, W) weights -> (..., C, H, W); leading axes broadcast."""
-    resampled: Tensor = rows[..., None, :, :] @ images @ columns[..., None, :, :].mT
+    rows, columns = (weights[..., None, :, :].to(images.dtype) for weights in (rows, columns))
+    resampled: Tensor = rows @ images @ columns.mT
     return resampled

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from vlmdefend.defenses._augmix import DRAWS, augmix
 from vlmdefend.defenses._resample import Span, axis_weights, resample, whole
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, per_image
@@ -16,14 +17,21 @@ AT_ONCE = 256  # views in the model at once
 
 
 def augmented_views(
-    images: Tensor, rng: ImageRng, count: int, *, area: tuple[float, float] = (0.08, 1.0), flip: bool = True
+    images: Tensor,
+    rng: ImageRng,
+    count: int,
+    *,
+    area: tuple[float, float] = (0.08, 1.0),
+    flip: bool = True,
+    mixed: bool = False,
 ) -> Tensor:
     """(B, 3, H, W) -> (B, count, 3, H, W): the image itself, then ``count - 1`` random crops of it, drawn anew.
 
-    The view set of TPT (Shu et al. 2022) and R-TPT (Sheng et al. 2025) without AugMix: RandomResizedCrop with
-    torchvision's defaults (share of the area uniform in ``area``, log-uniform aspect ratio in 3/4 to 4/3, bilinear),
-    then a horizontal flip with probability 1/2. The crops are of the image that the pipeline is given, not of the
-    original file, and are not rounded to 8 bits. All sizes are shares of the image's, so nothing has to be scaled.
+    The view set of TPT (Shu et al. 2022) and R-TPT (Sheng et al. 2025): RandomResizedCrop with torchvision's defaults
+    (share of the area uniform in ``area``, log-uniform aspect ratio in 3/4 to 4/3, bilinear), then a horizontal flip
+    with probability 1/2, then AugMix where ``mixed``, as their codes have it for fine-grained sets. The crops are of
+    the image that the pipeline is given, not of the original file, and are not rounded to 8 bits. All sizes are shares
+    of the image's, so nothing has to be scaled.
     """
     if count == 1:
         return images[:, None]
@@ -34,7 +42,11 @@ def augmented_views(
     columns = axis_weights(width, across, whole(width, across.first))
     if flip:
         columns = torch.where(draws[..., -1, None, None] < 0.5, columns.flip(-2), columns)
-    return torch.cat([images[:, None], resample(images[:, None], rows, columns)], dim=1)
+    crops = resample(images[:, None], rows, columns)
+    if mixed:
+        chains = rng.uniform((count - 1, DRAWS))
+        crops = augmix(crops.flatten(0, 1), chains.flatten(0, 1)).view_as(crops)
+    return torch.cat([images[:, None], crops], dim=1)
 
 
 def predict_views(model: Pipeline, views: Tensor, rng: ImageRng) -> Outputs:

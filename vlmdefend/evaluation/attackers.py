@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.goal import SURE, Goal
-from vlmdefend.attacks.view import View, chunks
+from vlmdefend.attacks.view import View, chunks, quiet_margin
 from vlmdefend.defenses.base import Defense
 from vlmdefend.evaluation.records import Attacker
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat, per_image
 
 BARE = -1
+JUDGED = 4  # draws of a random pipeline by which the findings of several variants are compared, the same for all
 
 
 class Crafted(NamedTuple):
@@ -97,12 +98,14 @@ def view_of(
     rng: ImageRng,
     width: int,
     variant: Variant = Variant(),  # noqa: B008 (a tuple)
+    labels: Tensor | None = None,
 ) -> View:
     """What ``attacker`` may query.
 
     ``transfer`` sees the bare model, ``whitebox`` the deployed pipeline as autograd sees it, ``adaptive`` the
     defense's surrogates with their number of draws. An image may leave early only where fooling the view is fooling
-    the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored.
+    the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored. Nor where the
+    defense turns images away: an adaptive attacker goes on to the iterate that fools most quietly, given the labels.
     """
     if attacker == "transfer" or variant.surrogate == BARE:
         return View(Watched(model), rng, width=width, stop=False, model=model)
@@ -113,8 +116,9 @@ def view_of(
         rng,
         width=width,
         samples=defense.recipe.samples,
-        stop=not defense.stochastic,
+        stop=not defense.stochastic and not defense.rejects,
         detector_weight=variant.detector_weight,
+        labels=labels if defense.rejects else None,
         model=model,
     )
 
@@ -147,7 +151,7 @@ def fit(
     values = zeros = 0
     finite = True
     for variant in variants(attacker, defense):
-        view = view_of(attacker, defense, model, rng.child(variant.purpose(attacker)), width, variant)
+        view = view_of(attacker, defense, model, rng.child(variant.purpose(attacker)), width, variant, labels)
         fitted[variant] = attack.fit(view, images, labels, threat)
         values += view.ledger.gradient_values
         zeros += int(view.ledger.zero_gradients)
@@ -203,18 +207,19 @@ def craft(
     todo = torch.arange(len(images))
     for variant, attack in attacks.items():
         streams = rng.child(variant.purpose(attacker)).select(todo)
-        view = view_of(attacker, defense, model, streams, width, variant)
+        view = view_of(attacker, defense, model, streams, width, variant, labels[todo])
         view.stop = view.stop and stop
         found = attack(view, images[todo], labels[todo], threat.select(todo))
         margin = found.margin
-        judge = view_of(attacker, defense, model, streams.child("judge"), width)
+        judge = view_of(attacker, defense, model, rng.child("judge").select(todo), width)
+        if defense.stochastic:
+            judge.samples = max(judge.samples, JUDGED)
         with attack.conditions(judge.text_side if attack.changes_prompts else None):
-            if variant.surrogate == BARE:
+            if variant.surrogate == BARE or (defense.stochastic and len(attacks) > 1):
                 margin = Goal(labels[todo]).margin(judge(found.images))
             scores = _detector_scores(defense, model, found.images, judge.rng, width) if defense.rejects else None
         if scores is not None:
-            quiet = -scores
-            margin = torch.where(margin > 0, 2.0 + quiet.atan(), margin)  # of what fools, the least suspicious
+            margin = quiet_margin(margin, scores)
         better = margin > margins[todo]
         best[todo] = torch.where(per_image(better, found.images), found.images, best[todo])
         margins[todo] = torch.where(better, margin, margins[todo])

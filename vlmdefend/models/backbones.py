@@ -9,7 +9,8 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import nn
 
-from vlmdefend.errors import UserError, did_you_mean
+from vlmdefend.errors import UserError
+from vlmdefend.models.timm_network import load_timm, rebuild_timm
 
 TIMM = "timm:"
 TINY_CNN = "tiny-cnn"
@@ -48,7 +49,8 @@ def load_backbone(name: str, *, pretrained: bool = True, seed: int = 0) -> Backb
     """The image network called ``name``, on the CPU, in evaluation mode.
 
     Args:
-        name: ``tiny-cnn``; ``timm:NAME`` of timm; or any name of a CLIP, whose image tower is taken.
+        name: ``tiny-cnn``; ``timm:NAME``, ``timm:NAME@FILE`` or ``timm:local-dir:FOLDER`` of timm; or any name of a
+            CLIP, whose image tower is taken.
         pretrained: with its published weights; ``tiny-cnn`` has none.
         seed: of the weights where they are random. The global random state is left as it was.
 
@@ -81,7 +83,7 @@ def rebuild(config: dict[str, Any]) -> nn.Module:
     if kind == "tiny-cnn":
         return _seeded(0, TinyCnn)
     if kind == "timm":
-        return _seeded(0, lambda: _timm_network(str(config["name"]), False))
+        return _seeded(0, lambda: rebuild_timm(config))
     if kind == "open_clip":
         return _seeded(0, lambda: _open_clip_tower(config))
     raise UserError(f"a backbone of kind {kind!r} is not known to this version; upgrade vlmdefend.")
@@ -93,35 +95,17 @@ def _tiny_cnn() -> Backbone:
 
 
 def _timm(name: str, pretrained: bool) -> Backbone:
-    network: Any = _timm_network(name.removeprefix(TIMM), pretrained)
-    given = network.pretrained_cfg
-    bilinear = given.get("interpolation") == "bilinear"
+    found = load_timm(name.removeprefix(TIMM), pretrained=pretrained)
     return Backbone(
-        network,
-        int(network.num_features),
-        int(given["input_size"][-1]),
-        tuple(given["mean"]),
-        tuple(given["std"]),
-        "bilinear" if bilinear else "bicubic",
-        {"kind": "timm", "name": name.removeprefix(TIMM)},
+        found.network,
+        found.width,
+        found.image_size,
+        found.mean,
+        found.std,
+        found.interpolation,
+        found.config,
         pretrained,
     )
-
-
-def _timm_network(name: str, pretrained: bool) -> nn.Module:
-    import timm
-
-    if not timm.is_model(name.partition(".")[0]):
-        raise did_you_mean("timm model", name, timm.list_models())
-    try:
-        network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise UserError(
-            f'timm:{name}: its weights cannot be had ({reason}); run `python -c "import timm; '
-            f"timm.create_model('{name}', pretrained=True)\"` where there is a network, or give tiny-cnn."
-        ) from None
-    return network
 
 
 def _open_clip_tower(config: dict[str, Any]) -> nn.Module:

@@ -18,13 +18,19 @@ import torch
 from vlmdefend.errors import UserError
 from vlmdefend.models.checkpoint import (
     CONFIG,
+    PROMPTS,
     WEIGHTS,
+    check_weights_file,
     find_weights,
     read_config,
     read_weights,
 )
 from vlmdefend.models.fetch import Repository
+from vlmdefend.models.learned_prompts import PROMPTS_KEY
 from vlmdefend.models.loading import is_image_tower, load_image_tower, load_weights
+from vlmdefend.models.prompt_folder import read_prompts
+from vlmdefend.models.published_prompts import add_published_prompts, image_tower_of
+from vlmdefend.models.tensor_file import named_prompts, plain_names, read_contents
 from vlmdefend.models.vision_language import VisionLanguageModel
 
 
@@ -38,6 +44,7 @@ class Blueprint:
     tokenizer: Callable[[], Any]
     source: str  # what a message calls the configuration
     folder: Path | None = None  # where it lies, if on this machine
+    prompts: Callable[[], Path] | None = None  # finds or downloads learned prompts, where the configuration has some
 
 
 def tags(architecture: str) -> list[str]:
@@ -60,6 +67,7 @@ def from_folder(name: str, folder: Path) -> Blueprint:
         tokenizer=lambda: open_clip.get_tokenizer(f"local-dir:{folder}"),
         source=str(folder / CONFIG),
         folder=folder,
+        prompts=lambda: folder / PROMPTS,
     )
 
 
@@ -82,6 +90,7 @@ def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> Blueprint:
         weights=lambda: repository.file([WEIGHTS, "open_clip_pytorch_model.bin"], cache_dir),
         tokenizer=lambda: open_clip.get_tokenizer(tokenizer_name, cache_dir=cache_dir),
         source=f"{CONFIG} of {name}",
+        prompts=lambda: repository.file([PROMPTS], cache_dir),
     )
 
 
@@ -111,41 +120,73 @@ def assemble(
 ) -> VisionLanguageModel:
     """Build the model and load its weights, or those of the file ``weights``.
 
+    The weights may be of the image tower alone, or a published file with prompts: the rest is then the named model's.
+
     Raises:
         UserError: the configuration cannot be built, the weights cannot be had or do not fit.
     """
-    source = blueprint.weights() if weights is None else Path(weights)
-    state = read_weights(source)
-    clip = untrained(blueprint.config, blueprint.source)
-    if weights is not None and is_image_tower(clip, state):
-        base = _text_tower_file(blueprint, source)
-        load_weights(clip, read_weights(base), base)
-        load_image_tower(clip, state, source)
+    clip, model_cfg = untrained(blueprint.config, blueprint.source), dict(blueprint.config["model_cfg"])
+    learned = model_cfg.pop(PROMPTS_KEY, None)
+    if weights is not None and learned is not None:
+        raise UserError(f"{blueprint.name} has prompts that were learned with its own weights; leave --weights out.")
+    source = blueprint.weights() if weights is None else Path(weights).expanduser()
+    published = None
+    if weights is None:
+        load_weights(clip, read_weights(source), source)
     else:
-        load_weights(clip, state, source)
-    return VisionLanguageModel(
+        published = _load(clip, blueprint, source)
+    model = VisionLanguageModel(
         name=blueprint.name if weights is None else f"{blueprint.name}+{source.stem}",
         clip=clip,
         tokenizer=_tokenizer(blueprint),
-        model_cfg=blueprint.config["model_cfg"],
+        model_cfg=model_cfg,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
     )
+    if learned is not None and blueprint.prompts is not None:
+        file = blueprint.prompts()
+        model.add_prompts(read_prompts(learned, file), str(file))
+    if published is not None:
+        add_published_prompts(model, published, source)
+    return model
 
 
-def _text_tower_file(blueprint: Blueprint, weights: Path) -> Path:
-    """The named model's own weights, which give the text tower."""
+def _load(clip: Any, blueprint: Blueprint, source: Path) -> dict[str, Any] | None:
+    """Load the weights of a user's file; what it holds, if that is a prompt too."""
+    check_weights_file(source)
+    contents = read_contents(source)
+    prompted = named_prompts(contents) is not None
+    tower = image_tower_of(contents) if prompted else None
+    state = tower if prompted else plain_names(contents, source)
+    if not prompted and state is not None and is_image_tower(clip, state):
+        tower = state
+    if prompted or tower is not None:
+        base = _own_weights(blueprint, source, "a prompt" if tower is None else "an image tower alone")
+        load_weights(clip, read_weights(base), base)
+        if tower is not None:
+            load_image_tower(clip, tower, source)
+    elif state is not None:
+        load_weights(clip, state, source)
+    return contents if prompted else None
+
+
+def _own_weights(blueprint: Blueprint, weights: Path, what: str) -> Path:
+    """The named model's own weights, which give what the file does not hold."""
     try:
         return blueprint.weights()
     except UserError as error:
-        raise UserError(f"{weights} holds an image tower alone, and {error}") from None
+        raise UserError(f"{weights} holds {what}, and {error}") from None
 
 
 def untrained(config: dict[str, Any], source: str = "the saved configuration") -> Any:
     """The architecture of ``model_cfg`` with random weights; the global random state is left as it was.
 
+    Prompts that were learned on it are not part of it.
+
     Raises:
         UserError: the configuration, which ``source`` names, cannot be built.
     """
+    plain = {name: value for name, value in config["model_cfg"].items() if name != PROMPTS_KEY}
+    config = {**config, "model_cfg": plain}
     with tempfile.TemporaryDirectory() as folder, _quiet(), torch.random.fork_rng(devices=[]):
         (Path(folder) / CONFIG).write_text(json.dumps(config), encoding="utf-8")
         try:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import json
-import lzma
 import os
-import pickle
 import shutil
-import warnings
-import zipfile
 from collections.abc import Collection
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vlmdefend.errors import UserError
+from vlmdefend.models.tensor_file import named_prompts, plain_names, read_contents
 
 if TYPE_CHECKING:
     from vlmdefend.models.vision_language import VisionLanguageModel
@@ -28,6 +22,7 @@ if TYPE_CHECKING:
 CONFIG = "open_clip_config.json"
 WEIGHTS = "open_clip_model.safetensors"
 METADATA = "vlmdefend.json"
+PROMPTS = "learned_prompts.safetensors"
 WEIGHTS_NAMES = (  # open_clip's own order of preference, and the compressed form of the embedded models
     WEIGHTS,
     WEIGHTS + ".xz",
@@ -39,9 +34,6 @@ WEIGHTS_NAMES = (  # open_clip's own order of preference, and the compressed for
     "pytorch_model.pth",
     "model.pth",
 )
-# TeCoA's files and its descendants' hold the image tower beside the "state_dict" of a prompt, which may be empty
-NESTED = ("vision_encoder_state_dict", "state_dict", "model_state_dict", "model")
-WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -52,11 +44,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         UserError: no such file, cut short, not weights (a web page, a git-lfs pointer), or a pickle of more than
-            tensors.
+            tensors; a published file with a prompt, without which another model would be measured.
     """
     file = Path(path).expanduser()
     check_weights_file(file)
-    return _plain_names(_read_safetensors(file) if _is_safetensors(file) else _read_pickle(file), file)
+    contents = read_contents(file)
+    if prompt := named_prompts(contents):
+        raise UserError(f"{file} holds a learned prompt ({prompt} ...); give it as --weights of the model it is for.")
+    return plain_names(contents, file)
 
 
 def find_weights(folder: Path) -> Path:
@@ -151,90 +146,18 @@ def check_weights_file(file: Path) -> None:
         raise UserError(f"{file} is a web page, not weights; download the file itself (its raw or resolved address).")
 
 
-def _is_safetensors(file: Path) -> bool:
-    """By its name, or because a header of JSON follows the 8 bytes of its length."""
-    if file.name.endswith((".safetensors", ".safetensors.xz")):
-        return True
-    with file.open("rb") as opened:
-        return opened.read(10)[8:] == b'{"'
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        if file.suffix == ".xz":
-            return dict(load_bytes(lzma.decompress(file.read_bytes())))
-        return dict(load_file(file))
-    except (SafetensorError, lzma.LZMAError, EOFError, ValueError, OSError) as error:
-        raise UserError(
-            f"{file} is cut short or not a safetensors file ({_first_line(error)}); download or write it again."
-        ) from None
-
-
-def _read_pickle(file: Path) -> Any:
-    if _is_torchscript(file):
-        raise UserError(
-            f"{file} is a TorchScript archive, which holds code; turn it into tensors with "
-            f"`python -c \"import torch; torch.save(torch.jit.load('{file}', 'cpu').state_dict(), 'weights.pt')\"` "
-            "if you trust it, and give weights.pt."
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on pickle protocols; what cannot be read raises
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{file} is not a file of tensors alone, and nothing else is opened, since a pickle can run code; "
-            "give the model's state dict alone, best as .safetensors."
-        ) from None
-    except Exception:  # zip, tar and pickle readers each have their own for a damaged file
-        raise UserError(f"{file} is cut short or not a file of weights; download or write it again.") from None
-
-
-def _is_torchscript(file: Path) -> bool:
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError):
-        return False
-
-
-def _plain_names(read: Any, file: Path) -> dict[str, Tensor]:
-    """Open nested dictionaries, keep tensors, drop the prefixes that every name shares."""
-    if isinstance(read, dict) and isinstance(read.get("vision_encoder_state_dict"), dict):
-        _refuse_prompts(read, file)
-    while isinstance(read, dict) and any(isinstance(read.get(key), dict) for key in NESTED):
-        read = next(read[key] for key in NESTED if isinstance(read.get(key), dict))
-    state = (
-        {k: v for k, v in read.items() if isinstance(k, str) and isinstance(v, Tensor)}
-        if isinstance(read, dict)
-        else {}
-    )
-    if not state:
-        raise UserError(f"{file} holds no named tensors; save the model's state dict, best as .safetensors.")
-    for prefix in WRAPPERS * 2:
-        if all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def _refuse_prompts(read: dict[str, Any], file: Path) -> None:
-    """A visual prompt is part of the model: without it another one would be measured."""
-    for key in ("state_dict", "add_prompter"):
-        if isinstance(read.get(key), dict) and read[key]:
-            raise UserError(
-                f"{file} holds a visual prompt ({key}: {next(iter(read[key]))} ...), which open_clip's models have no "
-                "place for; train one that fits with `vlmdefend train --method tecoa --trains prompt:P`, or give a "
-                "fine-tuned checkpoint."
-            )
-
-
 def _write_model(model: VisionLanguageModel, folder: Path, facts: dict[str, Any]) -> None:
+    from vlmdefend.models.prompt_folder import write_prompts
+
     preprocess = {k: model.preprocess_cfg[k] for k in ("mean", "std", "interpolation", "resize_mode")}
     config = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess}
+    state = {name: tensor for name, tensor in model.clip.state_dict().items() if not name.startswith("prompts.")}
+    if model.prompts is not None:
+        write_prompts(model.prompts, folder)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / METADATA).write_text(json.dumps(facts, indent=2, default=str) + "\n", encoding="utf-8")
     header = {k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in facts.items()}
-    save_file(_separate(model.clip.state_dict()), folder / WEIGHTS, metadata={"format": "pt", **header})
+    save_file(_separate(state), folder / WEIGHTS, metadata={"format": "pt", **header})
     shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes for the owner alone
     if model.model_cfg["text_cfg"].get("hf_tokenizer_name") and hasattr(model.tokenizer, "save_pretrained"):
         model.tokenizer.save_pretrained(str(folder))  # plain open_clip looks for it in the folder
@@ -262,6 +185,9 @@ def _move_into_place(partial: Path, target: Path) -> None:
     if old != (partial / CONFIG).read_bytes():
         for name in WEIGHTS_NAMES:  # another architecture: never its configuration beside the old weights
             (target / name).unlink(missing_ok=True)
+    if (partial / PROMPTS).is_file() or (target / PROMPTS).is_file():  # never prompts beside others' weights
+        for name in (*WEIGHTS_NAMES, PROMPTS):
+            (target / name).unlink(missing_ok=True)
     last = {WEIGHTS: 1, METADATA: 2}
     for file in sorted(partial.iterdir(), key=lambda f: last.get(f.name, 0)):
         file.replace(target / file.name)
@@ -272,8 +198,3 @@ def _version() -> str:
         return version("vlmdefend")
     except PackageNotFoundError:
         return "unknown"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".")[:160]

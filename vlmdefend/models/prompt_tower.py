@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.text_side import TextSide, ensembled, parts_of
+from vlmdefend.models.text_tower import looks_backwards, read_short
 
 
 class PromptTower:
@@ -19,7 +18,8 @@ class PromptTower:
     stays. Each of T templates has vectors of its own; one with fewer words than F leaves its last vectors unused.
 
     Attributes:
-        context: (T, F, W) the vectors of the templates' own words, with which the class features are the model's.
+        context: (T, F, W) the vectors of the templates' own words, learned ones among them, with which the class
+            features are the model's.
         classes: (C, D) unit class features of that context.
 
     Raises:
@@ -28,16 +28,15 @@ class PromptTower:
 
     def __init__(self, side: TextSide) -> None:
         self.side = side
-        words = [_words_before(slots) for slots in side.slots]
-        if not any(words):
+        if not any(side.before):
             raise UserError(
                 "prompt tuning changes the words before the class name, and no template has one; use a template such "
                 "as 'a photo of a {c}.'."
             )
         self._tokens = self._shortened(side.tokens.flatten(0, 1))  # (C T, L)
-        embedded = side.table.detach()[self._tokens].view(*side.tokens.shape[:2], *self._tokens.shape[1:], -1)
-        self._embedded, longest = embedded, max(words)
-        counts = torch.tensor(words, device=embedded.device)
+        embedded = side.embed(self._tokens).detach().view(*side.tokens.shape[:2], *self._tokens.shape[1:], -1)
+        self._embedded, longest = embedded, max(side.before)
+        counts = torch.tensor(side.before, device=embedded.device)
         self._used = (torch.arange(longest, device=embedded.device) < counts[:, None])[..., None]  # (T, F, 1)
         self.context = embedded[0, :, 1 : 1 + longest]
         self.classes = side.features(side.tokens)
@@ -94,37 +93,8 @@ class PromptTower:
         tokens = self._tokens[c * self.side.tokens.shape[1] + t]
         if self._tokens.shape[-1] == self.side.tokens.shape[-1]:
             return self.side.encode(tokens, embeddings)
-        return _read(self.side.classifier.clip, tokens, embeddings)
+        return read_short(self.side.classifier.clip, tokens, embeddings)
 
     def _shortened(self, tokens: Tensor) -> Tensor:
         """Without the padding behind the longest prompt, where the tower looks only backwards."""
-        return tokens[:, : int(self.side.ends.max()) + 1] if _looks_backwards(self.side.classifier.clip) else tokens
-
-
-def _words_before(slots: Tensor) -> int:
-    """How many template tokens lie before the class name; ``slots`` are those of :class:`TextSide`."""
-    count = 0
-    while count < slots.shape[1] and bool((slots[:, count] == count + 1).all()):
-        count += 1
-    return count
-
-
-def _looks_backwards(clip: Any) -> bool:
-    """Whether this is OpenAI's text tower: causal, read at the end token, so that padding has no say."""
-    from open_clip.model import CLIP
-
-    return type(clip) is CLIP and clip.attn_mask is not None and clip.text_pool_type == "argmax"
-
-
-def _read(clip: Any, tokens: Tensor, embeddings: Tensor) -> Tensor:
-    """What ``clip.encode_text(tokens, normalize=True)`` computes, of prompts shorter than the context."""
-    length = tokens.shape[1]
-    x = embeddings + clip.positional_embedding[:length]
-    x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
-    ends = tokens.argmax(dim=-1)
-    x = clip.ln_final(x[torch.arange(len(x), device=x.device), ends])
-    projection = clip.text_projection
-    if projection is not None:
-        x = projection(x) if isinstance(projection, torch.nn.Linear) else x @ projection
-    features: Tensor = torch.nn.functional.normalize(x, dim=-1)
-    return features
+        return tokens[:, : int(self.side.ends.max()) + 1] if looks_backwards(self.side.classifier.clip) else tokens

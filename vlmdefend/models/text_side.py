@@ -8,9 +8,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmdefend.errors import UserError
+from vlmdefend.models.text_tower import encode_embedded, token_embedding, tokenized
 
 if TYPE_CHECKING:
     from vlmdefend.models.zero_shot import ZeroShotClassifier
@@ -26,11 +27,14 @@ class TextSide:
         tokenizer: open_clip's own.
         class_names: C names.
         templates: T texts with ``{c}``.
+        context: (M, W) learned vectors that are read in place of the first M tokens of every prompt; None: the words.
 
     Attributes:
         tokens: (C, T, L) int64: start, template and class name, end, padding.
         slots: for each template (C, S): where its tokens lie that name no class, the same token in each column. What a
-            tokenizer melts with the class name, and what lies between two mentions of it, counts as the name.
+            tokenizer melts with the class name, and what lies between two mentions of it, counts as the name. A place
+            of a learned vector holds no word and is none of them.
+        before: for each template, how many tokens, or learned vectors, lie before the class name.
 
     Raises:
         UserError: a text tower or a tokenizer that is not open_clip's own; a prompt longer than the context.
@@ -42,17 +46,24 @@ class TextSide:
         tokenizer: Any,
         class_names: Sequence[str],
         templates: Sequence[str],
+        context: Tensor | None = None,
     ) -> None:
         self.classifier, self._tokenizer = classifier, tokenizer
         self._clip: Any = classifier.clip
-        self._embedding = _token_embedding(self._clip)
+        self._embedding = token_embedding(self._clip)
+        self._context = context
         if not all(hasattr(tokenizer, name) for name in ("encode", "decoder", "sot_token_id", "eot_token_id")):
             raise UserError(
                 f"an attack on the prompts needs open_clip's own tokenizer, this model has {type(tokenizer).__name__}; "
                 "use a CLIP model such as ViT-B/32."
             )
-        self.tokens = self._tokenized(class_names, templates).to(self._embedding.weight.device)
-        self.slots = [self._slots_of(number, template) for number, template in enumerate(templates)]
+        texts = [template.replace("{c}", name) for name in class_names for template in templates]
+        tokens = tokenized(tokenizer, texts).view(len(class_names), len(templates), -1)
+        self.tokens = tokens.to(self._embedding.weight.device)
+        slots = [self._slots_of(number, template) for number, template in enumerate(templates)]
+        self.before = [_words_before(places) for places in slots]
+        learned = 0 if context is None else len(context)
+        self.slots = [places[:, learned:] for places in slots]
 
     @property
     def table(self) -> Tensor:
@@ -110,6 +121,14 @@ class TextSide:
         longer = tokens.scatter(-1, ends[:, None] + 1, self._tokenizer.eot_token_id)
         return longer.scatter(-1, ends[:, None], word)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(P, L) tokens -> (P, L, W) what the tower reads."""
+        found: Tensor = self._embedding(tokens)
+        if self._context is None:
+            return found
+        learned = self._context.detach().expand(len(tokens), -1, -1)
+        return torch.cat([found[:, :1], learned, found[:, 1 + learned.shape[1] :]], dim=1)
+
     def encode(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """(P, L) tokens -> (P, D) unit features.
 
@@ -119,14 +138,24 @@ class TextSide:
         """
         if embeddings is None:
             with torch.no_grad():
-                parts = [self._clip.encode_text(part, normalize=True) for part in parts_of(tokens)]
-            return torch.cat(parts)
-        handle = self._embedding.register_forward_hook(lambda module, given, found: embeddings)
+                return torch.cat([self._encode_words(part) for part in parts_of(tokens)])
+        return encode_embedded(self._clip, tokens, embeddings)
+
+    def states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """P texts -> (P, L) tokens, (P, D) features that are not normalised, (P, L, W) what is known of each token.
+
+        The latter is what the tower's last norm gives, of which the features are made.
+        """
+        tokens: Tensor = self._tokenizer(list(texts)).to(self.tokens.device)
+        tower = self._clip if hasattr(self._clip, "ln_final") else self._clip.text
+        known: list[Tensor] = []
+        handle = tower.ln_final.register_forward_hook(lambda module, given, found: known.append(found))
         try:
-            features: Tensor = self._clip.encode_text(tokens, normalize=True)
+            with torch.no_grad():
+                features = self._clip.encode_text(tokens, normalize=False)
         finally:
             handle.remove()
-        return features
+        return tokens, features, known[0]
 
     def features(self, tokens: Tensor) -> Tensor:
         """(C, T, L) -> (C, D) unit rows, as :meth:`VisionLanguageModel.text_features` computes them."""
@@ -150,10 +179,10 @@ class TextSide:
             prompts = self.encode(flat).view(*tokens.shape[:2], -1).requires_grad_(True)
             classes = ensembled(prompts)
         (wanted,) = torch.autograd.grad(classes, prompts, of(classes.detach()))
-        found = []
+        found: list[Tensor] = []
         for part in parts_of(rows):
             with torch.enable_grad():
-                embeddings = self._embedding(flat[part]).detach().requires_grad_(True)
+                embeddings = self.embed(flat[part]).detach().requires_grad_(True)
                 features = self.encode(flat[part], embeddings)
             found.extend(torch.autograd.grad(features, embeddings, wanted.flatten(0, 1)[part]))
         return torch.cat(found)
@@ -168,17 +197,11 @@ class TextSide:
         finally:
             self.classifier.text_features = before
 
-    def _tokenized(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        texts = [template.replace("{c}", name) for name in class_names for template in templates]
-        tokens: Tensor = self._tokenizer(texts)
-        for text, row in zip(texts, tokens, strict=True):
-            length = len(self._tokenizer.encode(text)) + 2
-            if length > len(row):
-                raise UserError(
-                    f"the prompt {text!r} has {length} tokens, the model reads {len(row)}; shorten the class name or "
-                    "the template."
-                )
-        return tokens.view(len(class_names), len(templates), -1)
+    def _encode_words(self, tokens: Tensor) -> Tensor:
+        if self._context is not None:
+            return encode_embedded(self._clip, tokens, self.embed(tokens))
+        features: Tensor = self._clip.encode_text(tokens, normalize=True)
+        return features
 
     def _slots_of(self, number: int, template: str) -> Tensor:
         pieces = template.split("{c}")
@@ -222,12 +245,9 @@ def _shared(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _token_embedding(clip: Any) -> nn.Embedding:
-    for tower in (clip, getattr(clip, "text", None)):
-        embedding = getattr(tower, "token_embedding", None)
-        if isinstance(embedding, nn.Embedding):
-            return embedding
-    raise UserError(
-        f"an attack on the prompts needs open_clip's own text tower; that of {type(clip).__name__} is another "
-        "(a Hugging Face one); use a CLIP model such as ViT-B/32."
-    )
+def _words_before(slots: Tensor) -> int:
+    """How many template tokens lie before the class name."""
+    count = 0
+    while count < slots.shape[1] and bool((slots[:, count] == count + 1).all()):
+        count += 1
+    return count

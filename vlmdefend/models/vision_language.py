@@ -12,7 +12,9 @@ from torch import Tensor
 
 from vlmdefend.data.prompts import templates_for
 from vlmdefend.errors import UserError
+from vlmdefend.models.context import ContextReader
 from vlmdefend.models.contiguous import use_contiguous_attention
+from vlmdefend.models.learned_prompts import PROMPTS_KEY, LearnedPrompts, attach
 from vlmdefend.models.text_side import TextSide
 from vlmdefend.models.zero_shot import ZeroShotClassifier
 
@@ -58,6 +60,7 @@ class VisionLanguageModel:
         self.interpolation: Literal["bicubic", "bilinear"] = "bilinear" if bilinear else "bicubic"
         self._hash: tuple[object, str] | None = None
         self._texts: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[object, Tensor]] = {}
+        self._readers: dict[tuple[str, ...], ContextReader] = {}
 
     def __repr__(self) -> str:
         return f"VisionLanguageModel({self.name!r}, image_size={self.image_size}, device={str(self.device)!r})"
@@ -77,15 +80,49 @@ class VisionLanguageModel:
             self._hash = version, _hash(state)
         return self._hash[1]
 
+    @property
+    def prompts(self) -> LearnedPrompts | None:
+        """What prompt learning added; None where nothing was learned but weights."""
+        return getattr(self.clip, "prompts", None)
+
+    @property
+    def context(self) -> Tensor | None:
+        """(M, W), or (C, M, W) of each class: the learned vectors that replace the user's templates, if any."""
+        return None if self.prompts is None else self.prompts.context
+
+    def add_prompts(self, prompts: LearnedPrompts, source: str = "these prompts") -> None:
+        """Learned prompts are part of the model from now on.
+
+        Raises:
+            UserError: it has some, or they do not fit; names the ``source``.
+        """
+        attach(self.clip, prompts, source)
+        self.model_cfg = {**self.model_cfg, PROMPTS_KEY: prompts.config}
+        self._texts.clear()
+
+    def reader(self, class_names: Sequence[str]) -> ContextReader:
+        """Class features as a function of the context, of a model that has one.
+
+        Raises:
+            UserError: contexts of other classes, or a prompt that the text tower cannot read.
+        """
+        key, prompts = tuple(class_names), self.prompts
+        assert prompts is not None
+        prompts.check_classes(key)
+        if key not in self._readers:
+            self._readers[key] = ContextReader(self.clip, self.tokenizer, key, prompts.template, prompts.length)
+        return self._readers[key]
+
     def text_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
         """(C, D) unit float32 rows, ensembled over the templates as open_clip does.
 
         Each prompt is encoded and normalised; a class is the normalised mean over templates, which hold ``{c}``
         where the class name goes. Computed once per (classes, templates), and again only if the weights outside
-        the image tower changed.
+        the image tower changed. Of a model with a learned context, the context takes the place of all templates.
 
         Raises:
-            UserError: no classes, no templates, or a template without ``{c}``.
+            UserError: no classes, no templates, or a template without ``{c}``; contexts that were learned for other
+                classes.
         """
         _check_prompts(class_names, templates)
         key = tuple(class_names), tuple(templates)
@@ -95,7 +132,10 @@ class VisionLanguageModel:
         return self._texts[key][1]
 
     def blank_text_features(self) -> Tensor:
-        """(D,) unit mean embedding of OpenAI's 80 templates with nothing in the class's place ("a photo of a .")."""
+        """(D,) unit mean embedding of OpenAI's 80 templates with nothing in the class's place ("a photo of a .").
+
+        Of a model with a learned context: of the context with nothing after it.
+        """
         return self.text_features(("",), templates_for("imagenet"))[0]
 
     def zero_shot(
@@ -120,8 +160,20 @@ class VisionLanguageModel:
             image_size=self.image_size,
             resize_inside=resize_inside,
             blank=self.blank_text_features,
-            text_side=lambda classifier: TextSide(classifier, self.tokenizer, class_names, templates),
+            text_side=lambda classifier: self._text_side(classifier, class_names, templates),
         )
+
+    def _text_side(
+        self, classifier: ZeroShotClassifier, class_names: Sequence[str], templates: Sequence[str]
+    ) -> TextSide:
+        if self.prompts is None or self.context is None:
+            return TextSide(classifier, self.tokenizer, class_names, templates)
+        if self.context.dim() == 3:
+            raise UserError(
+                f"{self.name}: attacks on the prompts and defenses that tune them change one prompt for all classes, "
+                "and this model has learned one for each; use others, or a model with a context for all classes."
+            )
+        return TextSide(classifier, self.tokenizer, class_names, (self.prompts.template,), self.context)
 
     @staticmethod
     def prompts_hash(class_names: Sequence[str], templates: Sequence[str]) -> str:
@@ -132,6 +184,9 @@ class VisionLanguageModel:
     def _encode(self, class_names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
         import open_clip
 
+        if self.context is not None:
+            with torch.no_grad():
+                return self.reader(class_names)(self.context)
         columns: Tensor = open_clip.build_zero_shot_classifier(
             self.clip,
             self.tokenizer,

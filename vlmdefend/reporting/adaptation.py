@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,13 @@ from vlmdefend.evaluation.statistics import wilson
 from vlmdefend.types import format_eps, parse_eps
 
 SETTINGS, SUMMARY = Path("training", "settings.json"), Path("training", "summary.json")
-COLUMNS = ("clean", "true_labels", "pseudo_labels", "worst")
-HEADERS = ("", "clean", "PGD, true labels", "PGD, pseudo-labels", "worst")
+CLASSIFIER = "vlmdefend_classifier.json"
+ROWS = {
+    "clean": "clean",
+    "true_labels": "PGD, true labels",
+    "pseudo_labels": "PGD, pseudo-labels",
+    "worst": "worst of these",
+}
 
 
 def is_adaptation(folder: Path) -> bool:
@@ -29,52 +35,71 @@ def adaptation_text(folder: Path) -> str:
     summary = _read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
     if not summary.get("finished"):
         raise UserError(f"{folder}: is not finished; run the same `vlmdefend urda-train` command again.")
-    return result_text(_read(folder / SETTINGS), summary)
+    return result_text(_read(folder / SETTINGS), summary, folder)
 
 
-def result_text(settings: dict[str, Any], summary: dict[str, Any]) -> str:
-    """Settings and summary, as they are written, to text."""
+def result_text(settings: dict[str, Any], summary: dict[str, Any], folder: Path) -> str:
+    """Settings and summary, as they are written in ``folder``, to text of at most 80 columns, paths aside."""
     from tabulate import tabulate
 
     models = {"teacher": summary.get("before"), "student": summary.get("after")}
-    rows = [(name, *(interval(*n[c]) for c in COLUMNS)) for name, n in models.items() if n is not None]
-    count = next(n for n in models.values() if n is not None)["clean"][1]
-    eps = format_eps(parse_eps(settings["eps"]))
+    there = {name: numbers for name, numbers in models.items() if numbers is not None}
+    rows = [[label, *(interval(*n[row]) for n in there.values()), *_change(there, row)] for row, label in ROWS.items()]
+    count = next(iter(there.values()))["clean"][1]
+    headers = ["", *there, *(["change"] if len(there) > 1 else [])]
     lines = [
-        f"{settings['target']}, {count} held-out images; PGD-20, L_inf {eps}, right % [95 %]",
+        f"{settings['target']}: {count} held-out images, right % [95 %]",
+        f"attack: PGD-20, L_inf {format_eps(parse_eps(settings['eps']))}",
         "",
-        tabulate(rows, headers=HEADERS, tablefmt="simple", disable_numparse=True),
+        tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True),
     ]
     if settings["select"] == "oracle":
         lines += ["", "ORACLE: the epoch was chosen by target labels."]
-    return "\n".join([*lines, *doubts(models), *bound(summary.get("theory", {}))])
+    lines += [*doubts(models), *bound(summary.get("theory", {}), list(there.values())[-1])]
+    if (folder / CLASSIFIER).is_file():
+        lines += ["", "PGD alone is no verdict. AutoAttack gives one:", f"  {verdict_command(settings, folder)}"]
+    return "\n".join(lines)
 
 
-def bound(theory: dict[str, Any]) -> list[str]:
+def verdict_command(settings: dict[str, Any], folder: Path) -> str:
+    """What attacks the written classifier harder, on the same images at the same radius."""
+    words = ["vlmdefend", "evaluate", "--model", f"local-dir:{folder}", "--dataset", settings["target"]]
+    words += ["--attack", "autoattack", "--eps", format_eps(parse_eps(settings["eps"]))]
+    limit = settings.get("eval_limit")
+    words += ["--full"] if limit is None else ["--limit", str(limit)]
+    if settings.get("eval_split", "test") != "test":
+        words += ["--split", settings["eval_split"]]
+    if settings.get("root"):
+        words += ["--root", settings["root"]]
+    return shlex.join(words)
+
+
+def bound(theory: dict[str, Any], last: dict[str, Any]) -> list[str]:
     """The terms of R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g) that can be estimated, with 95 % intervals.
 
     An elementary consequence of Ben-David et al. 2010, not the theorem of Huang et al. 2026. A linear domain classifier
     on the teacher's features gives d from below; PGD gives A_T from below.
+
+    Args:
+        theory: the terms, as counts.
+        last: the numbers of h, the student, or the teacher where there is none.
     """
     if not theory:
         return []
     errors, m = theory["domain_errors"]
     low, high = wilson(errors, m)
     distance, least, most = (max(0.0, 2.0 - 4.0 * share) for share in (errors / m, high, low))
-    source, target = theory["source_accuracy"], theory["target_accuracy"]
-    lines = [
+    target, (apart, n), (robust, _) = theory["target_accuracy"], theory["disagreement"], last["pseudo_labels"]
+    return [
         "",
         "error under attack on the target <= R_S + d/2 + lambda* + A_T",
-        f"  R_S      the teacher's error on the source         {_error(*source)}",
-        f"  d        proxy A-distance on its features          {distance:.3f} [{least:.3f}, {most:.3f}]",
-        "  lambda*  best joint error                          needs target labels, not estimated",
-        f"  R_T      the teacher's error on the target         {_error(*target)}   (by labels; <= the three above)",
+        f"  R_S      the teacher's error on the source    {_error(*theory['source_accuracy'])}",
+        f"  d        proxy A-distance, from below         {distance:.3f} [{least:.3f}, {most:.3f}]",
+        "  lambda*  the best joint error                 not estimated: it needs labels",
+        f"  A_T      not the teacher's class under PGD    {_error(n - apart, n)}",
+        f"  R_T      the teacher's error on the target    {_error(*target)} by labels",
+        f"checked: {robust} right under attack >= {target[0]} the teacher has right - {apart} apart from it",
     ]
-    if "disagreement" in theory:
-        apart, n = theory["disagreement"]
-        lines.append(f"  A_T      other class than the teacher's under PGD  {_error(n - apart, n)}   (at least)")
-        lines.append("  checked on every attacked batch: right under attack >= teacher right - disagreement")
-    return lines
 
 
 def doubts(models: dict[str, dict[str, Any] | None]) -> list[str]:
@@ -96,6 +121,14 @@ def interval(hits: int, n: int) -> str:
     """``85.2 [81.8, 88.0]``."""
     low, high = wilson(hits, n)
     return f"{100 * hits / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+def _change(there: dict[str, dict[str, Any]], row: str) -> list[str]:
+    """From teacher to student, in points."""
+    if len(there) < 2:
+        return []
+    before, after = (hits / n for hits, n in (numbers[row] for numbers in there.values()))
+    return [f"{100 * (after - before):+.1f}"]
 
 
 def _error(hits: int, n: int) -> str:

@@ -7,7 +7,8 @@ measurement all see it, and :func:`folded` gives a plain model's weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from typing import Any
 
@@ -18,24 +19,60 @@ from torch.nn.utils.parametrize import register_parametrization
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.training.classifier import TrainedClassifier
 
 LORA_ALPHA = 1.0
 
 
 class LowRank(nn.Module):
-    """``W + (1 / r) B A`` for each of the blocks that W (blocks x out, in) consists of; B begins at 0."""
+    """``W + B A / sqrt(r)`` for each of the blocks that W (blocks x out, in) consists of; B begins at 0.
 
-    def __init__(self, weight: Tensor, blocks: int, rank: int, generator: torch.Generator) -> None:
+    The root is what CLIP-LoRA's code has, and what keeps the size of an update the same at every rank (Kalajdzievski
+    2023). The package peft would not serve: its attention layer has one pair of factors for query, key and value
+    together, and refuses dropout.
+
+    Args:
+        dropout: share of the inputs that B A does not see in the forward that is trained. A weight is the same for
+            every token of every image, and so is what is left out: fewer draws than CLIP-LoRA's, of the same mean.
+        generator: of the start; also what dropout is drawn from, as a function of the step.
+    """
+
+    def __init__(self, weight: Tensor, blocks: int, rank: int, dropout: float, generator: torch.Generator) -> None:
         super().__init__()
         rows, width = weight.shape
-        bound = math.sqrt(3.0 / width)  # Kaiming's for a linear layer, as LoRA begins
+        bound = 1 / math.sqrt(width)  # that of torch's linear layers, as LoRA begins
         start = torch.rand(blocks, rank, width, generator=generator) * 2 * bound - bound
         self.down = nn.Parameter(start.to(weight.device))
         self.up = nn.Parameter(torch.zeros(blocks, rows // blocks, rank, device=weight.device))
+        self.dropout, self.seed = dropout, int(torch.randint(2**31, (), generator=generator))
+        self._kept: Tensor | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that is read."""
-        return weight + (LORA_ALPHA / self.down.shape[1]) * (self.up @ self.down).flatten(0, 1)
+        down = self.down if self._kept is None else self.down * self._kept
+        return weight + (LORA_ALPHA / math.sqrt(down.shape[1])) * (self.up @ down).flatten(0, 1)
+
+    def drop(self, step: int | None) -> None:
+        """Leave out inputs, other ones at every step and for every block; None: none."""
+        if step is None or not self.dropout:
+            self._kept = None
+            return
+        generator = torch.Generator().manual_seed(self.seed * 2**31 + step)
+        kept = torch.rand(len(self.down), 1, self.down.shape[2], generator=generator) >= self.dropout
+        self._kept = (kept / (1 - self.dropout)).to(self.down.device)
+
+
+@contextmanager
+def dropped_out(model: nn.Module, step: int) -> Iterator[None]:
+    """LoRA's dropout inside, where a model has such layers; the same bits for the same step."""
+    layers = [module for module in model.modules() if isinstance(module, LowRank)]
+    for layer in layers:
+        layer.drop(step)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.drop(None)
 
 
 class BorderPrompt(nn.Module):
@@ -61,28 +98,33 @@ class BorderPrompt(nn.Module):
         return positions + F.pad(patches.flatten(2)[0].T, (0, 0, 1, 0))
 
 
-def choose_adapters(classifier: ZeroShotClassifier, parts: str, seed: int) -> dict[str, nn.Parameter] | None:
-    """Put what ``parts`` says into the image tower and return its parameters by name; None for another word.
+def choose_adapters(classifier: TrainedClassifier, parts: str, seed: int) -> dict[str, nn.Parameter] | None:
+    """Put what ``parts`` says into the towers and return its parameters by name; None for another word.
 
     Args:
         classifier: all its own parameters are frozen.
-        parts: ``lora:R``: rank R on query, key and value of every attention of the image tower; ``prompt:P``: a border
-            of P pixels.
-        seed: of LoRA's start.
+        parts: ``lora:R``: rank R on query, key and value of every attention of the image tower; ``lora-all:R``: of both
+            towers; ``lora:R:P``: with dropout P; ``prompt:N``: a border of N pixels.
+        seed: of LoRA's start and dropout.
 
     Raises:
-        UserError: R or P is no number that fits, or the tower has no place for it.
+        UserError: a number that does not fit, or a tower that has no place for it.
     """
-    kind, _, count = parts.partition(":")
-    if kind not in ("lora", "prompt"):
+    kind, _, numbers = parts.partition(":")
+    if kind not in ("lora", "lora-all", "prompt"):
         return None
-    if not count.isdecimal() or int(count) < 1:
+    count, _, dropout = numbers.partition(":")
+    if not count.isdecimal() or int(count) < 1 or (dropout and kind == "prompt"):
         raise UserError(f"--trains {parts}: write {kind}: and a whole number from 1, such as {kind}:4.")
     before = set(dict(classifier.clip.named_parameters()))
-    if kind == "lora":
-        _add_lora(classifier.clip.visual, int(count), torch.Generator().manual_seed(seed))
-    else:
+    if kind == "prompt":
         _add_prompt(classifier, int(count), parts)
+    else:
+        classifier.trains_text = kind == "lora-all"
+        towers = ("image", "text") if classifier.trains_text else ("image",)
+        generator = torch.Generator().manual_seed(seed)
+        for tower in towers:
+            _add_lora(classifier.clip, tower, int(count), _dropout(parts, dropout), generator)
     named = dict(classifier.clip.named_parameters())
     ends = (".down", ".up", ".border")
     return {name: p for name, p in named.items() if name not in before and name.endswith(ends)}
@@ -94,18 +136,32 @@ def folded(clip: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
     return {name: attrgetter(name)(clip).detach().clone() for name in names}
 
 
-def _add_lora(tower: nn.Module, rank: int, generator: torch.Generator) -> None:
+def _dropout(parts: str, written: str) -> float:
+    try:
+        share = float(written or 0)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share < 1:
+        raise UserError(
+            f"--trains {parts}: the dropout after the rank must be a number from 0 to below 1, such as 0.25."
+        )
+    return share
+
+
+def _add_lora(clip: nn.Module, tower: str, rank: int, dropout: float, generator: torch.Generator) -> None:
     found: list[tuple[nn.Module, str, int]] = []
-    for module in tower.modules():
+    for name, module in clip.named_modules():
+        if name.startswith("visual.") != (tower == "image"):
+            continue
         if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
             found.append((module, "in_proj_weight", 3))
         elif all(hasattr(module, f"{part}_proj") for part in "qkvc"):  # the attention pool of CLIP's ResNet
             found.extend((getattr(module, f"{part}_proj"), "weight", 1) for part in "qkv")
     if not found:
-        raise UserError("--trains lora: this image tower has no attention; train image instead.")
+        raise UserError(f"--trains lora: this {tower} tower has no attention of CLIP's kind; train image instead.")
     for module, name, blocks in found:
         weight = getattr(module, name)
-        register_parametrization(module, name, LowRank(weight, blocks, rank, generator))
+        register_parametrization(module, name, LowRank(weight, blocks, rank, dropout, generator))
 
 
 def _add_prompt(classifier: ZeroShotClassifier, width: int, parts: str) -> None:

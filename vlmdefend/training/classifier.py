@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,7 +60,9 @@ class TrainedClassifier(ZeroShotClassifier):
         )
         self.model, self.class_names, self.templates = model, tuple(class_names), tuple(templates)
         self.logit_scale, self.batch_norm = logit_scale, batch_norm
-        self.trains_text = False
+        self.trains_text = self.trains_prompts = False
+        self.hand_features = features  # of the run's templates, whatever is learned in their place
+        self._encoded: Tensor | None = None
 
     def logits(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
         """(..., D) image features -> (..., C), of its own class features or of others."""
@@ -70,7 +73,7 @@ class TrainedClassifier(ZeroShotClassifier):
 
     def training_outputs(self, images: Tensor) -> Outputs:
         """The forward that is trained: as any other, but for trained text features and BatchNorm in training."""
-        text = self._encode_text() if self.trains_text else self.text_features
+        text = self.class_features() if self.trains_text else self.text_features
         with batch_statistics(self.clip) if self.batch_norm == "train" else _nothing():
             features = self._training_features(images) if self.batch_norm == "train" else self.features(images)
         return Outputs(self.logits(features, text), features)
@@ -81,22 +84,53 @@ class TrainedClassifier(ZeroShotClassifier):
         Raises:
             UserError: an image tower that pools in a way of its own.
         """
-        text = self._encode_text() if self.trains_text else self.text_features
+        text = self.class_features() if self.trains_text else self.text_features
         with batch_statistics(self.clip) if self.batch_norm == "train" else _nothing():
             features, patches = with_patches(self.clip.visual, self._prepared(images))
         return Outputs(self.logits(features, text), features), patches
 
+    def class_features(self) -> Tensor:
+        """(C, D) unit rows with gradients to what trains of the text side.
+
+        Learned prompts are encoded once for all that is asked before :meth:`forget` or :meth:`refresh`: attacks read
+        these rows too, without gradient. In float32: what trains are a few vectors that everything hangs on.
+        """
+        if not self.trains_prompts:
+            return self._encode_text()
+        if self._encoded is None:
+            with torch.enable_grad(), torch.autocast(self.mean.device.type, enabled=False):
+                self._encoded = self._read_context(self.model.context)
+        return self._encoded
+
+    def forget(self) -> None:
+        """The graph of the encoded prompts was sent back through, or will not be: the next to ask encodes anew."""
+        self._encoded = None
+
+    def classes_of(self, context: Tensor) -> Tensor:
+        """(C, D) class features of another context than the learned one, of its shape, with its gradient."""
+        return self._read_context(context)
+
     def refresh(self) -> None:
-        """Encode the class names again, where the text tower trains, for the forwards that do not train it."""
-        if self.trains_text:
+        """Encode the class names again, where the text side trains, for the forwards that do not train it."""
+        self.forget()
+        if self.trains_prompts:
+            self.text_features = self.class_features().detach()
+        elif self.trains_text:
             self.text_features = self.model.text_features(self.class_names, self.templates)
+
+    def _read_context(self, context: Tensor | None) -> Tensor:
+        if context is None:
+            raise UserError("this model has no learned context; train one with --trains context:M.")
+        return self.model.reader(self.class_names)(context)
 
     def _training_features(self, images: Tensor) -> Tensor:
         features: Tensor = self.clip.encode_image(self._prepared(images), normalize=False)
         return features
 
     def _encode_text(self) -> Tensor:
-        """(C, D) unit rows with gradients: as open_clip ensembles templates."""
+        """(C, D) unit rows with gradients: as open_clip ensembles templates, or of a context learned before."""
+        if self.model.context is not None:
+            return self._read_context(self.model.context)
         texts = [template.replace("{c}", name) for name in self.class_names for template in self.templates]
         tokens = self.model.tokenizer(texts).to(self.mean.device)
         features = self.clip.encode_text(tokens, normalize=True).view(self.num_classes, len(self.templates), -1)

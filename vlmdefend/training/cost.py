@@ -43,7 +43,12 @@ def stage_cost(stage: Stage, options: Optimization, images: int) -> StageCost:
     seen, cost = stage.epochs * images, stage.objective.cost
     warm_up = options.warm_up_of(steps)
     return StageCost(
-        stage.name, stage.epochs, steps, warm_up, seen * cost.forward_backwards, seen * cost.teacher_forwards
+        stage.name,
+        stage.epochs,
+        steps,
+        warm_up,
+        seen * cost.forward_backwards + images * cost.once,
+        seen * cost.teacher_forwards,
     )
 
 

@@ -25,7 +25,8 @@ from vlmdefend.training.loop import Run
 from vlmdefend.training.memory import Memory
 from vlmdefend.training.pair import Pair
 from vlmdefend.training.processes import Processes, deterministic
-from vlmdefend.training.settings import Settings, lines_of
+from vlmdefend.training.run_settings import lines_of
+from vlmdefend.training.settings import Settings
 from vlmdefend.training.stage import Optimization, Stage
 from vlmdefend.training.student import TrainedStudent
 from vlmdefend.training.weights import Weights, copied, put_, weights_hash

@@ -107,6 +107,7 @@ class Run:
         steps = stage.epochs * len(order)
         if memory.position.step == 0:
             memory.sums = {}
+            self.student.carried.clear()
             self._pull(stage, epoch)
         shares = [self.processes.share(index) for index in order[memory.position.step :]]
         for batch in self.images.stream(shares):

@@ -43,6 +43,7 @@ class Memory:
             "optimizer": optimizer_tensors(optimizer, list(student.parameters)),
             "best": self.best,
         }
+        groups |= {"carried": student.carried} if student.carried else {}
         groups |= {} if self.ema is None else {"ema": self.ema}
         groups |= {} if self.pivot is None else {"pivot": self.pivot}
         facts = {"position": list(self.position), "epochs": self.epochs, "sums": self.sums}
@@ -59,6 +60,7 @@ class Memory:
         restore_optimizer(optimizer, list(student.parameters), groups["optimizer"])
         self.best, self.ema, self.pivot = placed["best"], placed.get("ema"), placed.get("pivot", self.pivot)
         self.position, self.epochs, self.sums = Position(*facts["position"]), facts["epochs"], facts["sums"]
+        student.carried = placed.get("carried", {})
         if facts["scaler"]:
             student.processes.scaler.load_state_dict(facts["scaler"])
         student.refresh()

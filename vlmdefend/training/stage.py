@@ -67,6 +67,7 @@ class Optimization:
         warm_up: steps of linear warm-up; None: 1,000, but at most a tenth of the stage.
         clip: longest norm of the whole gradient; None: as it is.
         batch_size: images of a step, over all processes.
+        batch_option: what sets it, for messages.
         micro_batch: images at once in one process; None: the whole share.
         seed: of the order of images and of every draw.
     """
@@ -78,6 +79,7 @@ class Optimization:
     warm_up: int | None = None
     clip: float | None = None
     batch_size: int = 64
+    batch_option: str = "--batch-size"
     micro_batch: int | None = None
     seed: int = 0
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlmdefend.defenses.training_time.base import Objective, Teacher
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
+from vlmdefend.training.adapters import dropped_out
 from vlmdefend.training.classifier import TrainedClassifier, batch_norm_buffers
 from vlmdefend.training.processes import Processes, is_out_of_memory
 from vlmdefend.training.stage import Optimization
@@ -31,18 +32,22 @@ class TrainedStudent:
     def __init__(self, classifier: TrainedClassifier, parameters: dict[str, nn.Parameter], processes: Processes):
         self.classifier, self.parameters, self.processes = classifier, parameters, processes
         self.iteration = 0  # steps of this stage that were taken: what a schedule inside an objective depends on
+        self.carried: dict[str, Tensor] = {}  # what an objective leaves for its next step, until the epoch ends
         self.rate_factors: dict[str, float] = {}  # of parameters that learn slower or faster than the stage's rate
 
     def __call__(self, images: Tensor) -> Outputs:
         """The forward that is trained, in training precision; outputs in float32."""
-        with self.processes.autocast():
+        with self.processes.autocast(), dropped_out(self.classifier, self.iteration):
             found = self.classifier.training_outputs(images)
         return Outputs(found.logits.float(), None if found.features is None else found.features.float())
 
-    def attacked(self, images: Tensor) -> Tensor:
-        """The logits that an attack differentiates: float32 whatever the precision of training."""
-        found: Outputs = self.classifier(images)
-        return found.logits
+    def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
+        """The logits that an attack differentiates: float32 whatever the precision of training.
+
+        Args:
+            classes: (C, D) unit class features in place of the model's own.
+        """
+        return self.classifier.logits(self.classifier.features(images), classes)
 
     def attacked_features(self, images: Tensor) -> Tensor:
         """(B, D) features that an attack differentiates: as :meth:`attacked`."""
@@ -50,7 +55,7 @@ class TrainedStudent:
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
         """The forward that is trained, with (B, N, D) what it says of each place; in float32."""
-        with self.processes.autocast():
+        with self.processes.autocast(), dropped_out(self.classifier, self.iteration):
             found, patches = self.classifier.with_patches(images)
         return Outputs(
             found.logits.float(), None if found.features is None else found.features.float()
@@ -61,9 +66,34 @@ class TrainedStudent:
         """(C, D) unit text features, without gradient."""
         return self.classifier.text_features
 
+    @property
+    def hand_features(self) -> Tensor:
+        """(C, D) unit text features of the run's templates, where a context is learned in their place."""
+        return self.classifier.hand_features
+
+    @property
+    def context(self) -> Tensor:
+        """(M, W), or (C, M, W), the context that is learned, detached."""
+        context = self.classifier.model.context
+        if context is None:
+            raise UserError("this model has no learned context; train one with --trains context:M.")
+        return context.detach()
+
+    def classes_of(self, context: Tensor) -> Tensor:
+        """(C, D) unit class features of another context, with its gradient; in float32."""
+        return self.classifier.classes_of(context)
+
+    def answers(self, features: Tensor) -> Tensor:
+        """(B, D) image features -> (B, C) logits that carry gradients to what trains of the text side."""
+        return self.classifier.logits(features, self.classifier.class_features())
+
     def refresh(self) -> None:
         """Bring up to date what is computed from weights that were just changed."""
         self.classifier.refresh()
+
+    def forget(self) -> None:
+        """Drop what a forward kept for its backward."""
+        self.classifier.forget()
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes, by name: parameters, and BatchNorm's running statistics where they train."""
@@ -124,7 +154,7 @@ class Accumulator:
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve(len(batch.ids))
+            self._halve(len(batch.ids), objective)
         processes.sum_gradients(parameters)
         sums = processes.sum_numbers(sums)
         count = sums.pop("images", 0.0)
@@ -145,19 +175,26 @@ class Accumulator:
             terms = objective.losses(self.student, self.teacher, part, rng.select(index))
             total = torch.stack(list(terms.losses.values())).sum()
             torch.autograd.backward(self.student.processes.scaler.scale(total))
+            self.student.forget()
             for name, values in (terms.losses | terms.metrics).items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
             sums["loss"] = sums.get("loss", 0.0) + float(total.detach())
         return sums
 
-    def _halve(self, images: int) -> None:
+    def _halve(self, images: int, objective: Objective) -> None:
+        self.student.forget()
         now = min(self.micro_batch or images, images)
         if now <= 1:
             raise UserError("a single image does not fit into memory in training; take a smaller model or device.")
         if self.student.classifier.batch_norm == "train":
             raise UserError(
                 "out of memory, and with --batch-norm train the micro-batch cannot shrink without changing the "
-                "result; give a smaller --batch-size, or --batch-norm frozen."
+                f"result; give a smaller {self.options.batch_option}, or --batch-norm frozen."
+            )
+        if objective.whole_batch:
+            raise UserError(
+                f"out of memory, and {objective.name} needs the whole batch at once; give a smaller "
+                f"{self.options.batch_option}."
             )
         self.micro_batch = (now + 1) // 2
         self.halved.append(self.micro_batch)

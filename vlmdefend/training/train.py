@@ -21,14 +21,16 @@ from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.training.adapters import choose_adapters, folded
 from vlmdefend.training.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
 from vlmdefend.training.cost import MemoryCost, StageCost, memory_cost, stage_cost
-from vlmdefend.training.data import TrainingImages, hold_out
+from vlmdefend.training.data import Images, TrainingImages, hold_out
 from vlmdefend.training.folder import TRAINING, RunFolder
 from vlmdefend.training.held_out import accuracies
 from vlmdefend.training.listener import Accuracies, Counted, Listener
 from vlmdefend.training.log import Tracking, check_tracker
 from vlmdefend.training.loop import Run
 from vlmdefend.training.processes import Processes, deterministic
-from vlmdefend.training.settings import lines_of
+from vlmdefend.training.prompts import choose_prompts
+from vlmdefend.training.run_settings import lines_of
+from vlmdefend.training.stored import Stores, store_features
 from vlmdefend.training.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.train_settings import TrainSettings
 from vlmdefend.training.weights import put_
@@ -69,6 +71,11 @@ class Training:
                 "--batch-norm train needs the whole batch in one forward: run one process without --micro-batch, or "
                 "give --batch-norm frozen."
             )
+        if settings.objective.whole_batch and (self.processes.count > 1 or settings.micro_batch):
+            raise UserError(
+                f"--method {settings.method}: the loss of an image depends on the others of its batch, which must come "
+                "in one piece: run one process without --micro-batch."
+            )
         self.model, self.original = self._load(), self._load()  # what trains; what it was, until the result is written
         self.weights_hash = self.model.weights_hash
         classes = None if settings.classes is None else lines_of(settings.classes)
@@ -104,7 +111,7 @@ class Training:
         training = Run(
             self.student,
             self._teacher(),
-            TrainingImages(self.images, self.transform, skip_bad=settings.skip_bad),
+            self._training_images(),
             [settings.stage],
             settings.optimization,
             self.folder.training,
@@ -141,6 +148,8 @@ class Training:
             if name in done or (name == "vanilla" and judge is None):
                 continue
             clip.load_state_dict({key: _between(vanilla[key], trained[key], share) for key in vanilla})
+            if name != "vanilla" and self.settings.objective.learns and self.model.prompts is not None:
+                self.original.add_prompts(self.model.prompts.deployed())  # there is no mixture after it
             made[name] = [] if judge is None else [list(counts) for counts in judge(self.original)]
             if self.processes.is_main and name != "vanilla":
                 folder = self.folder.out if name == "result" else self.folder.out / name
@@ -154,8 +163,17 @@ class Training:
     def _student(self) -> TrainedStudent:
         classifier = self._classifier(self.model, self.settings.batch_norm)
         parts = self.settings.trains
-        parameters = choose_adapters(classifier, parts, self.settings.seed)
+        parameters = choose_prompts(classifier, parts, self.settings.seed) or choose_adapters(
+            classifier, parts, self.settings.seed
+        )
         return TrainedStudent(classifier, parameters or choose_trained(classifier, parts), self.processes)
+
+    def _training_images(self) -> Images:
+        images = TrainingImages(self.images, self.transform, skip_bad=self.settings.skip_bad)
+        objective = self.settings.objective
+        if isinstance(objective, Stores):
+            return store_features(objective, self.student, images, self.folder.training, self.settings.seed)
+        return images
 
     def _teacher(self) -> AutocastTeacher | None:
         if self.settings.objective.teacher == "none":

@@ -5,127 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import ValidationError
 
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.base import Objective, Schedule
 from vlmdefend.errors import UserError
 from vlmdefend.models.names import EMBEDDED as EMBEDDED_MODELS
 from vlmdefend.registry import check_options, parse_spec
-from vlmdefend.training.settings import TEST_SPLITS, as_name, step_size_of
+from vlmdefend.training.prompts import KINDS as PROMPTS
+from vlmdefend.training.run_settings import RunSettings, as_name, option, refusal
 from vlmdefend.training.stage import ONLY, Optimization, Stage
-from vlmdefend.types import format_eps, parse_eps
+from vlmdefend.types import format_eps
 
 TrainProfile = Literal["paper", "scaled"]
-ANYWAY = frozenset(  # may differ when a run goes on: they change how it runs, or what is made of it afterwards
-    ("out", "device", "threads", "track", "save_every", "micro_batch", "root", "weights", "mix")
-)
 OWN = ("eps", "steps", "alpha", "batch_size")  # options of objectives that are options of the command
 PROMPT_RATE = 40.0  # the published rate of a visual prompt (Mao et al. 2023)
 TOY = {"eps": "8/255", "batch_size": 64, "epochs": 2}
 
 
-class TrainSettings(BaseModel):
-    """One run, every choice made. The names are those of the options."""
+class TrainSettings(RunSettings):
+    """One run of a training-time defense."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    anyway: ClassVar[frozenset[str]] = frozenset(
+        ("out", "device", "threads", "track", "save_every", "micro_batch", "root", "weights", "mix")
+    )
 
     method: str
     model: str
-    out: Path
     profile: TrainProfile
     mix: tuple[float, ...] = ()
-
-    dataset: str
-    split: str = "train"
-    limit: int | None = None
-    held_out: int = 500
-    classes: Path | None = None
-    templates: tuple[str, ...]
-    root: Path | None = None
-    skip_bad: bool = False
-    weights: Path | None = None
-
-    eps: str
-    steps: int
-    alpha: str
-    logit_scale: str = "model"
-    normalization: Literal["model", "clip", "imagenet"] = "model"
-    pixel_space: Literal["model", "native"] = "model"
-    trains: str = "image"
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    select: Literal["last", "best"] = "last"
-
     epochs: int
     lr: float
-    optimizer: Literal["sgd", "adamw"]
-    momentum: float = 0.9
-    weight_decay: float
-    warm_up: int | None
-    clip: float | None
-    batch_size: int
-    micro_batch: int | None = None
-    precision: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
-
-    save_every: int | None = None
-    track: Literal["tensorboard", "trackio", "wandb"] | None = None
-    device: str | None = None
-    threads: int | None = None
-
-    @field_validator("templates", mode="before")
-    @classmethod
-    def _braces(cls, value: Any) -> Any:
-        """``{}`` means ``{c}``, as elsewhere."""
-        texts = (value,) if isinstance(value, str) else value
-        return tuple(str(text).replace("{}", "{c}") for text in texts)
-
-    @field_validator("limit", "epochs", "batch_size", "micro_batch", "save_every", "threads")
-    @classmethod
-    def _at_least_one(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            raise UserError(f"--{_option(info.field_name)} {value}: must be at least 1.")
-        return value
-
-    @field_validator("warm_up", "held_out", "weight_decay", "lr", "clip", "steps")
-    @classmethod
-    def _not_negative(cls, value: float | None, info: Any) -> float | None:
-        if value is not None and value < 0:
-            raise UserError(f"--{_option(info.field_name)} {value}: must be zero or more.")
-        return value
-
-    @field_validator("mix", "momentum")
-    @classmethod
-    def _shares(cls, value: float | tuple[float, ...], info: Any) -> float | tuple[float, ...]:
-        for one in value if isinstance(value, tuple) else (value,):
-            if not 0 <= one <= 1:
-                raise UserError(f"--{info.field_name} {one}: must lie between 0 and 1.")
-        return value
-
-    @property
-    def radius(self) -> float:
-        """eps as a number."""
-        return parse_eps(self.eps)
-
-    @property
-    def step_size(self) -> float:
-        """alpha as a number."""
-        return step_size_of(self.alpha, self.radius)
-
-    @property
-    def scale(self) -> float | None:
-        """The logit scale as a number; None: the model's own."""
-        if self.logit_scale == "model":
-            return None
-        try:
-            value = float(self.logit_scale)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < float("inf"):
-            raise UserError(f"--logit-scale {self.logit_scale}: write model, or a positive number.")
-        return value
 
     @property
     def objective(self) -> Objective:
@@ -143,9 +55,19 @@ class TrainSettings(BaseModel):
         names = ("optimizer", "momentum", "weight_decay", "warm_up", "clip", "batch_size", "micro_batch", "seed")
         return Optimization(**{name: getattr(self, name) for name in names})
 
-    def decisive(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in ANYWAY}
+    def check(self) -> None:
+        """As of every run; a method that takes its options; prompts where the method learns prompts, nowhere else."""
+        super().check()
+        method, kind = self.objective, self.trains.partition(":")[0]
+        if method.learns and kind not in method.learns:
+            kinds = " or ".join(f"{one}:M" for one in method.learns)
+            raise UserError(f"--trains {self.trains}: {method.name} learns prompts; write {kinds}.")
+        if not method.learns and kind in PROMPTS:
+            raise UserError(
+                f"--trains {self.trains}: {method.name} trains weights; apt, advpt and fap are made to learn prompts."
+            )
+        if method.learns and self.mix:
+            raise UserError("--mix: a learned prompt has no vanilla weights to be mixed with; leave it out.")
 
 
 def make_train_settings(given: Mapping[str, Any]) -> TrainSettings:
@@ -158,13 +80,13 @@ def make_train_settings(given: Mapping[str, Any]) -> TrainSettings:
     profile = given.get("profile", "scaled")
     if profile not in ("paper", "scaled"):
         raise UserError(f"--profile {profile}: write paper or scaled.")
-    name, written = parse_spec(str(given["method"]))
-    cls = OBJECTIVES.get(name)
+    method, written = parse_spec(str(given["method"]))
+    cls = OBJECTIVES.get(method)
     if cls.schedule is None:
-        raise UserError(f"--method {name}: learns from another model; use `vlmdefend distill --proxy P --target T`.")
-    for option in OWN:
-        if option in written:
-            raise UserError(f"--method {given['method']}: give {option} as --{_option(option)} instead.")
+        raise UserError(f"--method {method}: learns from another model; use `vlmdefend distill --proxy P --target T`.")
+    for name in OWN:
+        if name in written:
+            raise UserError(f"--method {given['method']}: give {name} as --{option(name)} instead.")
     model = str(given["model"]).strip()
     toy = profile == "scaled" and model in EMBEDDED_MODELS
     preset = cls.schedule.toy_options if toy else cls.schedule.options if profile == "paper" else {}
@@ -183,13 +105,8 @@ def make_train_settings(given: Mapping[str, Any]) -> TrainSettings:
     try:
         settings = TrainSettings(**{**defaults, **given, "model": model, "method": method})
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(
-            f"--{_option(str(first['loc'][0]))} {first['input']}: {message}; `vlmdefend train --help` says what "
-            "it takes."
-        ) from None
-    _check(settings)
+        raise refusal(error, "train") from None
+    settings.check()
     return settings
 
 
@@ -208,9 +125,12 @@ def _defaults(cls: type[Objective], schedule: Schedule, profile: str, *, toy: bo
         "warm_up": schedule.warm_up if profile == "paper" else None,
         "clip": None if profile == "paper" else 1.0,
         "templates": (schedule.template if profile == "paper" else "a photo of a {c}.",),
+        "trains": (toy and schedule.toy_trains) or schedule.trains,
         "logit_scale": "model" if schedule.logit_scale is None else f"{schedule.logit_scale:g}",
     }
-    return found | ({**TOY, "optimizer": "sgd", "weight_decay": 0.0, "lr": schedule.toy_rate} if toy else {})
+    return found | (
+        {**TOY, "optimizer": schedule.toy_optimizer, "weight_decay": 0.0, "lr": schedule.toy_rate} if toy else {}
+    )
 
 
 def _published(cls: type[Objective]) -> dict[str, Any]:
@@ -233,20 +153,3 @@ def _own(method: str, settings: TrainSettings) -> dict[str, Any]:
         "batch_size": settings.batch_size,
     }
     return {name: value for name, value in values.items() if name in takes}
-
-
-def _check(settings: TrainSettings) -> None:
-    _ = settings.scale, settings.objective
-    if settings.radius <= 0 or settings.step_size <= 0:
-        raise UserError("--eps and --alpha must be larger than 0; without an attack nothing becomes robust.")
-    if settings.split in TEST_SPLITS:
-        raise UserError(
-            f"--split {settings.split}: is what models are tested on; train on another, so that the verdict holds."
-        )
-    for template in settings.templates:
-        if "{c}" not in template:
-            raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-").replace("templates", "template")

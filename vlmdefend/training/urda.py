@@ -19,13 +19,14 @@ from vlmdefend.training.folder import RunFolder
 from vlmdefend.training.listener import Listener
 from vlmdefend.training.log import check_tracker
 from vlmdefend.training.processes import Processes, deterministic
-from vlmdefend.training.urda_measure import TargetNumbers, bound_terms, target_numbers
+from vlmdefend.training.urda_measure import TargetNumbers
 from vlmdefend.training.urda_methods import adaptation_of, robustification_of
 from vlmdefend.training.urda_sets import open_sets
 from vlmdefend.training.urda_settings import UrdaSettings
 from vlmdefend.training.urda_step import Step, StepName
 from vlmdefend.training.urda_student import copy_of
-from vlmdefend.training.urda_teacher import FrozenTeacher, TeacherPipeline, as_teacher, load_teacher, predictions
+from vlmdefend.training.urda_summary import summary_of
+from vlmdefend.training.urda_teacher import FrozenTeacher, as_teacher, load_teacher
 
 TEACHER: StepName = "teacher"
 STUDENT: StepName = "student"
@@ -72,11 +73,11 @@ class RobustAdaptation:
         self.processes = Processes(settings.device, settings.precision)
         if settings.batch_norm == "train" and self.processes.count > 1:
             raise UserError("--batch-norm train needs the whole batch in one process; give --batch-norm frozen.")
-        if self.processes.count > 1 and settings.reduction != "mean":
-            raise UserError(f"--reduction {settings.reduction} sums over a batch that processes share; give mean.")
         self.sets = open_sets(settings)
         self.class_names = self.sets.source.class_names
         self.given = self._given_teacher()
+        if self.processes.count > 1:
+            self._check_additive()
 
     @property
     def wants_teacher(self) -> bool:
@@ -102,12 +103,13 @@ class RobustAdaptation:
             return self._run(listener)
 
     def _run(self, listener: Listener) -> Adapted:
+        settings = self.settings
         summary = self.folder.summary() if self.processes.is_main else {}
         reused = bool(summary.get("finished"))
         teacher = self._teacher(listener) if self.wants_teacher else None
         student = None if self.robust is None else self._student(self.robust, teacher, listener)
         if not reused:
-            summary = self._measured(teacher, student)
+            summary = summary_of(settings, self.sets, teacher, student, self.processes.device)
             if self.processes.is_main:
                 self._write(student or _model_of(teacher), teacher, summary)
                 self.folder.write_summary({**summary, "finished": True})
@@ -180,31 +182,6 @@ class RobustAdaptation:
             seed=settings.seed,
         )
 
-    def _measured(self, teacher: FrozenTeacher | None, student: ClassifierModel | None) -> dict[str, Any]:
-        """The three numbers of both models, and the terms of the bound."""
-        settings, device = self.settings, self.processes.device
-        like = load_backbone(settings.backbone, pretrained=False) if student is None else student.classifier
-        batch = self.sets.batch(self.sets.tested, like, device)
-        guesses = teacher
-        if guesses is None:
-            assert student is not None
-            guesses = as_teacher(student, self.class_names)
-        pseudo = predictions(guesses, batch)
-        numbers: dict[str, TargetNumbers] = {}
-        if teacher is not None:
-            pipeline = TeacherPipeline(teacher, len(self.class_names))
-            numbers["before"] = target_numbers(pipeline, batch, pseudo, settings.radius, settings.seed)
-        if student is not None:
-            deployed = student.zero_shot(self.class_names, ())
-            numbers["after"] = target_numbers(deployed, batch, pseudo, settings.radius, settings.seed)
-        theory: dict[str, Any] = {}
-        if teacher is not None:
-            source = self.sets.batch(self.sets.source_tested, like, device)
-            last = numbers.get("after", numbers["before"])
-            theory = bound_terms(teacher, source, batch, last.disagreement, settings.seed)
-        found = {name: n.spec() for name, n in numbers.items()}
-        return {"pseudo_labels_of": guesses.name, **found, "theory": theory}
-
     def _write(self, model: ClassifierModel | None, teacher: FrozenTeacher | None, summary: dict[str, Any]) -> None:
         if model is None:
             return  # a CLIP as teacher and no step 2: there is no classifier with a head
@@ -232,6 +209,16 @@ class RobustAdaptation:
             "test_images": self.sets.tested.ids_hash,
             "teacher_weights": None if self.given is None else self.given.weights_hash,
         }
+
+    def _check_additive(self) -> None:
+        """Several processes must make what one makes."""
+        if self.settings.reduction != "mean":
+            raise UserError(f"--reduction {self.settings.reduction} sums over a batch that processes share; give mean.")
+        for method in (method for step in self._steps() for method in step.phases if not method.additive):
+            raise UserError(
+                f"{method.name} compares the images of a batch with one another, and each process has a part of it; "
+                "run it in one process."
+            )
 
     def _steps(self) -> list[Step]:
         found = [Step(TEACHER, self.method.phases, self.settings, self.sets)] if self.trains_teacher else []

@@ -17,6 +17,8 @@ from vlmdefend.training.urda_data import same_classes, unlabelled
 from vlmdefend.training.urda_settings import UrdaSettings
 from vlmdefend.types import Batch
 
+LEAST = 4  # held-out images of a domain
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -63,4 +65,10 @@ def open_sets(settings: UrdaSettings) -> Sets:
         held = labelled.select([place[name] for name in held.ids])
     tested = same_classes(source, opened(settings.target, settings.eval_split, settings.eval_limit))
     source_tested = opened(settings.source, settings.eval_split, settings.eval_limit)
+    for images in (tested, source_tested):
+        if len(images) < LEAST:
+            raise UserError(
+                f"{images.name}, split {images.split}: {len(images)} images to measure on, {LEAST} are the least that "
+                "the distance of the domains needs; give a larger --eval-limit or another --eval-split."
+            )
     return Sets(source, target, held, tested, source_tested, settings.skip_bad)

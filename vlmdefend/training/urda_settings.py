@@ -105,6 +105,7 @@ class UrdaSettings(BaseModel):
     backbone_factor: float | None = None
     momentum: float
     weight_decay: float
+    clip: float | None = None
     batch_size: int = 36
     batch_size_student: int
     precision: Literal["float32", "bfloat16", "float16"] | None = None
@@ -143,6 +144,13 @@ class UrdaSettings(BaseModel):
     def _not_negative(cls, value: float | None, info: Any) -> float | None:
         if value is not None and value < 0:
             raise UserError(f"--{_option(info.field_name)} {value}: must be zero or more.")
+        return value
+
+    @field_validator("clip")
+    @classmethod
+    def _positive(cls, value: float | None, info: Any) -> float | None:
+        if value is not None and value <= 0:
+            raise UserError(f"--{_option(info.field_name)} {value}: must be above zero.")
         return value
 
     @property
@@ -208,6 +216,13 @@ def _check(settings: UrdaSettings) -> None:
         raise UserError(f"--source and --target are both {settings.source}: there is no shift to adapt to.")
     if settings.select != "last" and settings.held_out < 1:
         raise UserError(f"--select {settings.select}: chooses by held-out target images; give --held-out 200.")
+
+    for name in ("batch_size", "batch_size_student"):
+        if settings.batch_norm == "train" and getattr(settings, name) < 2:
+            raise UserError(
+                f"--{_option(name)} {getattr(settings, name)}: BatchNorm has no statistics of one image; give 2 or "
+                "more, or --batch-norm frozen."
+            )
 
 
 def _option(name: str) -> str:

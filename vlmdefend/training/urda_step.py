@@ -27,6 +27,15 @@ from vlmdefend.training.weights import put_
 StepName = Literal["teacher", "student"]
 
 
+class StepStage(Stage):
+    """A stage of one of the two steps, whose rate has one option however many stages it has."""
+
+    @property
+    def rate_option(self) -> str:
+        """What sets the rate, for messages."""
+        return f"--lr-{self.name.partition('-')[0]}"
+
+
 @dataclass(frozen=True)
 class Step:
     """Step 1 makes the ``teacher``, step 2 the ``student``.
@@ -67,7 +76,12 @@ class Step:
         for method in self.phases:
             stage = self._stage(method)
             student = AdaptedStudent(
-                classifier, (method,), processes, backbone_factor=self._factor(classifier), seed=settings.seed
+                classifier,
+                (method,),
+                processes,
+                backbone_factor=self._factor(classifier),
+                steps=stage.epochs * -(-self._epoch(method) // self.size),
+                seed=settings.seed,
             )
             place = folder.training / stage.name
             if processes.is_main:
@@ -94,7 +108,7 @@ class Step:
 
     def _stage(self, method: Adaptation) -> Stage:
         settings, first = self.settings, self.name == "teacher"
-        return Stage(
+        return StepStage(
             name=self.name if method is self.phases[-1] else f"{self.name}-{method.name}",
             objective=method,
             epochs=settings.epochs_teacher if first else settings.epochs_student,
@@ -108,7 +122,9 @@ class Step:
             momentum=settings.momentum,
             nesterov=settings.momentum > 0,
             weight_decay=settings.weight_decay,
+            clip=settings.clip,
             batch_size=self.size,
+            batch_option="--batch-size" if self.name == "teacher" else "--batch-size-student",
             seed=settings.seed,
         )
 

@@ -22,6 +22,7 @@ class AdaptedStudent(TrainedStudent):
         methods: the stages' objectives, whose networks train beside it.
         processes: give the precision of the training forward.
         backbone_factor: of the learning rate, for the backbone's parameters.
+        steps: of the stage.
         seed: of the weights of the networks beside it; the global random state is left as it was.
     """
 
@@ -34,6 +35,7 @@ class AdaptedStudent(TrainedStudent):
         processes: Processes,
         *,
         backbone_factor: float = 1.0,
+        steps: int = 10_000,
         seed: int = 0,
     ) -> None:
         shape = Shape(classifier.width, classifier.num_classes, lambda: copy_of(classifier))
@@ -51,7 +53,12 @@ class AdaptedStudent(TrainedStudent):
             for part, p in network.named_parameters()
         }
         super().__init__(classifier, own | beside, processes)  # type: ignore[arg-type]
+        self.steps = steps
         self.rate_factors = {name: backbone_factor for name in own if name.startswith("classifier.backbone.")}
+
+    def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
+        """(B, 3, S, S) -> (B, C) float32 logits in evaluation mode; a head has no other classes than its own."""
+        return self.evaluated(images).logits
 
     def evaluated(self, images: Tensor) -> Outputs:
         """(B, 3, S, S) -> float32 outputs in evaluation mode."""
@@ -60,6 +67,9 @@ class AdaptedStudent(TrainedStudent):
 
     def refresh(self) -> None:
         """Nothing is computed from weights ahead of time."""
+
+    def forget(self) -> None:
+        """A forward keeps nothing."""
 
     def weights(self) -> dict[str, Tensor]:
         """What training changes: parameters, and BatchNorm's running statistics where they train."""

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from vlmdefend.attacks.view import chunks
 from vlmdefend.errors import UserError
+from vlmdefend.models.backbones import TIMM
 from vlmdefend.models.classifier import ClassifierModel, HeadPipeline
 from vlmdefend.models.names import load_model
+from vlmdefend.models.timm_network import TimmNetwork, load_timm
 from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.data import TrainingImages
@@ -43,6 +45,7 @@ class FrozenTeacher:
         model: VisionLanguageModel | None = None,
     ) -> None:
         self.name, self.model = name, model
+        self.assumed = ""  # what could not be checked about it, in words
         self._outputs, self._hash = outputs, weights_hash
         self._seen: dict[str, tuple[Tensor, Tensor | None]] = {}
 
@@ -89,8 +92,9 @@ def load_teacher(
 
     Args:
         name: ``local-dir:PATH`` of a classifier or a CLIP; any other CLIP's name (its classes are then text);
-            ``timm:NAME`` with as many classes as there are; ``python:MODULE:FUNCTION``, called with the class names,
-            which returns a callable from (B, 3, H, W) pixels in [0, 1] to logits, or to (logits, features).
+            ``timm:NAME``, ``timm:NAME@FILE`` or ``timm:local-dir:FOLDER`` with these classes; or
+            ``python:MODULE:FUNCTION``, called with the class names, which returns a callable from (B, 3, H, W) pixels
+            in [0, 1] to logits, or to (logits, features).
         class_names: in the order of the logits.
         templates: prompts of a CLIP.
         device: where it lives.
@@ -100,8 +104,8 @@ def load_teacher(
     """
     if name.startswith(PYTHON):
         return FrozenTeacher(name, _from_python(name, class_names))
-    if name.startswith("timm:"):
-        return _timm_classifier(name, len(class_names), device)
+    if name.startswith(TIMM):
+        return _timm_classifier(name, class_names, device)
     model = load_model(name, device=device)
     if isinstance(model, ClassifierModel):
         return as_teacher(model, class_names)
@@ -109,32 +113,42 @@ def load_teacher(
     return FrozenTeacher(name, lambda images: pipeline(images, None), lambda: model.weights_hash, model)
 
 
-def _timm_classifier(name: str, classes: int, device: torch.device) -> FrozenTeacher:
-    import timm
-
-    from vlmdefend.models.backbones import load_backbone
-
-    backbone = load_backbone(name)
-    try:
-        network: Any = timm.create_model(name.removeprefix("timm:"), pretrained=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"--teacher {name}: its weights cannot be had ({str(error).splitlines()[0]}).") from None
-    network = network.eval().requires_grad_(False).to(device)
-    if int(network.num_classes) != classes:
-        raise UserError(
-            f"--teacher {name}: has {network.num_classes} classes where the data have {classes}; adapt it first: "
-            f"--backbone {name}."
-        )
-    size = backbone.image_size
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (backbone.mean, backbone.std))
+def _timm_classifier(name: str, class_names: Sequence[str], device: torch.device) -> FrozenTeacher:
+    found = load_timm(name.removeprefix(TIMM), pretrained=True, head=True)
+    network = found.network.requires_grad_(False).to(device)
+    order, size = _order(name, found, class_names), found.image_size
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (found.mean, found.std))
 
     def outputs(images: Tensor) -> Outputs:
         if images.shape[-1] != size:
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=size < images.shape[-1])
         maps = network.forward_features((images - mean) / std)
-        return Outputs(network.forward_head(maps), network.forward_head(maps, pre_logits=True))
+        return Outputs(network.forward_head(maps)[:, order], network.forward_head(maps, pre_logits=True))
 
-    return FrozenTeacher(name, outputs, lambda: _hash(network.state_dict()))
+    teacher = FrozenTeacher(name, outputs, lambda: _hash(network.state_dict()))
+    if not found.class_names:
+        teacher.assumed = (
+            f"{name} does not name its classes; its {len(order)} logits are taken in the order of the source's, "
+            f"{', '.join(class_names[:3])} ..."
+        )
+    return teacher
+
+
+def _order(name: str, found: TimmNetwork, class_names: Sequence[str]) -> list[int]:
+    """The network's logit for each class of the data."""
+    own, count = found.class_names, int(found.network.num_classes)
+    advice = f"adapt it first: --backbone {name}."
+    if count != len(class_names):
+        raise UserError(f"--teacher {name}: has {count} classes where the data have {len(class_names)}; {advice}")
+    if not own:
+        return list(range(count))
+    if sorted(own) != sorted(class_names):
+        apart = sorted(set(own) ^ set(class_names))[0]
+        raise UserError(
+            f"--teacher {name}: was trained for {', '.join(own[:3])} ..., and {apart!r} is among its classes or the "
+            f"data's only; {advice}"
+        )
+    return [own.index(class_name) for class_name in class_names]
 
 
 def _from_python(name: str, class_names: Sequence[str]) -> Callable[[Tensor], Outputs]:

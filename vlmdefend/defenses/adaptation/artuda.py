@@ -12,7 +12,7 @@ from torch import nn
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation._attack import ascend, away_from
 from vlmdefend.defenses.adaptation._domain import discriminator, domain_loss
-from vlmdefend.defenses.adaptation._reversal import reversal_coefficient
+from vlmdefend.defenses.adaptation._reversal import scheduled
 from vlmdefend.defenses.adaptation.base import (
     Adaptation,
     Role,
@@ -41,19 +41,20 @@ class Artuda(Adaptation):
         trade_off: weight of each domain loss.
         consistency: weight of the divergence.
         eps: radius of the attack; alpha: its step; steps: how many.
-        warm_up: iterations over which the reversal grows.
+        warm_up: iterations over which the reversal grows; None: a tenth of the stage.
     """
 
     name: ClassVar[str] = "artuda"
     summary: ClassVar[str] = "DANN with adversarial target images as a third domain"
     citation: ClassVar[str] = "Lo & Patel 2022"
     role: ClassVar[Role] = "robustification"
+    additive: ClassVar[bool] = True
     trade_off: float = 1.0
     consistency: float = 1.0
     eps: float = 0.1
     alpha: float = 0.025
     steps: int = 10
-    warm_up: int = 1000
+    warm_up: int | None = None
 
     @property
     def cost(self) -> StepCost:
@@ -75,7 +76,7 @@ class Artuda(Adaptation):
         adversarial = ascend(loss, target.images, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=draws)
         of_source, rest = split(trained(torch.cat([batch.images, adversarial])), count)
         clean, moved = split(rest, len(target.ids))
-        coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)
+        coefficient = scheduled(trained, self.warm_up)
         network = trained.auxiliary["discriminator"]
         domain = domain_loss(network, features_of(of_source), features_of(clean), coefficient) + domain_loss(
             network, features_of(of_source), features_of(moved), coefficient

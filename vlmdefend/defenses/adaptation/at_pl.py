@@ -39,6 +39,7 @@ class AtPl(Adaptation):
     role: ClassVar[Role] = "robustification"
     domains: ClassVar[Domains] = "target"
     teacher: ClassVar[TeacherKind] = "proxy"
+    additive: ClassVar[bool] = True
     eps: float = 0.1
     alpha: float = 0.025
     steps: int = 10

@@ -25,6 +25,8 @@ class AdaptedStudent(Student, Protocol):
 
     iteration: int
     """Steps of this stage that were taken: what a schedule inside an objective depends on."""
+    steps: int
+    """Steps of this stage in all."""
     classifier: ImageClassifier
     auxiliary: Mapping[str, nn.Module]
 
@@ -66,15 +68,21 @@ class Adaptation(Objective):
     """A way to adapt, or to make robust under adaptation. A subclass is a frozen, keyword-only dataclass.
 
     Class attributes beside an objective's: ``role`` (``adaptation``: makes a teacher; ``robustification``: what step 2
-    may be), ``domains`` (whose images a batch holds), ``trains`` (False: the backbone is used as it is).
+    may be), ``domains`` (whose images a batch holds), ``trains`` (False: the backbone is used as it is), ``additive``
+    (True: each loss is a mean over images of a domain, so that processes with equal shares of both add up to one).
 
-    A batch holds source images, then target images whose label is :data:`UNKNOWN`. Losses may depend on all of it, so a
-    batch is never split.
+    A batch holds source images, then target images whose label is :data:`UNKNOWN`.
     """
 
     role: ClassVar[Role]
     domains: ClassVar[Domains] = "both"
     trains: ClassVar[bool] = True
+    additive: ClassVar[bool] = False
+
+    @property
+    def whole_batch(self) -> bool:
+        """A part of a batch would be of one domain only, and some losses compare its images."""
+        return self.domains == "both" or not self.additive
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
         """Networks that train beside the classifier and are left behind."""

@@ -42,6 +42,7 @@ class Dann(Adaptation):
     summary: ClassVar[str] = "adversarial alignment of the features"
     citation: ClassVar[str] = "Ganin et al. 2016"
     role: ClassVar[Role] = "adaptation"
+    additive: ClassVar[bool] = True
     trade_off: float = 1.0
     warm_up: int = 1000
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation._attack import ascend
 from vlmdefend.defenses.adaptation._domain import discriminator, domain_loss
-from vlmdefend.defenses.adaptation._reversal import reversal_coefficient
+from vlmdefend.defenses.adaptation._reversal import scheduled
 from vlmdefend.defenses.adaptation.base import (
     Adaptation,
     Role,
@@ -41,7 +41,7 @@ class DartDad(Adaptation):
     Options:
         pseudo: weight l1; divergence: weight l. The paper searches both in [0.1, 10].
         eps: radius of the attack; alpha: its step; steps: how many.
-        warm_up: iterations over which the reversal grows.
+        warm_up: iterations over which the reversal grows; None: a tenth of the stage.
     """
 
     name: ClassVar[str] = "dart-dad"
@@ -49,12 +49,13 @@ class DartDad(Adaptation):
     citation: ClassVar[str] = "Wang et al. 2024"
     role: ClassVar[Role] = "robustification"
     teacher: ClassVar[TeacherKind] = "proxy"
+    additive: ClassVar[bool] = True
     pseudo: float = 1.0
     divergence: float = 1.0
     eps: float = 0.1
     alpha: float = 0.025
     steps: int = 10
-    warm_up: int = 1000
+    warm_up: int | None = None
 
     @property
     def cost(self) -> StepCost:
@@ -82,7 +83,7 @@ class DartDad(Adaptation):
 
         adversarial = ascend(raised, target.images, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=draws)
         of_source, moved = split(trained(torch.cat([source.images, adversarial])), count)
-        coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)
+        coefficient = scheduled(trained, self.warm_up)
         domain = domain_loss(network, features_of(of_source), features_of(moved), coefficient)
         losses = whole(
             batch,

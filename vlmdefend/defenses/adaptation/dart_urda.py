@@ -69,6 +69,7 @@ class DartUrda(Adaptation):
     role: ClassVar[Role] = "robustification"
     domains: ClassVar[Domains] = "target"
     teacher: ClassVar[TeacherKind] = "proxy"
+    additive: ClassVar[bool] = True
     weight_reduction: WeightReduction = "mean"
     trade_off: float = 1.8
     temperature: float = 2.0
@@ -85,6 +86,11 @@ class DartUrda(Adaptation):
     def __post_init__(self) -> None:
         if not (self.defense or self.prediction or self.features):
             raise UserError("dart-urda: all three terms are switched off; leave one of them on.")
+
+    @property
+    def whole_batch(self) -> bool:
+        """Unless the distillations are means, their size is that of the batch."""
+        return self.weight_reduction != "mean"
 
     @property
     def cost(self) -> StepCost:

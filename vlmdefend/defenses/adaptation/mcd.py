@@ -45,6 +45,7 @@ class Mcd(Adaptation):
     summary: ClassVar[str] = "discrepancy of two heads on the target"
     citation: ClassVar[str] = "Saito et al. 2018"
     role: ClassVar[Role] = "adaptation"
+    additive: ClassVar[bool] = True
     trade_off: float = 1.0
     reversal: float = 1.0
 

@@ -43,6 +43,7 @@ class Mdd(Adaptation):
     summary: ClassVar[str] = "margin disparity between two heads; the base of the DART release"
     citation: ClassVar[str] = "Zhang et al. 2019"
     role: ClassVar[Role] = "adaptation"
+    additive: ClassVar[bool] = True
     margin: float = 4.0
     trade_off: float = 1.0
     reversal: float = 0.1

@@ -20,7 +20,10 @@ from vlmdefend.types import Batch
 @ADAPTATIONS.register
 @dataclass(frozen=True, kw_only=True)
 class SelfTraining(Adaptation):
-    """Source cross-entropy, and FixMatch's consistency on the target (Sohn et al. 2020, eq. 4).
+    """Source cross-entropy, and FixMatch's consistency on the target (Sohn et al. 2020, eqs. 3 and 4).
+
+    The labelled images are weakly changed too (eq. 3). Where they are not, labels and pseudo-labels are learnt on
+    images of different kinds, and the wrong ones win.
 
     Options:
         threshold: least probability of a prediction that becomes a label.
@@ -31,17 +34,18 @@ class SelfTraining(Adaptation):
     summary: ClassVar[str] = "FixMatch: confident predictions as labels of changed images"
     citation: ClassVar[str] = "Sohn et al. 2020"
     role: ClassVar[Role] = "adaptation"
+    additive: ClassVar[bool] = True
     threshold: float = 0.95
     trade_off: float = 1.0
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of the source and both views of the target."""
+        """One forward of the source, weakly changed, and of both views of the target."""
         pair = domains_of(batch)
-        count, draws = len(pair.source.ids), rng.select(list(range(len(pair.source.ids), len(batch.ids))))
-        views = [weakly(pair.target.images, draws.child("weak")), strongly(pair.target.images, draws.child("strong"))]
-        logits = student_of(student)(torch.cat([pair.source.images, *views])).logits
-        source, (weak, strong) = logits[:count], logits[count:].chunk(2)
-        consistency, used = confident_consistency(weak, strong, self.threshold)
+        count, weak = len(pair.source.ids), weakly(batch.images, rng.child("weak"))
+        strong = strongly(pair.target.images, rng.select(list(range(count, len(batch.ids)))).child("strong"))
+        logits = student_of(student)(torch.cat([weak, strong])).logits
+        source, (weak_logits, strong_logits) = logits[:count], logits[count:].chunk(2)
+        consistency, used = confident_consistency(weak_logits, strong_logits, self.threshold)
         losses = whole(
             batch, source=F.cross_entropy(source, pair.source.labels), consistency=self.trade_off * consistency
         )

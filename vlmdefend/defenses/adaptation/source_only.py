@@ -28,6 +28,7 @@ class SourceOnly(Adaptation):
     citation: ClassVar[str] = "–"
     role: ClassVar[Role] = "adaptation"
     domains: ClassVar[Domains] = "source"
+    additive: ClassVar[bool] = True
     smoothing: float = 0.0
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,15 +28,20 @@ from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Te
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
+if TYPE_CHECKING:
+    from vlmdefend.models.classifier import ImageClassifier
+
 
 @ADAPTATIONS.register
 @dataclass(frozen=True, kw_only=True)
 class Srouda(Adaptation):
     """Meta self-training (Zhu et al. 2023, eqs. 5 to 9): both models train, alternately in one step.
 
-    Student: PGD training on the target with the teacher's classes. Teacher: CE(source) + consistency between a target
-    image and a randomly masked one (probability above the threshold) + (new - old) CE(teacher, its own class), where
-    old and new are the student's source error before and after a plain gradient step of rate ``look_ahead``.
+    Student: PGD training on randomly masked target images with the teacher's classes at the plain ones. Teacher:
+    CE(source) + consistency of the masked image with the plain one (probability above the threshold) + (new - old)
+    CE(its class at the masked image), where old and new are the student's source error before and after a plain
+    gradient step of rate ``look_ahead``; the sign is that of the authors' code. The teacher's forward is a training
+    one, as there: with fixed statistics for BatchNorm a rate that suits the student makes it diverge.
 
     Options:
         threshold: of the consistency.
@@ -67,22 +72,23 @@ class Srouda(Adaptation):
         """The student's loss and the teacher's, of disjoint weights."""
         trained, (source, target) = student_of(student), domains_of(batch)
         draws = rng.select(list(range(len(source.ids), len(batch.ids))))
-        tutor = trained.auxiliary["teacher"]
-        plain = tutor(target.images).logits
-        labels = plain.detach().argmax(dim=1)
+        tutor = cast("ImageClassifier", trained.auxiliary["teacher"])
+        hidden = masked(target.images, draws.child("mask"))
+        taught = tutor.training_outputs(torch.cat([source.images, target.images, hidden])).logits
+        of_source, (plain, of_hidden) = taught[: len(source.ids)], taught[len(source.ids) :].chunk(2)
+        labels, own = plain.detach().argmax(dim=1), of_hidden.detach().argmax(dim=1)
         loss = away_from(trained.attacked, labels)
-        adversarial = ascend(loss, target.images, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=draws)
+        adversarial = ascend(loss, hidden, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=draws)
         moved = trained(adversarial).logits
         robust = F.cross_entropy(moved, labels)
         feedback = self._feedback(trained, robust, source)
-        hidden = tutor(masked(target.images, draws.child("mask"))).logits
-        consistency, used = confident_consistency(plain, hidden, self.threshold)
+        consistency, used = confident_consistency(plain, of_hidden, self.threshold)
         losses = whole(
             batch,
             target=robust,
-            teacher_source=F.cross_entropy(tutor(source.images).logits, source.labels),
+            teacher_source=F.cross_entropy(of_source, source.labels),
             teacher_consistency=consistency,
-            teacher_feedback=feedback * F.cross_entropy(plain, labels),
+            teacher_feedback=feedback * F.cross_entropy(of_hidden, own),
         )
         agreed = (moved.detach().argmax(dim=1) == labels).float().mean()
         return Terms(losses, told(batch, teacher_agreement_adversarial=agreed, share_used=used, feedback=feedback))

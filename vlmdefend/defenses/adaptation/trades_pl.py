@@ -40,6 +40,7 @@ class TradesPl(Adaptation):
     role: ClassVar[Role] = "robustification"
     domains: ClassVar[Domains] = "target"
     teacher: ClassVar[TeacherKind] = "proxy"
+    additive: ClassVar[bool] = True
     beta: float = 6.0
     eps: float = 0.1
     alpha: float = 0.025

@@ -29,6 +29,7 @@ class Vat(Adaptation):
     citation: ClassVar[str] = "Madry et al. 2018"
     role: ClassVar[Role] = "robustification"
     domains: ClassVar[Domains] = "source"
+    additive: ClassVar[bool] = True
     eps: float = 0.1
     alpha: float = 0.025
     steps: int = 10

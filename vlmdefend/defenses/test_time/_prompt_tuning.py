@@ -49,6 +49,7 @@ class PromptTuning(Defense):
         keep: share of the views, those of lowest entropy, on which the context is tuned.
         lr: of AdamW (weight decay 0.01).
         steps: 0 tunes nothing.
+        augmix: each crop is mixed with mild random changes of it, as the official codes do on fine-grained sets.
     """
 
     paradigm: ClassVar[Paradigm] = "test-time adaptation"
@@ -59,6 +60,7 @@ class PromptTuning(Defense):
     keep: float = 0.1
     lr: float = 5e-3
     steps: int = 1
+    augmix: bool = False
 
     def __post_init__(self) -> None:
         if self.views < 1 or not 0 < self.keep <= 1:
@@ -102,7 +104,7 @@ class Tuned:
         if not defense.steps and read == 1:
             return self.model(images, rng)
         unrolled = self.sight == "unrolled" and torch.is_grad_enabled() and images.requires_grad
-        views = augmented_views(images, rng, defense.views)
+        views = augmented_views(images, rng, defense.views, mixed=defense.augmix)
         seen = predict_views(self.model, views[:, :read], rng)
         features = features_of(seen)
         classes = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,7 +28,8 @@ class Agreement(Defense):
     ``low_pass``: x' is the filtered image, as in the first stage of CSR. ``shifts``: x' are the flip and shifted crops
     of TTE, a deterministic view set. The prediction is the bare model's: what the detector is worth is read from
     accuracy against rejection, not from the robust accuracy without it. An attacker who knows it keeps the score low
-    while the prediction turns, under several weights, and of what fools keeps the least suspicious.
+    while the prediction turns, under several weights and once by selective descent (Bryniarski et al. 2022), goes on
+    after the first iterate that fools, and keeps the least suspicious of all that do.
 
     Options:
         other: what the image is compared with.
@@ -47,8 +49,9 @@ class Agreement(Defense):
     rejects: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {}
     recipe: ClassVar[Recipe] = Recipe(
-        "exact; a term that keeps the score low, five weights, the least suspicious that fools",
-        detector_weights=(0.0, 10.0, 30.0, 100.0, 300.0),
+        "exact; a term that keeps the score low, three weights, and selective: once fooled the score alone; of all "
+        "iterates the least suspicious that fools",
+        detector_weights=(0.0, 10.0, 100.0, math.inf),
     )
     other: Literal["low_pass", "shifts"] = "low_pass"
     radius: float = 40 / 224

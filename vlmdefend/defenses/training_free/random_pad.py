@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._resample import Span, axis_weights, resample, whole
+from vlmdefend.defenses._border import framed
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -59,11 +58,4 @@ class RandomPad(Defense):
     def pad(self, images: Tensor, rng: ImageRng) -> Tensor:
         """(B, 3, H, W) -> the same size, with a fresh border per image."""
         border = rng.uniform(images.shape[1:], 0.0, self.brightest).to(images.device)
-        inside, axes = torch.ones(1, device=images.device), []
-        for size in images.shape[-2:]:
-            side = torch.tensor(round(size / (1 + 2 * self.border)), device=images.device).clamp_min(1)
-            target = Span((size - side) // 2, side)
-            place = torch.arange(size, device=images.device)
-            inside = inside[..., None] * ((place >= target.first) & (place < target.first + side))
-            axes.append(axis_weights(size, whole(size, side), target))
-        return torch.where(inside[0] > 0, resample(images, *axes), border)
+        return framed(images, border, self.border)

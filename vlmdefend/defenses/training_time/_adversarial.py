@@ -12,7 +12,7 @@ from vlmdefend.defenses.training_time._attack import train_pgd
 from vlmdefend.defenses.training_time.base import Objective, StepCost, Student
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Batch, format_eps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,13 @@ class Adversarial(Objective, ABC):
     def __post_init__(self) -> None:
         if self.steps < 0:
             raise UserError(f"{self.name}: steps={self.steps} must be zero or more.")
+
+    @property
+    def attack(self) -> str:
+        """PGD as it is trained with."""
+        return (
+            f"{self.steps} steps, L_inf {format_eps(self.eps)}, alpha {format_eps(self.alpha)}, last iterate, float32"
+        )
 
     @property
     def cost(self) -> StepCost:

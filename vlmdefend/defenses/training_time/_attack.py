@@ -58,15 +58,12 @@ def ascend(
     eps: float,
     steps: int,
     alpha: float,
-    momentum: float = 0.0,
     start: float | None = None,
 ) -> Tensor:
     """As :func:`train_pgd`, of any loss that is a sum over the images.
 
     Args:
         loss: float32, from (B, 3, H, W) to a number.
-        momentum: share of the last direction that is kept when the sign of the gradient is added to it; steps are along
-            the sign of that sum (FARE's code). 0: plain PGD.
         start: the start is uniform in a box of this radius; None: of radius ``eps``.
 
     Returns:
@@ -74,15 +71,10 @@ def ascend(
     """
     noise = rng.uniform(images.shape[1:], -1.0, 1.0).to(images.device)
     adversarial = noisy(images, noise, eps if start is None else start)
-    velocity: Tensor | None = None
     for _ in range(steps):
         pixels = adversarial.requires_grad_(True)
         with torch.enable_grad():
             total = loss(pixels)
         (gradient,) = torch.autograd.grad(total, pixels)
-        if momentum:
-            sign = gradient.sign()
-            velocity = sign if velocity is None else velocity.mul_(momentum).add_(sign)
-            gradient = velocity.clone()  # the step below may overwrite it
         adversarial = linf_step_(pixels.detach(), gradient, images, alpha, eps)
     return adversarial

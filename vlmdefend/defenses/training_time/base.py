@@ -40,6 +40,37 @@ class Student(Protocol):
         """(C, D) unit text features, without gradient."""
         ...
 
+    iteration: int
+    """Steps of this stage that were taken."""
+    carried: dict[str, Tensor]
+    """What an objective leaves for its next step, by name: empty when an epoch begins, saved with the run."""
+
+
+class PromptStudent(Student, Protocol):
+    """A student that learns prompts: its image features stand still, or nearly so, and its class features move."""
+
+    def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
+        """As that of any student; (C, D) ``classes`` in place of its own class features."""
+        ...
+
+    @property
+    def hand_features(self) -> Tensor:
+        """(C, D) unit class features of the templates that were written by hand."""
+        ...
+
+    @property
+    def context(self) -> Tensor:
+        """(M, W), or (C, M, W) of each class: the learned vectors, without gradient."""
+        ...
+
+    def classes_of(self, context: Tensor) -> Tensor:
+        """(C, D) unit class features of another context, with its gradient."""
+        ...
+
+    def answers(self, features: Tensor) -> Tensor:
+        """(B, D) image features -> (B, C) logits that carry gradients to the prompts."""
+        ...
+
 
 class Teacher(Protocol):
     """A frozen model; what it returns carries no gradient."""
@@ -69,6 +100,7 @@ class StepCost(NamedTuple):
 
     forward_backwards: int  # of the student's image encoder
     teacher_forwards: int
+    once: int = 0  # forwards and backwards of the student's image encoder before the first step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +108,14 @@ class Schedule:
     """How a method's authors train with it; what ``vlmdefend train --profile paper`` takes.
 
     Args:
+        warm_up: steps; None: the published run has another kind, and a tenth of the run takes its place.
         options: of the objective, where the published run differs from its defaults.
         logit_scale: what multiplies the cosines in training; None: the model's own.
-        toy_rate: learning rate for the embedded toys under ``--profile scaled``: SGD, batch 64, gradients no longer
-            than 1. Ours, found on them.
+        trains: which weights move, as ``--trains`` has it.
+        toy_trains: the same, for the embedded toys.
+        toy_rate: learning rate for the embedded toys under ``--profile scaled``: batch 64, gradients no longer than 1.
+            Ours, found on them.
+        toy_optimizer: with it.
         toy_options: of the objective, with it.
     """
 
@@ -88,12 +124,15 @@ class Schedule:
     weight_decay: float = 0.0
     batch_size: int
     epochs: int
-    warm_up: int = 1000
+    warm_up: int | None = 1000
     dataset: str = "tiny-imagenet"
     template: str = "This is a photo of a {c}"
     logit_scale: float | None = None
+    trains: str = "image"
+    toy_trains: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     toy_rate: float = 1e-2
+    toy_optimizer: Literal["sgd", "adamw"] = "sgd"
     toy_options: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -102,7 +141,8 @@ class Objective(ABC):
 
     Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``), and
     ``teacher``: which frozen model it is given, another one (``proxy``), the student as it was (``original``), or none;
-    ``schedule``: how ``vlmdefend train`` trains with it.
+    ``schedule``: how ``vlmdefend train`` trains with it; ``learns``: kinds of ``--trains`` that it is made for, none
+    for a method that trains weights.
     """
 
     name: ClassVar[str]
@@ -110,6 +150,12 @@ class Objective(ABC):
     citation: ClassVar[str]
     teacher: ClassVar[TeacherKind] = "none"
     schedule: ClassVar[Schedule | None] = None  # None: another command trains with it
+    learns: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def whole_batch(self) -> bool:
+        """True if the loss of an image depends on the others of its batch, which must then come in one piece."""
+        return False
 
     @property
     def reduction(self) -> Reduction:
@@ -120,9 +166,14 @@ class Objective(ABC):
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
         """Losses and metrics per image.
 
-        A batch may be a part of the global one (gradient accumulation, several processes): no value of an image may
-        depend on the others. ``rng`` holds one stream per image, new in each epoch.
+        Unless ``whole_batch``, a batch may be a part of the global one (gradient accumulation, several processes), and
+        no value of an image may depend on the others. ``rng`` holds one stream per image, new in each epoch.
         """
+
+    @property
+    def attack(self) -> str:
+        """What images are trained on, for the list of choices."""
+        return "none"
 
     @property
     def cost(self) -> StepCost:

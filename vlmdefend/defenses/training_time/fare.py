@@ -24,8 +24,8 @@ class Fare(Adversarial):
     distance. Its start is random, and must be: at the vanilla model's clean image the distance has no gradient. Labels
     are read for the log alone.
 
-    Options:
-        momentum: of the attack, on signs of gradients, as in the authors' code; 0: plain PGD.
+    Their attack has momentum 0.9, but of signs that are signed again at every step: what is left is the sign of the
+    present gradient, plain PGD, as here.
     """
 
     name: ClassVar[str] = "fare"
@@ -45,7 +45,6 @@ class Fare(Adversarial):
     eps: float = 4 / 255
     steps: int = 10
     alpha: float = 1 / 255
-    momentum: float = 0.9
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
         """The squared distance per image."""
@@ -61,7 +60,6 @@ class Fare(Adversarial):
             eps=self.eps,
             steps=self.steps,
             alpha=self.alpha,
-            momentum=self.momentum,
         )
         found = student(adversarial)
         assert found.features is not None

@@ -32,7 +32,7 @@ class SimClip(Adversarial):
             stopped in brackets: nothing then ties it to the vanilla features, and a constant is a minimum.
 
     The authors' readme has rate 1e-3, their file 1e-5; the latter is taken, since full fine-tuning at 1e-3 is not
-    plausible.
+    plausible. Their 10,000 steps are half an epoch of ImageNet, and one epoch the least that is trained here.
     """
 
     name: ClassVar[str] = "sim-clip"

@@ -1,0 +1,188 @@
+"""A classifier in whose towers each image of a batch has tokens of its own, tuned on its views and then forgotten."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vlmdefend.defenses._views import AT_ONCE, augmented_views, most_confident, pick
+from vlmdefend.defenses.base import features_of
+from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Tuned, _text_side
+from vlmdefend.defenses.test_time._token_statistics import TokenStatistics, known_images
+from vlmdefend.errors import UserError
+from vlmdefend.models.image_prompts import (
+    DeepPromptTower,
+    ImagePrompts,
+    block_inputs,
+    first_image_tokens,
+    image_blocks,
+    reading,
+)
+from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline
+
+if TYPE_CHECKING:
+    from vlmdefend.defenses.test_time.tapt import Tapt
+
+FILE_ENDING = ".safetensors"
+_MEASURED: WeakKeyDictionary[ZeroShotClassifier, dict[Tapt, TokenStatistics]] = WeakKeyDictionary()
+
+
+class DeepTuned:
+    """``defense`` says what is minimised; ``unrolled``: autograd sees how the tokens follow the image."""
+
+    def __init__(self, model: Pipeline, defense: Tapt, *, unrolled: bool = False) -> None:
+        self.model, self.defense, self.unrolled = model, defense, unrolled
+        self.num_classes, self.stochastic = model.num_classes, True
+        self.tower = DeepPromptTower(_text_side(model, defense.name), defense.contexts, defense.depth)
+        self.visual = first_image_tokens(self._clip, defense.contexts, defense.depth)  # (D, N, V)
+        self.known = self._statistics() if defense.statistics is not None and defense.steps else None
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        """Views, tuning, prediction; opens its own graph inside ``no_grad``."""
+        defense = self.defense
+        if not defense.steps:
+            return self.model(images, rng)
+        unrolled = self.unrolled and torch.is_grad_enabled() and images.requires_grad
+        views = augmented_views(images, rng, defense.views, mixed=defense.augmix)
+        with torch.no_grad():
+            seen = self._classifier.logits(self._features(views, self._start(len(images)), rng))
+            confident = most_confident(seen, defense.keep)
+        chosen = pick(views, confident)
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if unrolled else nullcontext():
+            visual, classes = self._tuned(chosen if unrolled else chosen.detach(), rng, unrolled=unrolled)
+        features = self._features(images[:, None], visual, rng)
+        predicted = defense.predict(self._classifier.logits(features, classes), features, "cut")
+        return Outputs(predicted, features[:, 0])
+
+    def tokens(self, images: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) -> D (N, L, V) tokens that the blocks read, with those that tuning starts from.
+
+        Raises:
+            UserError: the image tower has none.
+        """
+        if self.visual is None:
+            raise UserError(
+                "tapt: statistics are those of a vision transformer's tokens, and this model's image tower is "
+                f"{type(self._clip.visual).__name__}; use statistics=none, or a ViT."
+            )
+        kept: list[Tensor] = []
+        with torch.no_grad():
+            rng = ImageRng(0, [str(number) for number in range(len(images))])
+            self._features(images[:, None], self._start(len(images)), rng, kept)
+        return [block[:, 0] for block in kept]
+
+    @property
+    def _classifier(self) -> ZeroShotClassifier:
+        return self.tower.side.classifier
+
+    @property
+    def _clip(self) -> Any:
+        return self._classifier.clip
+
+    def _start(self, count: int) -> Tensor | None:
+        """(B, D, N, V) image tokens, the same for all."""
+        return None if self.visual is None else self.visual.expand(count, *self.visual.shape)
+
+    def _features(
+        self, views: Tensor, visual: Tensor | None, rng: ImageRng, kept: list[Tensor] | None = None
+    ) -> Tensor:
+        """(B, k, 3, H, W) views with the (B, D, N, V) tokens of their images -> (B, k, F) features.
+
+        Args:
+            kept: gets what each of the D blocks reads, (B, k, L, V).
+        """
+        count, flat = views.shape[1], views.flatten(0, 1)
+        owners = torch.arange(len(views)).repeat_interleave(count)
+        blocks = image_blocks(self._clip) if kept is not None and visual is not None else None
+        found, read = [], []
+        for first in range(0, len(flat), AT_ONCE):
+            at = owners[first : first + AT_ONCE]
+            tokens = None if visual is None else visual[at.to(visual.device)].transpose(0, 1)
+            with reading(self._clip, ImagePrompts(visual=tokens)), block_inputs(blocks, _length(tokens)) as inputs:
+                found.append(features_of(self.model(flat[first : first + AT_ONCE], rng.select(at))))
+            read.append(inputs)
+        if kept is not None:
+            whole = [torch.cat(parts) for parts in zip(*read, strict=True)]
+            kept.extend(block.view(len(views), count, *block.shape[1:]) for block in whole)
+        return torch.cat(found).view(len(views), count, -1)
+
+    def _tuned(self, chosen: Tensor, rng: ImageRng, *, unrolled: bool) -> tuple[Tensor | None, Tensor]:
+        """(B, k, 3, H, W) confident views -> each image's (B, D, N, V) tokens and (B, C, F) class features."""
+        defense, tower = self.defense, self.tower
+        visual, text, classes = (
+            self._start(len(chosen)),
+            tower.context.expand(len(chosen), *tower.context.shape),
+            tower.classes.expand(len(chosen), *tower.classes.shape),
+        )
+        attacked = self._classifier.text_features - tower.classes
+        words, tokens = Adam(), Adam()
+        for _ in range(defense.steps):
+            visual = None if visual is None else _leaf(visual, unrolled=unrolled)
+            if unrolled:
+                leaf = text = _leaf(text, unrolled=True)
+                seen = Tuned._shifted(tower(text), attacked)
+            else:
+                leaf = _leaf(classes, unrolled=False)
+                seen = Tuned._shifted(leaf, attacked.detach())
+            kept: list[Tensor] = []
+            features = self._features(chosen, visual, rng, kept)
+            loss = defense.loss(self._classifier.logits(features, seen), seen)
+            if self.known is not None:
+                loss = loss + defense.alignment(kept, self.known)
+            wanted = [leaf] if visual is None else [leaf, visual]
+            first, *others = torch.autograd.grad(loss.sum(), wanted, create_graph=unrolled)
+            text = self._stepped(text, words(first if unrolled else tower.gradient(text, first)))
+            if visual is not None:
+                visual = self._stepped(visual if unrolled else visual.detach(), tokens(others[0]))
+            with torch.set_grad_enabled(unrolled):
+                classes = tower(text)
+        return visual, Tuned._shifted(classes, attacked)
+
+    def _stepped(self, values: Tensor, direction: Tensor) -> Tensor:
+        return values * (1 - self.defense.lr * WEIGHT_DECAY) - self.defense.lr * direction
+
+    def _statistics(self) -> TokenStatistics:
+        """Those that the options name; of a data set they are measured once for a classifier.
+
+        Raises:
+            UserError: there are none, or they are of other tokens than this model has.
+        """
+        defense, classifier = self.defense, self._classifier
+        if self.visual is None:
+            self.tokens(classifier.text_features)  # says why there are none
+        assert self.visual is not None
+        text = (defense.statistics or "").removeprefix("[").removesuffix("]")
+        measured = _MEASURED.setdefault(classifier, {})
+        if text.endswith(FILE_ENDING):
+            known = TokenStatistics.load(text)
+        elif defense in measured:
+            known = measured[defense]
+        else:
+            clean, adversarial = known_images(text, classifier, defense.known, defense.known_eps)
+            known = measured[defense] = defense.measure(self.model, clean, adversarial)
+        depth, count, width = self.visual.shape
+        expected = depth, len(self._clip.visual.positional_embedding) + count, width
+        if known.clean.mean.shape != expected:
+            raise UserError(
+                f"tapt: statistics={defense.statistics} are of {tuple(known.clean.mean.shape)} blocks, tokens and "
+                f"entries, the model with its tokens has {expected}; measure them with this model and these options."
+            )
+        return known.on(classifier.text_features.device)
+
+
+def _leaf(values: Tensor, *, unrolled: bool) -> Tensor:
+    """What a gradient is taken with respect to; ``unrolled`` keeps the graph that it comes with."""
+    if unrolled and values.requires_grad:
+        return values
+    return values.detach().clone().requires_grad_(True)
+
+
+def _length(tokens: Tensor | None) -> int:
+    return 0 if tokens is None else len(tokens)

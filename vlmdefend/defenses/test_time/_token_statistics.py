@@ -1,0 +1,103 @@
+"""Mean and variance of each token that the blocks of an image tower read, over clean and over adversarial images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.view import View
+from vlmdefend.data import load_dataset
+from vlmdefend.data.loader import load_batch
+from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.errors import UserError
+from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Threat
+
+
+class Moments(NamedTuple):
+    """Of D blocks with L tokens of width V."""
+
+    mean: Tensor  # (D, L, V)
+    variance: Tensor  # (D, L, V)
+
+    def distance(self, blocks: Sequence[Tensor]) -> Tensor:
+        """D (B, k, L, V) tokens of k views of B images -> (B,) how far the views' moments are from these.
+
+        Summed over the blocks: half the mean absolute difference of the means, half that of the variances (divided by
+        k), as TAPT's code has them.
+        """
+        total = torch.zeros((), device=self.mean.device)
+        for tokens, mean, variance in zip(blocks, self.mean, self.variance, strict=True):
+            own = tokens.mean(dim=1)
+            spread = (tokens - own[:, None]).square().mean(dim=1)
+            apart = (own - mean).abs().flatten(1).mean(dim=1) + (spread - variance).abs().flatten(1).mean(dim=1)
+            total = total + 0.5 * apart
+        return total
+
+    @classmethod
+    def of(cls, blocks: Sequence[Tensor]) -> Moments:
+        """D (N, L, V) tokens of N > 1 images; the variance is divided by N - 1."""
+        return cls(torch.stack([b.mean(dim=0) for b in blocks]), torch.stack([b.var(dim=0) for b in blocks]))
+
+
+class TokenStatistics(NamedTuple):
+    """What TAPT aligns with."""
+
+    clean: Moments
+    adversarial: Moments
+
+    def save(self, file: str | Path) -> None:
+        """Write a .safetensors file, as ``tapt:statistics=FILE`` reads it."""
+        save_file(
+            {
+                f"{kind}_{name}": tensor.contiguous().cpu()
+                for kind, moments in self._asdict().items()
+                for name, tensor in moments._asdict().items()
+            },
+            str(file),
+        )
+
+    @classmethod
+    def load(cls, file: str | Path) -> TokenStatistics:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            UserError: no such file, damaged, or of something else.
+        """
+        try:
+            read = load_file(str(Path(file).expanduser()))
+            return cls(*(Moments(read[f"{kind}_mean"], read[f"{kind}_variance"]) for kind in cls._fields))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise UserError(
+                f"tapt: statistics={file} cannot be read ({str(error).splitlines()[0]}); give a file that "
+                "Tapt.measure(...).save(FILE) wrote, or the name of a data set."
+            ) from None
+
+    def on(self, device: torch.device) -> TokenStatistics:
+        """The same there."""
+        return TokenStatistics(*(Moments(*(tensor.to(device) for tensor in moments)) for moments in self))
+
+
+def known_images(name: str, classifier: ZeroShotClassifier, count: int, eps: float) -> tuple[Tensor, Tensor]:
+    """(N, 3, S, S) images of a data set's training split, and the same after PGD against the classifier's own answers.
+
+    No label is read: what the classifier says of an image is what the attack leads away from.
+
+    Raises:
+        UserError: no such data set, or no training split.
+    """
+    images = load_dataset(name, "train", limit=count)
+    batch, _ = load_batch(images, range(len(images)), PixelTransform(classifier.image_size), skip_bad=True)
+    clean = batch.images.to(classifier.text_features.device)
+    with torch.no_grad():
+        said = classifier(clean).predictions
+    view = View(classifier, ImageRng(0, batch.ids, "known"), stop=False)
+    return clean, Pgd()(view, clean, said, Threat("linf", eps)).images
