@@ -71,6 +71,26 @@ def test_a_dry_run_counts_and_trains_nothing(cli: Cli, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("method", "attack", "trains"),
+    [
+        ("at:images=clean", "attack none", "trains: the image tower, 828,672 parameters"),
+        (
+            "adv-lora",
+            "attack one perturbation for all images, 2 steps of 0.05 along its gradient, L_inf 8/255, float32",
+            "trains: LoRA of rank 2 and dropout 0.25 in both towers' attention, folded into the result,",
+        ),
+    ],
+)
+def test_it_says_how_images_are_attacked_and_what_trains(
+    method: str, attack: str, trains: str, cli: Cli, tmp_path: Path
+) -> None:
+    found = cli("train", "--method", method, *SHORT, "--out", tmp_path / "out", "--dry-run")
+    assert found.code == 0, found
+    assert attack in words(found.err)
+    assert trains in words(found.err)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--method", "tecao"), "did you mean 'tecoa'"),

@@ -175,6 +175,13 @@ def test_an_image_is_changed_alike_whatever_its_batch_and_stays_in_range(change)
     assert float(together.max()) <= 1
 
 
+def test_a_quarter_of_the_cells_is_hidden() -> None:
+    found = masked(torch.ones(5, 3, 12, 12), ImageRng(0, list("abcde"), "x"))
+    assert (found == 0).sum(dim=(1, 2, 3)).tolist() == [3 * 36] * 5
+    cells = found.view(5, 3, 4, 3, 4, 3).amax(dim=(1, 3, 5))
+    assert torch.equal(cells, found.view(5, 3, 4, 3, 4, 3).amin(dim=(1, 3, 5)))  # whole cells, in all channels
+
+
 # contract
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Recipe
+from vlmdefend.evaluation.counting import Counted
 from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.models.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch, Pipeline
+from vlmdefend.types import Batch, Outputs, Pipeline
 
 NAMES = DEFENSES.names()
 every = pytest.mark.parametrize("name", NAMES)
@@ -116,6 +118,11 @@ def test_the_surrogate_has_the_values_of_the_deployed_pipeline(
     with torch.no_grad():
         deployed = defense.wrap(classifier)(batch.images, ImageRng(0, batch.ids, "test"))
         stand_ins = [p(batch.images, ImageRng(0, batch.ids, "test")).logits for p in surrogates(defense, classifier)]
+    for number, pipeline in enumerate(surrogates(defense, classifier)):  # and where there is a graph
+        pixels = batch.images[:2].clone().requires_grad_(True)
+        logits = pipeline(pixels, ImageRng(0, batch.ids[:2], "test")).logits.detach()
+        spread = stand_ins[number].max() - stand_ins[number].min()
+        assert (logits - stand_ins[number][:2]).abs().max() < 0.05 * spread  # 20 sign steps add up what batches differ by
     for stand_in in stand_ins:
         if deployed.certified_radius is None:
             assert torch.allclose(deployed.logits, stand_in, rtol=1e-3, atol=1e-2)
@@ -132,6 +139,76 @@ def test_the_surrogate_has_a_gradient(name: str, classifier: ZeroShotClassifier,
         (gradient,) = torch.autograd.grad(outputs.logits[:, 0].sum(), pixels)
         assert gradient.isfinite().all()
         assert (gradient.flatten(1).norm(dim=1) > 0).all()
+
+
+@every
+def test_labels_never_reach_it(name: str, classifier: ZeroShotClassifier) -> None:
+    """All that it is given are a model, images, and streams that know a seed, an id and a purpose."""
+    defense = DEFENSES.create(name)
+    assert list(inspect.signature(defense.wrap).parameters) == ["model"]
+    for pipeline in (defense.wrap(classifier), *surrogates(defense, classifier)):
+        assert list(inspect.signature(pipeline).parameters)[:2] == ["images", "rng"]
+        given = inspect.signature(pipeline).parameters.values()
+        assert all(parameter.default is not parameter.empty for parameter in list(given)[2:])
+    assert set(vars(ImageRng(0, ["a"]))) == {"seed", "ids", "purpose", "_streams"}
+
+
+class Failing(Counted):
+    """Breaks down when it is asked for the ``last`` time."""
+
+    def __init__(self, model: Pipeline) -> None:
+        super().__init__(model)
+        self.asked, self.last = 0, 0
+
+    def __call__(self, images: torch.Tensor, rng: ImageRng) -> Outputs:
+        self._ask()
+        return super().__call__(images, rng)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        self._ask()
+        return super().features(images)
+
+    def _ask(self) -> None:
+        self.asked += 1
+        if self.asked == self.last:
+            raise ConnectionError("the model is gone")
+
+
+def state(model: VisionLanguageModel) -> tuple[object, ...]:
+    modules = list(model.clip.modules())
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in modules)
+    return (
+        fingerprint(model),
+        [p.requires_grad for p in model.clip.parameters()],
+        [p.grad is None for p in model.clip.parameters()],
+        [m.training for m in modules],
+        hooks,
+        torch.is_grad_enabled(),
+        torch.get_rng_state().tolist(),
+    )
+
+
+@every
+def test_a_failure_on_the_way_leaves_nothing_behind(
+    name: str, model: VisionLanguageModel, classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    """Also where no gradient is wanted, and where an attacker wants one; and nothing touches the global generator."""
+    images, ids, defense = batch.images[:2], batch.ids[:2], DEFENSES.create(name)
+    before = state(model)
+    for side in ("wrap", "surrogate"):
+        failing = Failing(classifier)
+        pipeline = getattr(defense, side)(failing)
+        first = predict(pipeline, images, ids)
+        for graph in (False, True):
+            failing.asked, failing.last = 0, 0
+            with torch.set_grad_enabled(graph):
+                pipeline(images.clone().requires_grad_(graph), ImageRng(0, ids, "test"))
+            failing.asked, failing.last = 0, failing.asked
+            with pytest.raises(ConnectionError), torch.set_grad_enabled(graph):
+                pipeline(images.clone().requires_grad_(graph), ImageRng(0, ids, "test"))
+            failing.last = 0
+            assert state(model) == before
+            assert torch.equal(predict(pipeline, images, ids), first)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if DEFENSES.get(name).neutral is not None])

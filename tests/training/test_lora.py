@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from tests.training.conftest import CLASSES, TEMPLATES, batch_of, classifier
+from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.adv_lora import DELTA
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.rng import ImageRng
 from vlmdefend.training.adapters import LowRank, choose_adapters
 from vlmdefend.training.listener import Listener
 from vlmdefend.training.memory import STATE
 from vlmdefend.training.processes import Processes
 from vlmdefend.training.state import load_state
-from vlmdefend.training.student import TrainedStudent
+from vlmdefend.training.stage import Optimization
+from vlmdefend.training.student import Accumulator, TrainedStudent
 from vlmdefend.training.train import Training
 from vlmdefend.training.train_settings import make_train_settings
 
@@ -149,6 +152,19 @@ def test_every_epoch_begins_without_a_perturbation(tmp_path: Path) -> None:
         patch.setattr(type(run.settings.objective), "losses", watched)
         run.run(Listener())
     assert [size > 0 for size in seen] == [False, True, True, False, True, True]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_not_halved_where_its_images_need_each_other(
+    vit: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, batch, objective = adapted(vit, "lora:2"), batch_of(4), OBJECTIVES.create("at")
+
+    def full(*args: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(type(objective), "losses", full)
+    with pytest.raises(UserError, match="at needs the whole batch at once; give a smaller --batch-size"):
+        Accumulator(student, None, Optimization()).gradients(objective, batch, ImageRng(0, batch.ids, "test"))
 
 
 @pytest.mark.parametrize("method", ["at", "adv-lora"])

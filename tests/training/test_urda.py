@@ -149,6 +149,17 @@ def test_released_weights_of_the_backbone_learn_at_a_tenth_of_the_rate(root: Pat
     assert any(name.startswith("adversary.") for name in rates)
 
 
+def test_sroudas_teacher_learns_at_a_ten_thousandth_of_the_rate(root: Path, tmp_path: Path) -> None:
+    from vlmdefend.training.urda_student import AdaptedStudent
+
+    ready = adaptation(root, tmp_path / "out")
+    student = AdaptedStudent(ready._fresh(16), (ADAPTATIONS.create("srouda"),), ready.processes)
+    beside = {name for name in student.parameters if name.startswith("teacher.")}
+    assert len(beside) == len(list(student.classifier.parameters()))
+    assert {student.rate_factors[name] for name in beside} == {1e-4}
+    assert {student.rate_factors.get(name, 1.0) for name in set(student.parameters) - beside} == {1.0}
+
+
 def test_the_first_terms_of_equal_student_and_teacher_at_eps_zero_are_equal_and_zero(
     root: Path, tmp_path: Path, teacher: str
 ) -> None:
@@ -223,6 +234,7 @@ def test_any_python_callable_teaches(root: Path, tmp_path: Path, monkeypatch: py
         ("python:my_teacher:wrong", r"returned \(\d+,\) for"),
         ("python:my_teacher:missing", "cannot be imported"),
         ("python:my_teacher", "write python:MODULE:FUNCTION"),
+        ("python:os:getcwd", "does not take the class names"),
     ):
         with pytest.raises(UserError, match=message):
             run(root, tmp_path / name.replace(":", "-"), teacher=name, **options)

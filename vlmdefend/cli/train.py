@@ -21,8 +21,8 @@ def train(
         OPTION(
             "--method",
             "-m",
-            help="tecoa, fare, pmg-aft, tga-zsr, sim-clip, agft, adv-lora; baselines at, trades; with options: "
-            "at:images=clean. All of them: `vlmdefend list methods`.",
+            help="tecoa, fare, pmg-aft, tga-zsr, sim-clip, agft, adv-lora; apt, fap, advpt learn prompts; baselines "
+            "at, trades; with options: at:images=clean. What each is: `vlmdefend list methods`.",
             autocompletion=complete.objectives,
             rich_help_panel=METHOD,
         ),
@@ -75,8 +75,8 @@ def train(
         OPTION(
             help="image: the image tower. all: text and scale too. last:K: its last K tensors. lora:R: rank R in its "
             "attention; lora-all:R: in the text tower's too; lora:R:P: with dropout P. prompt:N: a border of N pixels "
-            "(ViT). Low rank and prompt are folded into plain weights at the end.  \\[default: image; of adv-lora: "
-            "lora-all:2:0.25]",
+            "(ViT). These are folded into plain weights at the end. context:M, class-context:M, deep:M: learned "
+            "prompts of apt, advpt, fap.  \\[default: the method's, see `vlmdefend list methods`]",
             rich_help_panel=METHOD,
         ),
     ] = None,

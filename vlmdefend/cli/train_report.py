@@ -79,8 +79,9 @@ def print_result(training: Training, found: Trained) -> None:
         headers = ["", "clean % [95 %]", "robust % [95 %]"]
         typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
     done = "found done" if found.reused else "written"
+    reads = "evaluate reads, plain open_clip does not" if settings.objective.learns else "open_clip reads"
     typer.echo(
-        f"\n{found.out}: {done}, a model folder that open_clip reads. These figures are of PGD-10 alone; for a "
+        f"\n{found.out}: {done}, a model folder that {reads}. These figures are of PGD-10 alone; for a "
         f"verdict: vlmdefend evaluate --model {settings.model},local-dir:{found.out} --attack autoattack --eps "
         f"{settings.eps}"
     )

@@ -67,6 +67,11 @@ def load_backbone(name: str, *, pretrained: bool = True, seed: int = 0) -> Backb
     model = load_model(name, device="cpu")
     if getattr(model, "class_names", None) is not None:
         raise UserError(f"{name} is a classifier with a head; give it as --teacher, or give a backbone without one.")
+    if model.prompts is not None and model.prompts.visual_shape[0]:
+        raise UserError(
+            f"{name} has learned tokens inside of its image tower, which a backbone does not keep; give the model that "
+            "they were learned on."
+        )
     config = {"kind": "open_clip", "model_cfg": model.model_cfg, "preprocess_cfg": model.preprocess_cfg}
     tower = model.clip.visual if pretrained else _seeded(seed, lambda: _open_clip_tower(config))
     width = int(model.model_cfg["embed_dim"])

@@ -102,12 +102,11 @@ def choose_prompts(classifier: TrainedClassifier, parts: str, seed: int) -> dict
 
 
 def _numbers(kind: str, count: str, parts: str) -> tuple[int, int | None]:
-    length, _, depth = count.partition("x")
-    written = [length, depth] if depth else [length]
-    if not all(number.isdecimal() and int(number) > 0 for number in written) or (depth and kind != "deep"):
+    written = count.split("x")
+    if not all(number.isdecimal() and int(number) > 0 for number in written) or len(written) > 1 + (kind == "deep"):
         example = "deep:2 or deep:2x9" if kind == "deep" else f"{kind}:16"
         raise UserError(f"--trains {parts}: write {kind}: and a whole number from 1, such as {example}.")
-    return int(length), int(depth) if depth else None
+    return int(written[0]), int(written[1]) if len(written) > 1 else None
 
 
 def _context(

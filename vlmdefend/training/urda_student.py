@@ -55,6 +55,8 @@ class AdaptedStudent(TrainedStudent):
         super().__init__(classifier, own | beside, processes)  # type: ignore[arg-type]
         self.steps = steps
         self.rate_factors = {name: backbone_factor for name in own if name.startswith("classifier.backbone.")}
+        for network, factor in (pair for method in methods for pair in method.rates.items()):
+            self.rate_factors |= {name: factor for name in beside if name.startswith(f"{network}.")}
 
     def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
         """(B, 3, S, S) -> (B, C) float32 logits in evaluation mode; a head has no other classes than its own."""

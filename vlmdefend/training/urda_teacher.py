@@ -157,6 +157,8 @@ def _from_python(name: str, class_names: Sequence[str]) -> Callable[[Tensor], Ou
         made = getattr(importlib.import_module(module), function)(tuple(class_names)) if colon else None
     except (ImportError, AttributeError) as error:
         raise UserError(f"--teacher {name}: cannot be imported ({error}); write python:MODULE:FUNCTION.") from None
+    except TypeError as error:
+        raise UserError(f"--teacher {name}: does not take the class names ({error}); give it that argument.") from None
     if not callable(made):
         raise UserError(
             f"--teacher {name}: write python:MODULE:FUNCTION, a function that takes the class names and returns a "

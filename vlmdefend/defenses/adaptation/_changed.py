@@ -38,9 +38,10 @@ def cut_out(images: Tensor, rng: ImageRng, share: float = 0.25) -> Tensor:
     return images.masked_fill(inside[:, None].to(images.device), 0.5)
 
 
-def masked(images: Tensor, rng: ImageRng, patches: int = 4, share: float = 0.3) -> Tensor:
-    """Each cell of a ``patches`` x ``patches`` grid becomes black with probability ``share``."""
-    hidden = rng.uniform((1, patches, patches)) < share
+def masked(images: Tensor, rng: ImageRng, patches: int = 4, share: float = 0.25) -> Tensor:
+    """So many of the cells of a ``patches`` x ``patches`` grid, chosen at random, become black."""
+    order = rng.uniform((patches**2,)).argsort(dim=1).argsort(dim=1)
+    hidden = (order < round(share * patches**2)).view(-1, 1, patches, patches)
     mask = F.interpolate(hidden.float(), images.shape[-2:], mode="nearest").bool()
     return images.masked_fill(mask.to(images.device), 0.0)
 

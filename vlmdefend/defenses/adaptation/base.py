@@ -89,6 +89,11 @@ class Adaptation(Objective):
         return {}
 
     @property
+    def rates(self) -> dict[str, float]:
+        """Of networks beside the classifier that learn at another rate than the stage's: its factor."""
+        return {}
+
+    @property
     def phases(self) -> tuple[Adaptation, ...]:
         """The stages, each from where the one before ended."""
         return (self,)

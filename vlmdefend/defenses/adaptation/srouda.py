@@ -40,12 +40,13 @@ class Srouda(Adaptation):
     Student: PGD training on randomly masked target images with the teacher's classes at the plain ones. Teacher:
     CE(source) + consistency of the masked image with the plain one (probability above the threshold) + (new - old)
     CE(its class at the masked image), where old and new are the student's source error before and after a plain
-    gradient step of rate ``look_ahead``; the sign is that of the authors' code. The teacher's forward is a training
-    one, as there: with fixed statistics for BatchNorm a rate that suits the student makes it diverge.
+    gradient step of rate ``look_ahead``; sign and defaults are those of the authors' code. The teacher's forward is a
+    training one, as there. It hardly moves: at the student's rate it takes its own errors for the truth.
 
     Options:
         threshold: of the consistency.
         look_ahead: rate of the step that the feedback is measured with.
+        teacher_rate: the teacher's learning rate, of the student's (theirs are 1e-7 and 1e-3).
         eps: radius of the attack; alpha: its step; steps: how many.
     """
 
@@ -55,6 +56,7 @@ class Srouda(Adaptation):
     role: ClassVar[Role] = "robustification"
     threshold: float = 0.95
     look_ahead: float = 0.01
+    teacher_rate: float = 1e-4
     eps: float = 0.1
     alpha: float = 0.025
     steps: int = 10
@@ -67,6 +69,11 @@ class Srouda(Adaptation):
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
         """The teacher, which begins as the student does."""
         return {"teacher": shape.copy()}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The teacher's."""
+        return {"teacher": self.teacher_rate}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
         """The student's loss and the teacher's, of disjoint weights."""

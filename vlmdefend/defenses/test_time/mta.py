@@ -16,6 +16,8 @@ from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
+LARGE = (0.5, 1.0)  # shares of the area that the crops of the stand-in cover
+
 
 @DEFENSES.register
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,9 @@ class Mta(Defense):
     m is made of the views: no access to the text side is needed.
 
     No parameter changes. All of it is differentiable, yet the unrolled gradient, which is what autograd sees, serves an
-    attacker less than the bare model's. The adaptive attacker keeps the values and holds the proportions constant, or
-    takes the gradient of the plain mean over the views, or attacks the bare model.
+    attacker less than the bare model's. The mode is made of large crops mostly; the adaptive attacker keeps the values
+    and takes the gradient of the plain mean over fresh large crops, or holds the proportions constant, or attacks the
+    bare model.
 
     Options:
         views: the image counts as one.
@@ -58,8 +61,8 @@ class Mta(Defense):
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 1}
     recipe: ClassVar[Recipe] = Recipe(
-        "BPDA: gradient with constant proportions, of the plain mean, or of the bare model, best per image; "
-        "EOT: fresh views at every step",
+        "BPDA: gradient of the plain mean over large crops, with constant proportions, or of the bare model, best per "
+        "image; EOT: fresh views at every step",
         surrogates=2,
         bare=True,
     )
@@ -86,12 +89,12 @@ class Mta(Defense):
         return _Mode(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The same values; the proportions are constants."""
-        return _Mode(model, self, "constant")
+        """The same values; the gradient of the plain mean over large crops."""
+        return _Mode(model, self, "large")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Constant proportions; the gradient of the plain mean."""
-        return self.surrogate(model), _Mode(model, self, "mean")
+        """The gradient over large crops; constant proportions."""
+        return self.surrogate(model), _Mode(model, self, "constant")
 
     def shares(self, features: Tensor, logits: Tensor) -> Tensor:
         """(B, V, D) embeddings and (B, V, C) logits -> (B, V) how much of each unit embedding the mode holds."""
@@ -124,24 +127,30 @@ class Mta(Defense):
 
 
 class _Mode:
-    """``gradient``: through everything, with constant proportions of the views, or of their plain mean."""
+    """``gradient``: through everything, with constant proportions, or of the plain mean over other, large crops."""
 
     def __init__(
-        self, model: Pipeline, defense: Mta, gradient: Literal["unrolled", "constant", "mean"] = "unrolled"
+        self, model: Pipeline, defense: Mta, gradient: Literal["unrolled", "constant", "large"] = "unrolled"
     ) -> None:
         self.model, self.defense, self.gradient = model, defense, gradient
         self.num_classes = model.num_classes
         self.stochastic = True
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        if self.gradient == "large" and images.requires_grad and torch.is_grad_enabled():
+            return self._large(images, rng)
         views = predict_views(self.model, augmented_views(images, rng, self.defense.views), rng)
         if views.features is None:
             raise UserError("mta: the model gives no image features to find a mode of; use defense ensemble.")
         share = self.defense.shares(views.features, views.logits)[:, None]
         share = share if self.gradient == "unrolled" else share.detach()
-        logits = (share @ views.logits)[:, 0]
-        features = (share @ F.normalize(views.features, dim=-1))[:, 0]
-        if self.gradient == "mean":
-            mean = views.logits.mean(dim=1)
-            logits = mean + (logits - mean).detach()
-        return Outputs(logits, features)
+        return Outputs((share @ views.logits)[:, 0], (share @ F.normalize(views.features, dim=-1))[:, 0])
+
+    def _large(self, images: Tensor, rng: ImageRng) -> Outputs:
+        with torch.no_grad():
+            exact = self(images, rng)
+        assert exact.features is not None
+        crops = predict_views(self.model, augmented_views(images, rng, self.defense.views, area=LARGE), rng)
+        assert crops.features is not None
+        logits, features = crops.logits.mean(dim=1), F.normalize(crops.features, dim=-1).mean(dim=1)
+        return Outputs(logits + (exact.logits - logits).detach(), features + (exact.features - features).detach())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,10 @@ class Dbd(Defense):
     the official code, but with the classes' own prompts: the published numbers use class descriptions written by a
     language model.
 
+    Extrapolation is the way in: what moves the crops away from the image counts 2.5 times. The gate has no gradient,
+    so a gradient at k = 1 never finds it; the adaptive attacker takes that of a constant k, ``factor`` on the confident
+    crops or half of the way there on all.
+
     Options:
         views: random crops, 32.
         keep: share of them that counts, 16 of 32.
@@ -47,9 +51,9 @@ class Dbd(Defense):
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 0}
     recipe: ClassVar[Recipe] = Recipe(
-        "exact; EOT: fresh views at every step, mean gradient over 2 draws; agreement pushed under the threshold",
-        samples=2,
-        detector_weights=(0.0, 5.0),
+        "BPDA: gradient as if the factor always held, on the confident crops, or half of it on all, best per image; "
+        "EOT: fresh views at every step",
+        surrogates=2,
     )
     views: int = 32
     keep: float = 0.5
@@ -64,6 +68,14 @@ class Dbd(Defense):
         """Embed image and views, shift, compare with the classes."""
         return _Shifted(self, model)
 
+    def surrogate(self, model: Pipeline) -> Pipeline:
+        """The same values; the gradient of the full factor."""
+        return _Shifted(self, model, "factor")
+
+    def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
+        """The gradient of the full factor; of half of the way there, all crops alike."""
+        return self.surrogate(model), _Shifted(self, model, "half")
+
     def shift(self, features: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) image and (B, V, D) views -> (B, D) shifted features and the views' (B,) agreement."""
         biases = crops - features[:, None]
@@ -74,8 +86,10 @@ class Dbd(Defense):
 
 
 class _Shifted:
-    def __init__(self, defense: Dbd, model: Pipeline) -> None:
-        self.defense, self.model = defense, embedding_pipeline(model, defense.name)
+    """``gradient``: of what is deployed, of the factor on the confident crops, or of half of it on all crops."""
+
+    def __init__(self, defense: Dbd, model: Pipeline, gradient: Literal["exact", "factor", "half"] = "exact") -> None:
+        self.defense, self.model, self.gradient = defense, embedding_pipeline(model, defense.name), gradient
         self.num_classes, self.stochastic = model.num_classes, True
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
@@ -84,6 +98,16 @@ class _Shifted:
             return self.model(images, rng)
         seen = predict_views(self.model, augmented_views(images, rng, 1 + defense.views), rng)
         features = features_of(seen)
-        confident = most_confident(seen.logits[:, 1:], defense.keep)
-        shifted, agreement = defense.shift(features[:, 0], pick(features[:, 1:], confident))
-        return Outputs(self.model.logits(shifted), shifted, agreement - defense.threshold)
+        image, crops = features[:, 0], features[:, 1:]
+        confident = pick(crops, most_confident(seen.logits[:, 1:], defense.keep))
+        shifted, agreement = defense.shift(image, confident)
+        logits = self.model.logits(shifted)
+        if self.gradient != "exact" and logits.requires_grad:
+            factor, mean = (
+                (defense.factor, confident.mean(dim=1))
+                if self.gradient == "factor"
+                else ((1 + defense.factor) / 2, crops.mean(dim=1))
+            )
+            stand_in = self.model.logits(image + factor * (mean - image))
+            logits = stand_in + (logits - stand_in).detach()
+        return Outputs(logits, shifted, agreement - defense.threshold)

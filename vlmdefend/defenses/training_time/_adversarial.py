@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmdefend.defenses.training_time._attack import train_pgd
+from vlmdefend.defenses.training_time._attack import ascend, train_pgd
 from vlmdefend.defenses.training_time.base import Objective, StepCost, Student
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -50,6 +51,10 @@ class Adversarial(Objective, ABC):
         return train_pgd(
             student.attacked, batch.images, batch.labels, rng, eps=self.eps, steps=self.steps, alpha=self.alpha
         )
+
+    def ascended(self, loss: Callable[[Tensor], Tensor], batch: Batch, rng: ImageRng) -> Tensor:
+        """PGD on any loss that is a sum over the images."""
+        return ascend(loss, batch.images, rng, eps=self.eps, steps=self.steps, alpha=self.alpha)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def train_pgd(
 def ascend(
     loss: Callable[[Tensor], Tensor],
     images: Tensor,
-    rng: ImageRng,
+    rng: ImageRng | None = None,
     *,
     eps: float,
     steps: int,
@@ -64,13 +64,17 @@ def ascend(
 
     Args:
         loss: float32, from (B, 3, H, W) to a number.
-        start: the start is uniform in a box of this radius; None: of radius ``eps``.
+        rng: one stream per image for a start that is uniform in a box; None: start at the image (BIM).
+        start: radius of that box; None: ``eps``.
 
     Returns:
         (B, 3, H, W) in [0, 1] and within ``eps``; no gradient.
     """
-    noise = rng.uniform(images.shape[1:], -1.0, 1.0).to(images.device)
-    adversarial = noisy(images, noise, eps if start is None else start)
+    if rng is None:
+        adversarial = images.detach().clone()
+    else:
+        noise = rng.uniform(images.shape[1:], -1.0, 1.0).to(images.device)
+        adversarial = noisy(images, noise, eps if start is None else start)
     for _ in range(steps):
         pixels = adversarial.requires_grad_(True)
         with torch.enable_grad():

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy
-from vlmdefend.defenses.training_time._attack import ascend
 from vlmdefend.defenses.training_time.base import Schedule, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
@@ -44,13 +43,6 @@ class Agft(Adversarial):
         def soft(logits: Tensor) -> Tensor:
             return -(wanted * logits.log_softmax(dim=1)).sum(dim=1)
 
-        adversarial = ascend(
-            lambda pixels: soft(student.attacked(pixels)).sum(),
-            batch.images,
-            rng,
-            eps=self.eps,
-            steps=self.steps,
-            alpha=self.alpha,
-        )
+        adversarial = self.ascended(lambda pixels: soft(student.attacked(pixels)).sum(), batch, rng)
         logits = student(adversarial).logits
         return Terms({"cross_entropy": soft(logits)}, {"accuracy_adversarial": accuracy(logits, batch.labels)})

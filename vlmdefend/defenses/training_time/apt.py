@@ -54,7 +54,7 @@ class Apt(Adversarial):
         dataset="imagenet",
         template="a photo of a {c}",
         trains="context:16",
-        toy_rate=0.1,
+        toy_rate=0.4,
     )
     eps: float = 4 / 255
     steps: int = 3

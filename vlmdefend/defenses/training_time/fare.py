@@ -9,7 +9,6 @@ import torch
 
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy
-from vlmdefend.defenses.training_time._attack import ascend
 from vlmdefend.defenses.training_time.base import Schedule, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
@@ -53,13 +52,8 @@ class Fare(Adversarial):
             before = teacher(batch.images).features
         assert before is not None
         wanted = before  # a name that stays narrowed inside the closure
-        adversarial = ascend(
-            lambda pixels: (student.attacked_features(pixels) - wanted).square().sum(),
-            batch.images,
-            rng,
-            eps=self.eps,
-            steps=self.steps,
-            alpha=self.alpha,
+        adversarial = self.ascended(
+            lambda pixels: (student.attacked_features(pixels) - wanted).square().sum(), batch, rng
         )
         found = student(adversarial)
         assert found.features is not None

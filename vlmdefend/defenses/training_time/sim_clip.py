@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy
-from vlmdefend.defenses.training_time._attack import ascend
 from vlmdefend.defenses.training_time.base import Schedule, StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
@@ -66,13 +65,8 @@ class SimClip(Adversarial):
             before = teacher(batch.images).features
         assert before is not None
         wanted = before
-        adversarial = ascend(
-            lambda pixels: (student.attacked_features(pixels) - wanted).square().sum(),
-            batch.images,
-            rng,
-            eps=self.eps,
-            steps=self.steps,
-            alpha=self.alpha,
+        adversarial = self.ascended(
+            lambda pixels: (student.attacked_features(pixels) - wanted).square().sum(), batch, rng
         )
         found = student(adversarial)
         assert found.features is not None
