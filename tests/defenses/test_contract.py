@@ -122,7 +122,9 @@ def test_the_surrogate_has_the_values_of_the_deployed_pipeline(
         pixels = batch.images[:2].clone().requires_grad_(True)
         logits = pipeline(pixels, ImageRng(0, batch.ids[:2], "test")).logits.detach()
         spread = stand_ins[number].max() - stand_ins[number].min()
-        assert (logits - stand_ins[number][:2]).abs().max() < 0.05 * spread  # 20 sign steps add up what batches differ by
+        assert (
+            logits - stand_ins[number][:2]
+        ).abs().max() < 0.05 * spread  # 20 sign steps add up what batches differ by
     for stand_in in stand_ins:
         if deployed.certified_radius is None:
             assert torch.allclose(deployed.logits, stand_in, rtol=1e-3, atol=1e-2)
@@ -147,9 +149,8 @@ def test_labels_never_reach_it(name: str, classifier: ZeroShotClassifier) -> Non
     defense = DEFENSES.create(name)
     assert list(inspect.signature(defense.wrap).parameters) == ["model"]
     for pipeline in (defense.wrap(classifier), *surrogates(defense, classifier)):
-        assert list(inspect.signature(pipeline).parameters)[:2] == ["images", "rng"]
-        given = inspect.signature(pipeline).parameters.values()
-        assert all(parameter.default is not parameter.empty for parameter in list(given)[2:])
+        if pipeline is not classifier:  # a module's signature says nothing
+            assert list(inspect.signature(pipeline).parameters) == ["images", "rng"]
     assert set(vars(ImageRng(0, ["a"]))) == {"seed", "ids", "purpose", "_streams"}
 
 
@@ -192,23 +193,25 @@ def state(model: VisionLanguageModel) -> tuple[object, ...]:
 def test_a_failure_on_the_way_leaves_nothing_behind(
     name: str, model: VisionLanguageModel, classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
-    """Also where no gradient is wanted, and where an attacker wants one; and nothing touches the global generator."""
+    """As it is deployed, and where an attacker wants a gradient; and nothing touches the global generator."""
     images, ids, defense = batch.images[:2], batch.ids[:2], DEFENSES.create(name)
     before = state(model)
-    for side in ("wrap", "surrogate"):
+    for side, graph in (("wrap", False), ("surrogate", True)):
         failing = Failing(classifier)
         pipeline = getattr(defense, side)(failing)
-        first = predict(pipeline, images, ids)
-        for graph in (False, True):
-            failing.asked, failing.last = 0, 0
+
+        def ask(pipeline: Pipeline = pipeline, graph: bool = graph) -> torch.Tensor:
             with torch.set_grad_enabled(graph):
-                pipeline(images.clone().requires_grad_(graph), ImageRng(0, ids, "test"))
-            failing.asked, failing.last = 0, failing.asked
-            with pytest.raises(ConnectionError), torch.set_grad_enabled(graph):
-                pipeline(images.clone().requires_grad_(graph), ImageRng(0, ids, "test"))
-            failing.last = 0
-            assert state(model) == before
-            assert torch.equal(predict(pipeline, images, ids), first)
+                pixels = images.clone().requires_grad_(graph)
+                return pipeline(pixels, ImageRng(0, ids, "test")).logits.detach()
+
+        first = ask()
+        failing.asked, failing.last = 0, failing.asked
+        with pytest.raises(ConnectionError):
+            ask()
+        assert state(model) == before
+        failing.last = 0
+        assert torch.equal(ask(), first)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if DEFENSES.get(name).neutral is not None])

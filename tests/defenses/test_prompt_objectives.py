@@ -69,7 +69,9 @@ class Linear:
         return images[:, 0, 0, :2] @ (WEIGHTS if classes is None else classes).T
 
 
-def ascended(start: Tensor, classes: Tensor, labels: Tensor, alpha: float, *, ascent: float = 0.0, steps: int) -> Tensor:
+def ascended(
+    start: Tensor, classes: Tensor, labels: Tensor, alpha: float, *, ascent: float = 0.0, steps: int
+) -> Tensor:
     """(B, 2) pixels after signed steps along W^T (p - y), while W moves by 9 ascent times the mean of (p - y) x^T."""
     pixels, classes = start.clone(), classes.clone()
     for _ in range(steps):

@@ -12,21 +12,25 @@ from torch import Tensor
 
 import vlmdefend
 from tests.defenses.linear import Linear
+from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.prompts import templates_for
 from vlmdefend.data.transforms import PixelTransform
+from vlmdefend.defenses._views import augmented_views
 from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.training_free.aom import Aom
 from vlmdefend.defenses.training_free.clipure_cos import ClipureCos
 from vlmdefend.defenses.training_free.cola import Cola
 from vlmdefend.defenses.training_free.dbd import Dbd
 from vlmdefend.errors import UserError
+from vlmdefend.evaluation.attackers import craft, variants
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.evaluation.diagnostics import Result, reasons
+from vlmdefend.evaluation.records import Attacker
 from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.models.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch, Pipeline
+from vlmdefend.types import Batch, Outputs, Pipeline, Threat
 
 BLANK = torch.tensor([0.0, 1.0])
 
@@ -174,6 +178,88 @@ def test_dbd_extrapolates_where_the_views_agree_and_averages_where_they_do_not()
     shifted, agreement = Dbd().shift(features, crops)  # mean biases (2, 0) and (0.5, 0.5)
     assert torch.allclose(agreement, torch.tensor([1.0, math.sqrt(0.5)]))
     assert torch.allclose(shifted, torch.tensor([[1 + 2.5 * 2, 1.0], [1.5, 1.5]]))
+
+
+class Embedding:
+    """Features are the 48 pixels of an image times fixed weights, logits 10 cosines to three class texts."""
+
+    stochastic, num_classes = False, 3
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.weights = torch.randn(6, 48, generator=generator)
+        self.text_features = F.normalize(torch.randn(3, 6, generator=generator), dim=1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        return 10 * F.normalize(features, dim=-1) @ self.text_features.T
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        features = images.flatten(1) @ self.weights.T
+        return Outputs(self.logits(features), features)
+
+
+def small() -> Tensor:
+    return torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+
+
+def streams() -> ImageRng:
+    return ImageRng(0, ["a", "b"])
+
+
+def test_cola_weighs_the_projected_views_by_their_certainty() -> None:
+    """Of every view: cosines after the projection onto the span of the texts, weight e^-H, and the weighted mean."""
+    model = Embedding()
+    views = augmented_views(small(), streams(), 5)
+    basis, _ = torch.linalg.qr(model.text_features.T)
+    for image in range(2):
+        logits, weights = [], []
+        for view in views[image]:
+            feature = basis @ (basis.T @ (model.weights @ view.flatten()))
+            logits.append(10 * model.text_features @ (feature / feature.norm()))
+            p = logits[-1].softmax(dim=0)
+            weights.append(math.exp(float((p * p.log()).sum())))
+        expected = sum(w * z for w, z in zip(weights, logits, strict=True)) / sum(weights)
+        found = Cola(views=5).wrap(model)(small(), streams()).logits[image]
+        assert torch.allclose(found, expected, atol=1e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_dbd_is_attacked_with_the_gradient_of_a_factor_that_always_holds(number: int) -> None:
+    model, defense, wanted = Embedding(), Dbd(views=6), torch.randn(2, 3, generator=torch.Generator().manual_seed(4))
+    pixels = small().requires_grad_(True)
+    outputs = defense.surrogates(model)[number](pixels, streams())
+    deployed = defense.wrap(model)(small(), streams())
+    assert torch.allclose(outputs.logits, deployed.logits, atol=1e-5)
+    (found,) = torch.autograd.grad((outputs.logits * wanted).sum(), pixels)
+
+    pixels = small().requires_grad_(True)
+    features = augmented_views(pixels, streams(), 7).flatten(2) @ model.weights.T
+    p = model.logits(features[:, 1:]).softmax(dim=-1)
+    confident = (-(p * p.log()).sum(dim=-1)).argsort(dim=1)[:, :3]
+    crops = torch.stack([features[i, 1 + confident[i]] for i in range(2)]) if number == 0 else features[:, 1:]
+    factor = 2.5 if number == 0 else 1.75
+    shifted = features[:, 0] + factor * (crops.mean(dim=1) - features[:, 0])
+    (expected,) = torch.autograd.grad((model.logits(shifted) * wanted).sum(), pixels)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert expected.abs().max() > 1e-2
+
+
+def test_knowing_that_dbd_extrapolates_breaks_it_below_the_bare_model() -> None:
+    """Gradients of what is deployed, whose gate is closed on clean images, leave far more (n = 64: 44 and 14 %)."""
+    images = vlmdefend.load_dataset("fashion", limit=24)
+    batch = load_batch(images, range(24), PixelTransform(32), skip_bad=False)[0]
+    classifier = vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(images.class_names, ["a photo of a {c}."])
+    defense, threat = Dbd(views=8), Threat("linf", 4 / 255)
+
+    def fooled(attacker: Attacker) -> int:
+        attacks = dict.fromkeys(variants(attacker, defense), Pgd())
+        arguments = (batch.images, batch.labels, threat, ImageRng(0, batch.ids), 24)
+        found = craft(attacker, attacks, defense, classifier, *arguments)
+        with torch.no_grad():
+            logits = defense.wrap(classifier)(found.images, ImageRng(0, batch.ids, "deployed")).logits
+        return int((logits.argmax(dim=1) != batch.labels).sum())
+
+    assert fooled("adaptive") >= fooled("whitebox") + 4
 
 
 def test_cola_projects_onto_the_span_of_the_class_texts() -> None:

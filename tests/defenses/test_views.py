@@ -144,6 +144,15 @@ def test_voting_views_have_a_stand_in_with_a_gradient() -> None:
     assert torch.autograd.grad(logits[0, 0], pixels)[0].abs().sum() > 0
 
 
+def test_the_ensemble_takes_no_crop_below_its_smallest_share() -> None:
+    images, streams = ramps(1), ImageRng(0, ["a"])
+    views = augmented_views(images, streams, 8, area=(0.9, 1.0)).mean(dim=(3, 4))
+    found = Ensemble(views=8, smallest=0.9).wrap(Places())(images, ImageRng(0, ["a"]))
+    assert torch.allclose(found.logits, views.mean(dim=1), atol=1e-6)
+    with pytest.raises(UserError, match="smallest=0"):
+        Ensemble(smallest=0.0)
+
+
 def official_mta(features: torch.Tensor, logits: torch.Tensor, rounds: int, inner: int) -> torch.Tensor:
     """One image, as the paper writes it: (V, D) unit embeddings and (V, C) logits -> the mode (D,)."""
     count = len(features)
@@ -201,6 +210,19 @@ def test_mta_is_differentiable_where_views_coincide() -> None:
     share = Mta().shares(features, torch.zeros(1, 6, 3))
     (gradient,) = torch.autograd.grad((share[..., None] * features).sum(), features)
     assert gradient.isfinite().all()
+
+
+def test_mta_is_attacked_with_the_gradient_of_the_mean_over_large_crops() -> None:
+    """Its own views come first from the streams, the large crops after them."""
+    wanted, streams = torch.tensor([1.0, -2.0, 0.5]), ImageRng(0, ["a"])
+    pixels = ramps(1).clone().requires_grad_(True)
+    outputs = Mta(views=6).surrogate(Places())(pixels, ImageRng(0, ["a"]))
+    assert torch.allclose(outputs.logits, Mta(views=6).wrap(Places())(ramps(1), ImageRng(0, ["a"])).logits, atol=1e-5)
+    (found,) = torch.autograd.grad((outputs.logits * wanted).sum(), pixels)
+    augmented_views(ramps(1), streams, 6)
+    means = augmented_views(pixels, streams, 6, area=(0.5, 1.0)).mean(dim=(3, 4)).mean(dim=1)
+    (expected,) = torch.autograd.grad((means * wanted).sum(), pixels)
+    assert torch.allclose(found, expected, atol=1e-7)
 
 
 def test_mta_without_features_says_what_to_do() -> None:

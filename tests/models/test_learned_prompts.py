@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tests.models.conftest import is_one_sentence
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.models.backbones import load_backbone
 from vlmdefend.models.checkpoint import CONFIG, PROMPTS, save_folder
 from vlmdefend.models.context import ContextReader
 from vlmdefend.models.learned_prompts import LearnedPrompts, places
@@ -111,9 +113,13 @@ def test_a_context_is_read_in_the_places_before_the_name(
 def test_prompts_are_encoded_again_only_when_they_changed(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, calls = with_context(loaded(folders), 4, 32), []
-    read = ContextReader.__call__
-    monkeypatch.setattr(ContextReader, "__call__", lambda self, context: calls.append(1) or read(self, context))
+    model, calls, read = with_context(loaded(folders), 4, 32), [], ContextReader.__call__
+
+    def counted(self: ContextReader, context: Tensor) -> Tensor:
+        calls.append(1)
+        return read(self, context)
+
+    monkeypatch.setattr(ContextReader, "__call__", counted)
     first = model.text_features(CLASSES, TEMPLATES)
     assert model.text_features(CLASSES, TEMPLATES) is first
     assert len(calls) == 1
@@ -200,12 +206,29 @@ def test_a_template_with_fewer_words_than_vectors_is_refused(folders: dict[str, 
         model.text_features(CLASSES, TEMPLATES)
 
 
+def test_a_copy_reads_its_own_prompts(folders: dict[str, Path], images: Tensor) -> None:
+    model = prompted(folders)
+    other, before = deepcopy(model), model.clip.encode_image(images)
+    with torch.no_grad():
+        other.clip.prompts.visual.neg_()
+    assert torch.equal(model.clip.encode_image(images), before)
+    assert not torch.allclose(other.clip.encode_image(images), before, atol=1e-3)
+
+
+def test_an_image_tower_with_learned_tokens_is_no_backbone(folders: dict[str, Path], tmp_path: Path) -> None:
+    name = f"local-dir:{save_folder(prompted(folders), tmp_path / 'out', {})}"
+    with pytest.raises(UserError, match="learned tokens inside of its image tower"):
+        load_backbone(name)
+    text_alone = save_folder(with_context(loaded(folders), 4, 32), tmp_path / "text", {})
+    assert load_backbone(f"local-dir:{text_alone}").width == 32
+
+
 # folders
 
 
 def prompted(folders: dict[str, Path]) -> VisionLanguageModel:
     model = loaded(folders)
-    parts = {"context": noise(2, 32), "visual": noise(2, 2, 64), "text": noise(1, 2, 32)}
+    parts: dict[str, Any] = {"context": noise(2, 32), "visual": noise(2, 2, 64), "text": noise(1, 2, 32)}
     model.add_prompts(LearnedPrompts(template="a photo of a {c}.", **parts))
     return model
 

@@ -186,7 +186,7 @@ def test_contexts_of_classes_that_the_file_does_not_name_are_refused(folders: di
 
 
 def whole(model: VisionLanguageModel, words: str, direction: str) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    """FAP's (``image``) or AdvMaPLe's (``text``) whole model, in half precision; its context, visual and text tokens."""
+    """FAP's (``image``) or AdvMaPLe's (``text``) whole model, in half precision; context, visual and text tokens."""
     narrow, wide = (32, 64) if direction == "text" else (64, 32)
     first, maps = nn.Linear(32, 64), nn.Linear(narrow, wide)
     context, deep = noise(2, 32).half(), noise(2, narrow).half()

@@ -20,8 +20,8 @@ from vlmdefend.training.adapters import LowRank, choose_adapters
 from vlmdefend.training.listener import Listener
 from vlmdefend.training.memory import STATE
 from vlmdefend.training.processes import Processes
-from vlmdefend.training.state import load_state
 from vlmdefend.training.stage import Optimization
+from vlmdefend.training.state import load_state
 from vlmdefend.training.student import Accumulator, TrainedStudent
 from vlmdefend.training.train import Training
 from vlmdefend.training.train_settings import make_train_settings

@@ -154,6 +154,19 @@ def test_the_start_is_a_function_of_the_seed_and_leaves_the_global_state_alone(f
         assert not torch.equal(same[name], other[name])  # type: ignore[index]
 
 
+def test_all_weights_may_train_under_a_learned_context_and_it_with_them(folders: dict[str, Path]) -> None:
+    model, before = loaded(folders, "vit"), loaded(folders, "vit").clip.state_dict()
+    choose_prompts(classifier(model), "context:2", seed=0)
+    model.clip.requires_grad_(False)
+    context = model.context.detach().clone()  # type: ignore[union-attr]
+    student = student_of(model, "all")
+    one_step("tecoa", student)
+    assert not torch.equal(model.context, context)  # type: ignore[arg-type]
+    assert not torch.equal(model.clip.token_embedding.weight, before["token_embedding.weight"])
+    found = model.zero_shot(CLASSES, TEMPLATES)
+    assert torch.allclose(student.class_features, found.text_features, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "parts", "message"),
     [

@@ -29,28 +29,28 @@ class ContextReader:
     """
 
     def __init__(self, clip: Any, tokenizer: Any, class_names: Sequence[str], template: str, length: int) -> None:
-        self._clip = clip
-        table = token_embedding(clip).weight
+        self._clip, self._length = clip, length
         before = len(tokenizer.encode(template.split("{c}")[0]))
         if before < length:
             raise UserError(
                 f"the prompt {template!r} has {before} tokens before the class name, fewer than the {length} vectors "
                 "that are learned; give a template with more words, or learn fewer."
             )
-        tokens = tokenized(tokenizer, [template.replace("{c}", name) for name in class_names]).to(table.device)
+        tokens = tokenized(tokenizer, [template.replace("{c}", name) for name in class_names])
         self._short = looks_backwards(clip)
         if self._short:  # without the padding behind the longest prompt
             tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
-        embedded = table.detach()[tokens]  # (C, L, W)
-        self._tokens, self._start, self._rest = tokens, embedded[:, :1], embedded[:, 1 + length :]
-        self.words = embedded[0, 1 : 1 + length].clone()  # (M, W) of the template itself
+        embedding = token_embedding(clip)
+        self._tokens = tokens.to(embedding.weight.device)  # (C, L)
+        self.words = embedding(self._tokens[0, 1 : 1 + length]).detach().clone()  # (M, W) of the template itself
 
     def __call__(self, context: Tensor) -> Tensor:
         """(M, W), or (C, M, W) of each class -> (C, D) unit class features, with whatever graph the context has."""
-        found = []
+        found, embedding = [], token_embedding(self._clip)
         for rows in parts_of(torch.arange(len(self._tokens), device=self._tokens.device)):
             own = context.expand(len(rows), -1, -1) if context.dim() == 2 else context[rows]
-            embeddings = torch.cat([self._start[rows], own, self._rest[rows]], dim=1)
+            words = embedding(self._tokens[rows])
+            embeddings = torch.cat([words[:, :1], own, words[:, 1 + self._length :]], dim=1)
             read = read_short if self._short else encode_embedded
             found.append(read(self._clip, self._tokens[rows], embeddings))
         return torch.cat(found)

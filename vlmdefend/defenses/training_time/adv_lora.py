@@ -29,10 +29,10 @@ class AdvLora(Adversarial):
     tower trains.
 
     ``perturbation=universal`` is the code: one delta for the whole batch, carried from batch to batch of an epoch,
-    which takes ``steps`` steps along the gradient itself, not its sign. Readme and title suggest a perturbation of each
-    image: ``per-image`` is PGD as elsewhere here. A universal one of 1/255 is a weak attack, and what is learned against
-    it is not robustness against attacks on single images: of 200 ``fashion`` images the embedded ViT held 20 % under
-    PGD-10 at 8/255 before, 20 % after two epochs of it, and 40 % after two of ``per-image``.
+    which takes ``steps`` steps along the gradient itself, not its sign. One would expect a perturbation of each image:
+    ``per-image`` is PGD as elsewhere here. A universal one of 1/255 is a weak attack, and what is learned against it is
+    not robustness against attacks on single images: of 200 ``fashion`` images the embedded ViT held 20 % under PGD-10
+    at 8/255 before, 20 % after two epochs of it, and 40 % after two of ``per-image``.
 
     Theirs perturbs, clips and tests pixels that are already normalised, where 1/255 is about a quarter of a level of
     an image; here 1/255 is of pixels in [0, 1], and perturbed images stay in it. They crop and flip images at random,
