@@ -21,6 +21,7 @@ from vlmdefend.defenses.training_free.csr import Csr
 from vlmdefend.defenses.training_free.et3 import Et3
 from vlmdefend.defenses.training_free.hedge import Hedge
 from vlmdefend.defenses.training_free.low_pass import LowPass
+from vlmdefend.defenses.training_free.noise import Noise
 from vlmdefend.defenses.training_free.ttc import Ttc
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.attackers import Variant, craft, variants
@@ -75,6 +76,16 @@ def test_hedge_ends_in_the_corner_that_raises_the_sum_of_cross_entropies(images:
     row = torch.randn(48, generator=torch.Generator().manual_seed(2)).abs()  # s > 0 on every image
     seen = Hedge(eps=0.02, alpha=0.005, steps=20).counter(Linear(torch.stack([row, -row])), images, rng(), "cut").images
     assert torch.allclose(seen, images + 0.02, atol=1e-6)
+
+
+def test_hedge_is_attacked_where_its_steps_start(images: torch.Tensor, weights: torch.Tensor) -> None:
+    model, defense, pixels = Linear(weights, bend=True), Hedge(eps=0.02, steps=3), images.clone().requires_grad_(True)
+    (stand_in,) = defense.surrogates(model)
+    (found,) = torch.autograd.grad(stand_in(pixels, rng()).logits[:, 0].sum(), pixels)
+    at = 3 * (images + rng().uniform((3, 4, 4), -0.02, 0.02)).flatten(1)
+    assert torch.allclose(found.flatten(1), 3 * (1 - at.tanh() ** 2) * weights[0], atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(stand_in(images, rng()).logits, defense.wrap(model)(images, rng()).logits)
 
 
 @pytest.mark.parametrize("threshold", [0.0, torch.inf])
@@ -251,6 +262,35 @@ def test_an_adaptive_attacker_keeps_the_best_of_stand_ins_and_the_bare_models_ex
     assert variants("whitebox", defense) == (Variant(),)
     clean = int((classifier(batch.images).logits.argmax(dim=1) != batch.labels).sum())
     assert fooled(defense, classifier, batch) >= clean + 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boasting(Defense):
+    """A random pipeline whose second stand-in has no gradient and calls every image fooled, by far."""
+
+    name: ClassVar[str] = "boasting"
+    paradigm: ClassVar[Paradigm] = "training-free"
+    stochastic: ClassVar[bool] = True
+    recipe: ClassVar[Recipe] = Recipe("two stand-ins", surrogates=2)
+
+    def wrap(self, model: Pipeline) -> Pipeline:
+        return Noise(sigma=0.01).wrap(model)
+
+    def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
+        class Boast:
+            num_classes, stochastic = model.num_classes, True
+
+            def __call__(self, images: torch.Tensor, rng: ImageRng) -> Outputs:
+                return Outputs(-1000 * model(images.detach(), rng).logits)
+
+        return self.wrap(model), Boast()
+
+
+def test_findings_against_a_random_pipeline_are_compared_by_the_first_stand_in(
+    classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    clean = int((classifier(batch.images).logits.argmax(dim=1) != batch.labels).sum())
+    assert fooled(Boasting(), classifier, batch) >= clean + 10
 
 
 def test_knowing_anti_adversary_finds_much_more_than_its_own_gradient_does(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import vlmdefend
 from tests.defenses.linear import Linear
+from vlmdefend.attacks.goal import Goal
 from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.prompts import templates_for
@@ -244,22 +245,27 @@ def test_dbd_is_attacked_with_the_gradient_of_a_factor_that_always_holds(number:
     assert expected.abs().max() > 1e-2
 
 
-def test_knowing_that_dbd_extrapolates_breaks_it_below_the_bare_model() -> None:
-    """Gradients of what is deployed, whose gate is closed on clean images, leave far more (n = 64: 44 and 14 %)."""
-    images = vlmdefend.load_dataset("fashion", limit=24)
-    batch = load_batch(images, range(24), PixelTransform(32), skip_bad=False)[0]
+def test_knowing_that_dbd_extrapolates_finds_what_its_own_gradient_does_not() -> None:
+    """The gate is closed on clean images, so the deployed gradient is that of a mean (n = 64: it leaves 44, not 14 %).
+
+    Measured here over two seeds: margins 11 to 13 against 5 to 8, 14 or 15 images against 10 to 12.
+    """
+    images = vlmdefend.load_dataset("fashion", limit=16)
+    batch = load_batch(images, range(16), PixelTransform(32), skip_bad=False)[0]
     classifier = vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(images.class_names, ["a photo of a {c}."])
-    defense, threat = Dbd(views=8), Threat("linf", 4 / 255)
+    defense, goal = Dbd(views=16), Goal(batch.labels)
 
-    def fooled(attacker: Attacker) -> int:
-        attacks = dict.fromkeys(variants(attacker, defense), Pgd())
-        arguments = (batch.images, batch.labels, threat, ImageRng(0, batch.ids), 24)
-        found = craft(attacker, attacks, defense, classifier, *arguments)
+    def margins(attacker: Attacker) -> Tensor:
+        attacks = dict.fromkeys(variants(attacker, defense), Pgd(steps=6, alpha="eps/2"))
+        arguments = (batch.images, batch.labels, Threat("linf", 4 / 255), ImageRng(0, batch.ids), 16)
+        found = craft(attacker, attacks, defense, classifier, *arguments).images
         with torch.no_grad():
-            logits = defense.wrap(classifier)(found.images, ImageRng(0, batch.ids, "deployed")).logits
-        return int((logits.argmax(dim=1) != batch.labels).sum())
+            draws = [defense.wrap(classifier)(found, ImageRng(seed, batch.ids)).logits for seed in range(4)]
+        return torch.stack([goal.margin(logits) for logits in draws])
 
-    assert fooled("adaptive") >= fooled("whitebox") + 4
+    aware, unaware = margins("adaptive"), margins("whitebox")
+    assert aware.mean() > unaware.mean() + 1.5
+    assert (aware > 0).float().sum(dim=1).mean() >= (unaware > 0).float().sum(dim=1).mean() + 1
 
 
 def test_cola_projects_onto_the_span_of_the_class_texts() -> None:

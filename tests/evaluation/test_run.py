@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from vlmdefend.defenses import DEFENSES
+from vlmdefend.evaluation.fingerprint import code_hash
 from vlmdefend.evaluation.grid import Grid
 from vlmdefend.evaluation.listener import Listener
 from vlmdefend.evaluation.plan import make_plan
@@ -136,3 +138,17 @@ def test_every_cell_is_announced_and_all_its_images_are_counted(tmp_path: Path) 
         heard = Counts()
         run_plan(plan, Store(tmp_path), heard)
         assert (heard.begun, heard.ended, heard.images) == (2, 2, 16)
+
+
+def test_a_file_that_a_defense_names_is_part_of_the_key(tmp_path: Path) -> None:
+    """Other statistics under the same path are another defense; a word is no path, though a folder is called so."""
+    file = tmp_path / "known.safetensors"
+    file.write_bytes(b"one")
+    defense = DEFENSES.create("tapt", statistics=str(file))
+    first = code_hash(defense)
+    assert code_hash(defense) == first
+    file.write_bytes(b"two")
+    assert set(code_hash(defense)) == set(first) == {"statistics_hash"}
+    assert code_hash(defense) != first
+    assert code_hash(DEFENSES.create("interpolate", of=f"[tapt:statistics={file}]")) != {}
+    assert code_hash(DEFENSES.create("tapt", statistics="fashion")) == {}

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 
-from vlmdefend.attacks.base import Attack
 from vlmdefend.data.transforms import PixelTransform
-from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import StorageError, UserError
+from vlmdefend.evaluation.fingerprint import code_hash, house_hash
 from vlmdefend.evaluation.grid import Grid
 from vlmdefend.evaluation.listener import Failure, Listener
 from vlmdefend.evaluation.machine import choose_device
@@ -31,7 +27,6 @@ from vlmdefend.models.vision_language import VisionLanguageModel
 # A shard is so many batches; a kill loses the one that runs. On a GPU a batch takes seconds, and refilling the places
 # of decided images keeps it busy; on a CPU it may take minutes, and a batch that shrinks costs no more per image.
 SHARD_BATCHES = {"cpu": 1, "cuda": 4}
-ROOMS = ("rng.py", "types.py", "data", "models", "kernels", "attacks", "defenses", "evaluation")
 
 
 @dataclass
@@ -117,7 +112,7 @@ def bind(
         model=planned.model if model is None else model.name,  # with --weights it names the file too
         weights_hash="" if model is None else _model_hash(model),
         defense=planned.defense.name,
-        defense_config=planned.defense.spec() | _code_hash(planned.defense),
+        defense_config=planned.defense.spec() | code_hash(planned.defense),
         dataset=planned.images.name,
         split=planned.images.split,
         ids_hash=planned.images.ids_hash,
@@ -126,14 +121,14 @@ def bind(
         n=len(planned.images),
         prompts_hash=VisionLanguageModel.prompts_hash(planned.images.class_names, templates_of(plan, planned)),
         attack=planned.attack.name,
-        attack_config=planned.attack.spec() | _code_hash(planned.attack),
+        attack_config=planned.attack.spec() | code_hash(planned.attack),
         attacker=planned.attacker,
         norm=planned.norm,
         eps=planned.eps,
         seed=planned.seed,
         batch_size=plan.grid.batch_size,
         shard_size=plan.grid.batch_size * SHARD_BATCHES.get(device.type, 1),
-        code_hash=_house_hash(),
+        code_hash=house_hash(),
         device=device.type,
     )
 
@@ -197,39 +192,6 @@ def _model_hash(model: VisionLanguageModel) -> str:
     """A hash of the weights and how they are used: with another activation or mean they are another model."""
     used = json.dumps([model.weights_hash, model.model_cfg, model.preprocess_cfg], sort_keys=True, default=str)
     return hashlib.sha256(used.encode()).hexdigest()[:16]
-
-
-def _code_hash(method: Attack | Defense) -> dict[str, str]:
-    """For a method that is not of this package, and for those inside of it, a hash of the file: edited it is new."""
-    parts: tuple[Attack | Defense, ...] = method.inner
-    inner = {
-        key.replace("file_hash", f"file_hash_{i}", 1): digest
-        for i, one in enumerate(parts)
-        for key, digest in _code_hash(one).items()
-    }
-    if type(method).__module__.partition(".")[0] == "vlmdefend":
-        return inner
-    try:
-        code = Path(inspect.getsourcefile(type(method)) or "").read_bytes()
-    except (TypeError, OSError):
-        try:
-            code = inspect.getsource(type(method)).encode()  # a notebook's cell
-        except (TypeError, OSError):
-            code = uuid4().bytes  # nobody can tell whether it is the same: never reuse
-    return {"file_hash": hashlib.sha256(code).hexdigest()[:8], **inner}
-
-
-@cache
-def _house_hash() -> str:
-    """A hash of the code that computes results, so that a mended attack does not find the old numbers done."""
-    house = Path(__file__).parent.parent
-    files = sorted(
-        file for room in ROOMS for file in ([house / room] if room.endswith(".py") else (house / room).rglob("*.py"))
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.relative_to(house).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
-    return digest.hexdigest()[:8]
 
 
 def _failure(what: str, error: Exception) -> Failure:

@@ -93,7 +93,8 @@ def load_model(
         name: ``tiny-vit``, ``tiny-rn``; OpenAI's spelling (``ViT-B/32``: OpenAI's weights, QuickGELU);
             ``ARCH:TAG`` of open_clip; ``hf-hub:ORG/NAME``; ``local-dir:PATH``.
         weights: a local file whose weights are used instead: of the whole model, or of the image tower alone
-            (the text tower is then the named model's). With it, ``ARCH`` needs no tag.
+            (the text tower is then the named model's); or the prompts that an author published, which are added to
+            the named model's own weights. With it, ``ARCH`` needs no tag.
         device: default: the GPU if there is one.
         cache_dir: where downloads are kept; default: the hub's cache.
 

@@ -30,7 +30,7 @@ class CTpt(Tpt):
     citation: ClassVar[str] = "Yoon et al., ICLR 2024"
     evidence: ClassVar[str] = (
         "0.6 % at 1/255 on RN50 under transfer (T-VSS): no defense; here (tiny-rn on fashion, 10-step PGD at 4/255, "
-        "n = 64): clean 90.6, transfer and whitebox 32.8 %, as undefended; adaptive not measured"
+        "n = 64): clean 90.6, transfer, whitebox and adaptive 32.8 %, all as undefended"
     )
     dispersion: float = 50.0
 

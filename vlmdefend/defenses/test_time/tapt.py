@@ -55,6 +55,11 @@ class Tapt(PromptTuning):
     name: ClassVar[str] = "tapt"
     summary: ClassVar[str] = "tunes tokens inside both towers, aligns them with known statistics"
     citation: ClassVar[str] = "Wang et al., CVPR 2025"
+    evidence: ClassVar[str] = (
+        "published gain of 48.9 points under AutoAttack is over plain CLIP, with trained tokens, not adaptive; here, "
+        "on plain models (fashion, 10-step PGD at 4/255), as undefended: tiny-vit with statistics=fashion (n = 50) "
+        "clean 88.0, transfer, whitebox and adaptive 56.0 %; tiny-rn, text alone (n = 100), 93.0, 37.0, 36.0, 36.0 %"
+    )
     changes: ClassVar[str] = "prompt, tokens inside the towers"
     follows_gradient: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Paradigm, Recipe
 from vlmdefend.defenses.training_free._counter_attack import (
     CounterAttack,
+    CounterAttacked,
     Countered,
     Sight,
     ascent_sign,
@@ -19,7 +21,7 @@ from vlmdefend.defenses.training_free._counter_attack import (
 )
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline
+from vlmdefend.types import Outputs, Pipeline
 
 
 @DEFENSES.register
@@ -29,6 +31,10 @@ class Hedge(CounterAttack):
 
     The defaults are the official code's for CIFAR (eps 0.031, step 0.007, 20 steps); on CLIP papers say no more than
     "original hyper-parameters". They are pixel amplitudes and do not depend on the image size.
+
+    Its perturbation spreads the logits until the loss is flat where it ends, so gradients through it, constant or
+    unrolled, mislead. The adaptive attacker leaves the steps out and fools the model all over the ball in which they
+    start: the gradient at the random starts, averaged.
 
     Options:
         eps: the defender's ball, L-infinity in pixels of [0, 1].
@@ -40,13 +46,16 @@ class Hedge(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "a perturbation that raises the cross-entropy of all classes"
     citation: ClassVar[str] = "Wu et al. 2021"
-    evidence: ClassVar[str] = "others report 0.5 to 1.4 % at 4/255; not measured here against an adaptive attacker"
+    evidence: ClassVar[str] = (
+        "others report 0.5 to 1.4 % at 4/255; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 100, mean of 3 "
+        "scorings, 33 % undefended): clean 92.3, transfer 45.7, adaptive 44.7 %, an upper bound; whitebox 68.8 % "
+        "(n = 64), and through fewer steps, constant or unrolled, 58 to 60"
+    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
     recipe: ClassVar[Recipe] = Recipe(
-        "BPDA: perturbation constant, unrolled, or ignored, best per image; EOT over 2 random starts",
-        samples=2,
-        surrogates=2,
+        "BPDA: gradient at the random start, the steps left out; EOT over 4 starts; or of the bare model",
+        samples=4,
         bare=True,
     )
     eps: float = 8 / 255
@@ -57,6 +66,19 @@ class Hedge(CounterAttack):
         if self.eps < 0 or self.alpha < 0 or self.steps < 0:
             raise UserError(f"hedge: eps={self.eps}, alpha={self.alpha} and steps={self.steps} must be zero or more.")
 
+    def surrogate(self, model: Pipeline) -> Pipeline:
+        """The deployed values; where a gradient is asked for, the model at the random start."""
+        return _Start(self, model)
+
+    def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
+        """The one."""
+        return (self.surrogate(model),)
+
+    def started(self, images: Tensor, rng: ImageRng) -> Tensor:
+        """Images moved by uniform noise of the ball's size."""
+        noise = rng.uniform(images.shape[1:], -self.eps, self.eps).to(images.device)
+        return (images + noise).clamp(0.0, 1.0)
+
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """``steps`` gradients."""
 
@@ -65,10 +87,20 @@ class Hedge(CounterAttack):
             return logits.shape[1] * logits.logsumexp(dim=1) - logits.sum(dim=1)  # sum over c of CE(logits, c)
 
         start = images if sight == "unrolled" else images.detach()
-        noise = rng.uniform(images.shape[1:], -self.eps, self.eps).to(images.device)
-        moved = (start + noise).clamp(0.0, 1.0)
+        moved = self.started(start, rng)
         for _ in range(self.steps):
             gradient, _values = pixel_gradient(spread, moved, unrolled=sight == "unrolled")
             delta = (moved + self.alpha * ascent_sign(gradient) - start).clamp(-self.eps, self.eps)
             moved = (start + delta).clamp(0.0, 1.0)
         return Countered(shown(images, moved, sight))
+
+
+class _Start(CounterAttacked):
+    def __init__(self, defense: Hedge, model: Pipeline) -> None:
+        super().__init__(defense, model, "cut")
+        self.hedge = defense
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        if not (images.requires_grad and torch.is_grad_enabled()):
+            return super().__call__(images, rng)
+        return self.model(self.hedge.started(images, rng), rng)
