@@ -118,6 +118,7 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
 
 def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, str]]:
     """The vanilla model and each method: clean, PGD-100 and AutoAttack."""
+    from vlmdefend.errors import UserError
     from vlmdefend.training.listener import Listener
 
     seeds = [int(seed) for seed in asked.seeds.split(",")]
@@ -126,20 +127,25 @@ def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
         for method in methods:
             found, spent = [], []
             for number, seed in enumerate(seeds):
-                training = made(asked, method, model, seed)
+                try:
+                    training = made(asked, method, model, seed)
+                except UserError as error:
+                    print(f"\n{method} on {model} is left out: {error}")
+                    break
                 out, begun = training.folder.out, time.process_time()
                 if not training.run(Listener()).reused:
                     (out / "seconds.json").write_text(json.dumps(time.process_time() - begun))
                 if (out / "seconds.json").exists():  # not so where a run was ended half-way and went on
                     spent.append(json.loads((out / "seconds.json").read_text()))
                 found.append(measured(f"local-dir:{out}", asked, model, out, autoattack=number == 0))
-            yield {
-                "model": model,
-                "method": method,
-                **shown(found),
-                "forward+backwards": f"{training.settings.objective.cost.forward_backwards}",
-                "CPU s": f"{mean(spent):.0f}" if spent else "–",
-            }
+            if found:
+                yield {
+                    "model": model,
+                    "method": method,
+                    **shown(found),
+                    "forward+backwards": f"{training.settings.objective.cost.forward_backwards}",
+                    "CPU s": f"{mean(spent):.0f}" if spent else "–",
+                }
 
 
 def made(asked: argparse.Namespace, method: str, model: str, seed: int) -> Any:
