@@ -1,4 +1,4 @@
-"""Every `vlmdefend` command and every Python block of the README runs as it is written, in order."""
+"""Every `vlmdefend` command of the README and of docs/, and every Python block, runs as it is written, in order."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import vlmdefend
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models.checkpoint import save_folder
 
 README = Path(__file__).parent.parent / "README.md"
+PAGES = sorted((README.parent / "docs").glob("*.md"))
+ENVIRONMENT = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
 # The commands that train run as written but for these options, so that they end within seconds.
 SHORTER = {
     "distill": "--limit 80 --held-out 16 --gap-images 8 --batch-size 32 --epochs-a 1 --epochs-b 1",
@@ -24,13 +28,30 @@ SHORTER = {
 }
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+def commands(page: Path = README) -> list[str]:
+    lines = [line[2:] for block in blocks("console", page) for line in block.splitlines() if line.startswith("$ ")]
     return [line for line in lines if line.startswith("vlmdefend")]
+
+
+def run_in_order(lines: list[str], folder: Path) -> dict[str, str]:
+    program = [sys.executable, "-c", "from vlmdefend.cli.main import run; run()"]
+    outputs = {}
+    for line in lines:
+        done = subprocess.run(
+            program + shlex.split(line)[1:] + shlex.split(SHORTER.get(line.split()[1], "")),
+            cwd=folder,
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        outputs[line] = done.stdout
+    return outputs
 
 
 def make_photos(folder: Path) -> None:
@@ -51,22 +72,9 @@ def test_readme_commands_and_examples_work(tmp_path: Path) -> None:
     (tmp_path / "gray.py").write_text(plugin, encoding="utf-8")
     (tmp_path / "read.py").write_text(reading, encoding="utf-8")
     (tmp_path / "script.py").write_text(script, encoding="utf-8")
-    environment = {**os.environ, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    program = [sys.executable, "-c", "from vlmdefend.cli.main import run; run()"]
     found = commands()
     assert len(found) >= 12
-    outputs = {}
-    for line in found:
-        done = subprocess.run(
-            program + shlex.split(line)[1:] + shlex.split(SHORTER.get(line.split()[1], "")),
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        outputs[line] = done.stdout
+    outputs = run_in_order(found, tmp_path)
     assert (tmp_path / "table.tex").read_text().count(r"\begin{tab") >= 1
     assert (tmp_path / "verdicts.csv").stat().st_size > 0
     gray = next(text for line, text in outputs.items() if "gray.py" in line)
@@ -74,12 +82,24 @@ def test_readme_commands_and_examples_work(tmp_path: Path) -> None:
     printed = {}
     for file in ("read.py", "script.py"):
         done = subprocess.run(
-            [sys.executable, file], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, file], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         printed[file] = done.stdout
     assert "33 of 100 images fooled the model" in printed["read.py"]
     assert "jpeg" in printed["script.py"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_commands_of_a_page_work(page: Path, tmp_path: Path) -> None:
+    found = commands(page)
+    assert found
+    run_in_order(found, tmp_path)
+
+
+def test_every_link_of_the_readme_to_a_page_leads_somewhere() -> None:
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", README.read_text(encoding="utf-8")))
+    assert linked == {f"docs/{page.name}" for page in PAGES}
 
 
 def test_the_table_shown_is_the_table_that_comes_out(tmp_path: Path) -> None:

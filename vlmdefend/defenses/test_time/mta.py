@@ -36,9 +36,8 @@ class Mta(Defense):
     m is made of the views: no access to the text side is needed.
 
     No parameter changes. All of it is differentiable, yet the unrolled gradient, which is what autograd sees, serves an
-    attacker less than the bare model's. The mode is made of large crops mostly; the adaptive attacker keeps the values
-    and takes the gradient of the plain mean over fresh large crops, or holds the proportions constant, or attacks the
-    bare model.
+    attacker less than the bare model's. The mode is made of large crops mostly; the adaptive attacker fools the plain
+    mean over large crops, or holds the proportions constant, or attacks the bare model.
 
     Options:
         views: the image counts as one.
@@ -89,11 +88,11 @@ class Mta(Defense):
         return _Mode(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The same values; the gradient of the plain mean over large crops."""
+        """The deployed values; where a gradient is asked for, the plain mean over large crops."""
         return _Mode(model, self, "large")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """The gradient over large crops; constant proportions."""
+        """The mean over large crops; constant proportions."""
         return self.surrogate(model), _Mode(model, self, "constant")
 
     def shares(self, features: Tensor, logits: Tensor) -> Tensor:
@@ -147,10 +146,7 @@ class _Mode:
         return Outputs((share @ views.logits)[:, 0], (share @ F.normalize(views.features, dim=-1))[:, 0])
 
     def _large(self, images: Tensor, rng: ImageRng) -> Outputs:
-        with torch.no_grad():
-            exact = self(images, rng)
-        assert exact.features is not None
-        crops = predict_views(self.model, augmented_views(images, rng, self.defense.views, area=LARGE), rng)
-        assert crops.features is not None
-        logits, features = crops.logits.mean(dim=1), F.normalize(crops.features, dim=-1).mean(dim=1)
-        return Outputs(logits + (exact.logits - logits).detach(), features + (exact.features - features).detach())
+        views = augmented_views(images, rng, self.defense.views, area=LARGE)
+        logits, features, *_ = predict_views(self.model, views, rng)
+        assert features is not None
+        return Outputs(logits.mean(dim=1), F.normalize(features, dim=-1).mean(dim=1))
