@@ -65,13 +65,21 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
     import torch
 
     from vlmdefend.data.transforms import PixelTransform
+    from vlmdefend.errors import UserError
     from vlmdefend.rng import ImageRng
     from vlmdefend.training.data import TrainingImages
     from vlmdefend.training.student import Accumulator, make_optimizer, update
 
     for model in asked.models.split(","):
         for method in methods:
-            training = made(asked, method, model, 0)
+            try:
+                training = made(asked, method, model, 0)
+            except UserError as error:
+                print(f"\n{method} on {model} is left out: {error}")
+                continue
+            if training.settings.objective.cost.once:
+                print(f"\n{method} is left out: it attacks before its first step, and no image is seen in the others")
+                continue
             size = training.model.image_size
             batch = TrainingImages(training.images, PixelTransform(size)).batch(range(IMAGES))
             objective, options = training.settings.objective, training.settings.optimization
@@ -83,6 +91,7 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
             ) -> None:
                 accumulator.gradients(objective, batch, ImageRng(0, batch.ids, "bench"))
                 update(student, optimizer, 1e-9, None)  # noqa: B023 - called in this turn of the loop only
+                student.refresh()
 
             cost = objective.cost
             ascents = objective.steps
@@ -91,8 +100,9 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
                 for _ in range(ascents):
                     pixels = batch.images.clone().requires_grad_(True)
                     torch.autograd.grad(student.attacked(pixels).sum(), pixels)
-                for _ in range(cost.forward_backwards - ascents):
-                    student(batch.images).logits.sum().backward()
+                said = [student(batch.images).logits.sum() for _ in range(cost.forward_backwards - ascents)]
+                torch.stack(said).sum().backward()
+                student.refresh()
                 for _ in range(cost.teacher_forwards):
                     with torch.no_grad():
                         student.attacked(batch.images)
