@@ -74,8 +74,12 @@ def _read_pickle(file: Path) -> Any:
             f"{file} is not a file of tensors alone, and nothing else is opened, since a pickle can run code; "
             "give the model's state dict alone, best as .safetensors."
         ) from None
-    except Exception:  # zip, tar and pickle readers each have their own for a damaged file
-        raise UserError(f"{file} is cut short or not a file of weights; download or write it again.") from None
+    except MemoryError:  # says nothing of what the file holds
+        raise
+    except Exception as error:  # zip, tar and pickle readers each have their own for a damaged file
+        raise UserError(
+            f"{file} is cut short or not a file of weights ({type(error).__name__}); download or write it again."
+        ) from None
 
 
 def _is_torchscript(file: Path) -> bool:
