@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tests.evaluation.adversarial_sets import craft
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.data.base import BadImage, ImageSet
@@ -173,6 +174,15 @@ def verdict(tmp_path: Path, listener: Notes) -> Verdict:
             return judge.run(writer, listener)  # type: ignore[no-any-return]
 
     return judged
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sets of adversarial images of both embedded models, never changed."""
+    folder = tmp_path_factory.mktemp("sets")
+    for model in ("tiny-vit", "tiny-rn"):
+        craft(folder / model, png=True, model=model)
+    return folder
 
 
 __all__ = ["COUNT", "Around", "CellWriter", "Notes", "Random", "Verdict", "bench", "cell"]

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
+
+
+class Spent(NamedTuple):
+    """Forwards and backwards, in images, and seconds: so far, or since another moment."""
+
+    forwards: int
+    backwards: int
+    seconds: float
+
+    def since(self, before: Spent) -> Spent:
+        """What was spent after ``before``."""
+        forwards, backwards = self.forwards - before.forwards, self.backwards - before.backwards
+        return Spent(forwards, backwards, self.seconds - before.seconds)
 
 
 class Counted:
@@ -37,6 +53,19 @@ class Counted:
         if name.startswith("_") or name == "model":
             raise AttributeError(name)
         return getattr(self.model, name)
+
+    def spent(self) -> Spent:
+        """What was asked until now."""
+        return Spent(self.forwards, self.backwards, time.perf_counter())
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is asked in here is a check of ours and counts for nobody."""
+        before = self.forwards, self.backwards
+        try:
+            yield
+        finally:
+            self.forwards, self.backwards = before
 
     def _count(self, end: Tensor) -> None:
         self.forwards += len(end)

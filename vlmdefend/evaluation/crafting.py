@@ -89,7 +89,9 @@ def craft_set(plan: Plan, out: Path, listener: Listener, *, png: bool = False) -
                 _seal(store.folder, record, rows, images, judge.transform, about)
             saved = AdversarialSet.open(store.folder)
             if png:
-                pngs = write_pngs(saved, images, judge.transform, lambda p, ids: judge.answer(p.to(device), ids))
+                pngs = write_pngs(
+                    saved, images, judge.transform, lambda p, ids: judge.deployed.answer(p.to(device), ids)
+                )
     listener.end(record, reused=reused)
     return Crafted(saved, record, images, judge.transform, pngs, reused)
 

@@ -38,7 +38,7 @@ class Cell(_Strict):
     images_hash: str = ""  # of the encoded files, where the source can change under the same names
     skip_bad: bool = False
     n: int = Field(ge=1)
-    prompts_hash: str
+    prompts_hash: str  # of the class names and the templates that are asked for; see Record.learned_prompt
     attack: str
     attack_config: dict[str, Any]
     attacker: Attacker
@@ -160,6 +160,7 @@ class Record(_Strict):
     gradient_free: bool = False  # the attack uses no gradient
     blind: bool = False  # the attack asks nothing of a model: all attackers are one
     set_level: bool = False  # the attack uses one thing, learned from the set, on all images
+    learned_prompt: str = ""  # what the model reads in place of the templates; its weights_hash covers it
     attacked_prompts: list[str] = []  # what the attack made of each class's first prompt
     paradigm: str = ""  # the defense's
     environment: dict[str, str] = {}

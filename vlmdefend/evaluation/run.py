@@ -179,11 +179,12 @@ def judge_of(plan: Plan, planned: Planned, model: VisionLanguageModel, cell: Cel
         transform=PixelTransform(None if native else model.image_size, model.interpolation),
         device=model.device,
         skip_bad=plan.grid.skip_bad,
+        learned_prompt=model.learned_prompt,
     )
 
 
 def templates_of(plan: Plan, planned: Planned) -> tuple[str, ...]:
-    """The prompts that the model is asked with."""
+    """The prompts that the model is asked with; one with a learned context reads that instead."""
     chosen = plan.protocol.templates
     return planned.images.templates if chosen == "dataset" else tuple(chosen)
 
