@@ -2,10 +2,12 @@
 
 
 class UserError(Exception):
-    """Bad input. The command line prints the message alone and exits with code 2.
+    """Bad input. The command line prints the message alone and exits with ``exit_code``.
 
     The message names what was given, what was expected and what to do next.
     """
+
+    exit_code = 2
 
 
 class UnknownName(UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tests.cli.distillation import SHORT, command, environment
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.cli.main import run
 from vlmdefend.defenses import DEFENSES
 
 QUICK = ("--limit", "16", "--batch-size", "8", "--eps", "4/255", "--device", "cpu")
+SET = ("--limit", "16", "--batch-size", "8", "--device", "cpu")
 
 GRAY = '''"""Gray: the mean of the three channels."""
 
@@ -152,6 +155,36 @@ def refused(evaluate: Cli) -> Callable[..., str]:
 
 
 @pytest.fixture
+def attack(cli: Cli, tmp_path: Path) -> Cli:
+    """``attack("set", "--eps", "4/255")`` into a folder of ``tmp_path``."""
+    return lambda name, *options: cli("attack", *SET, *options, "--out", tmp_path / str(name))
+
+
+@pytest.fixture
+def distill(cli: Cli, tmp_path: Path) -> Cli:
+    """``distill("--eps", "4/255")`` on few images, into ``tmp_path / "out"`` unless an --out is given."""
+
+    def call(*args: object) -> Outcome:
+        out = () if "--out" in args else ("--out", tmp_path / "out")
+        return cli("distill", *SHORT, *out, *args)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished distillation that no test changes."""
+    out = tmp_path_factory.mktemp("distilled") / "out"
+    finished = subprocess.run(
+        [*command(), *SHORT, "--out", str(out)], env=environment(), capture_output=True, text=True
+    )
+    assert finished.returncode == 0, finished.stderr
+    (out.parent / "stdout").write_text(finished.stdout)
+    (out.parent / "stderr").write_text(finished.stderr)
+    return out
+
+
+@pytest.fixture
 def put(tmp_path: Path) -> Callable[[str, str], Path]:
     """``put("gray.py", text)`` writes a file and returns its path."""
 
@@ -180,6 +213,12 @@ def error_line(line: str) -> str:
 def rows_of(folder: Path) -> dict[str, bytes]:
     """Cell key -> the bytes of its rows."""
     return {file.parent.name: file.read_bytes() for file in sorted(folder.glob("cells/*/rows.jsonl"))}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Path -> content of a set, without the record, which holds the time."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files if "cells" not in f.relative_to(folder).parts}
 
 
 def _without(options: tuple[str, ...], given: tuple[Any, ...]) -> list[str]:

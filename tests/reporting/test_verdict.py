@@ -5,7 +5,7 @@ import pytest
 from vlmdefend.evaluation.diagnostics import Result
 from vlmdefend.evaluation.records import Checks, Cost, Skipped
 from vlmdefend.reporting import over_seeds, verdict_lines
-from vlmdefend.reporting.verdict import Line
+from vlmdefend.reporting.line import Line
 
 Make = Callable[..., Result]
 

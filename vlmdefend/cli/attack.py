@@ -7,76 +7,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmdefend.cli import complete
+from vlmdefend.cli import complete, grid_options
+from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
 
 if TYPE_CHECKING:
     from vlmdefend.evaluation.crafting import Crafted
     from vlmdefend.evaluation.plan import Plan
 
-WHAT, HOW, RUN = "What to attack", "How to attack", "How to run"
-
 
 def attack(
     ctx: typer.Context,
-    out: Annotated[Path, typer.Option(help="Folder of the set; the same command resumes in it.", rich_help_panel=RUN)],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="tiny-vit, ViT-B/32, ARCH:TAG, hf-hub:..., local-dir:PATH.  \\[default: tiny-vit]",
-            autocompletion=complete.models,
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    defense: Annotated[
-        str | None,
-        typer.Option(
-            "--defense",
-            "-d",
-            help="none, jpeg, noise:sigma=0.03, ttc+jpeg ...  \\[default: none]",
-            autocompletion=complete.defenses,
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(
-            "--dataset",
-            help="fashion, emoji:sketch, cifar10, folder:PATH, wds:PATH ...  \\[default: fashion]",
-            autocompletion=complete.datasets,
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    split: Annotated[
-        str | None, typer.Option(help="Split of the data set.  \\[default: test]", rich_help_panel=WHAT)
-    ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(help="Class-balanced, seeded subset of so many images.  \\[default: 1000]", rich_help_panel=WHAT),
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="All images of the split.", rich_help_panel=WHAT)] = False,
-    classes: Annotated[
-        Path | None, typer.Option(help="File of class names, one per line.", rich_help_panel=WHAT)
-    ] = None,
-    templates: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--template",
-            help="Prompt with {c} for the class (repeat to ensemble), or 'dataset' for the set's own list.",
-            rich_help_panel=WHAT,
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="Local weights file for the model.", rich_help_panel=WHAT)
-    ] = None,
-    root: Annotated[Path | None, typer.Option(help="Folder of downloaded data sets.", rich_help_panel=WHAT)] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Record and skip images that cannot be read.", rich_help_panel=WHAT)
-    ] = False,
+    model: Annotated[str | None, MODEL] = None,
+    defense: Annotated[str | None, DEFENSE] = None,
+    dataset: Annotated[str | None, DATASET] = None,
+    split: grid_options.Split = None,
+    limit: grid_options.Limit = None,
+    full: grid_options.Full = False,
+    classes: grid_options.Classes = None,
+    templates: grid_options.Templates = None,
+    weights: grid_options.Weights = None,
+    root: grid_options.Root = None,
+    skip_bad: grid_options.SkipBad = False,
     attack: Annotated[
         str | None,
-        typer.Option(
+        OPTION(
             "--attack",
             "-a",
             help="pgd, fgsm, pgd:steps=100:loss=dlr ...  \\[default: pgd]",
@@ -84,52 +38,42 @@ def attack(
             rich_help_panel=HOW,
         ),
     ] = None,
-    eps: Annotated[str | None, typer.Option(help="Radius, 4/255 or 0.03.", rich_help_panel=HOW)] = None,
-    norm: Annotated[
-        str | None, typer.Option(help="linf or l2.  \\[default: the protocol's]", rich_help_panel=HOW)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps, if the attack takes steps.", rich_help_panel=HOW)] = None,
+    eps: Annotated[str | None, OPTION(help="Radius, 4/255 or 0.03.", rich_help_panel=HOW)] = None,
+    norm: grid_options.Norm = None,
+    steps: grid_options.Steps = None,
     attacker: Annotated[
-        str | None,
-        typer.Option(help="transfer, whitebox, adaptive.  \\[default: adaptive]", rich_help_panel=HOW),
+        str | None, OPTION(help="transfer, whitebox, adaptive.  \\[default: adaptive]", rich_help_panel=HOW)
     ] = None,
-    protocol: Annotated[
-        str | None, typer.Option(help="Named set of choices.  \\[default: unified]", rich_help_panel=HOW)
+    protocol: grid_options.Protocol = None,
+    seed: Annotated[str | None, OPTION(help="\\[default: 0]", rich_help_panel=HOW)] = None,
+    out: Annotated[
+        Path | None, OPTION(help="Folder of the set, needed; the same command resumes in it.", rich_help_panel=RUN)
     ] = None,
-    seed: Annotated[str | None, typer.Option(help="\\[default: 0]", rich_help_panel=HOW)] = None,
     png: Annotated[
         bool,
-        typer.Option("--png", help="Also 8-bit PNG files inside the budget, judged as they are.", rich_help_panel=RUN),
+        OPTION("--png", help="Also 8-bit PNG files inside the budget, judged as they are.", rich_help_panel=RUN),
     ] = False,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images in the model at once.  \\[default: 64]", rich_help_panel=RUN)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.  \\[default: the GPU if any]", rich_help_panel=RUN)
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads.  \\[default: torch's]", rich_help_panel=RUN)] = None,
-    plugin: Annotated[
-        list[str] | None,
-        typer.Option(help="Python file that registers attacks, defenses or data sources.", rich_help_panel=RUN),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the cost; compute nothing.", rich_help_panel=RUN)
-    ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.", rich_help_panel=RUN)] = False,
+    config: grid_options.Config = None,
+    batch_size: grid_options.BatchSize = None,
+    device: grid_options.Device = None,
+    threads: grid_options.Threads = None,
+    plugin: grid_options.Plugin = None,
+    dry_run: grid_options.DryRun = False,
+    debug: grid_options.Debug = False,
 ) -> None:
     """Craft adversarial images of one model, alone or behind a defense, check them and save them to the bit.
 
     [bold]vlmdefend evaluate --adversarial OUT --model A,B[/bold] scores any models on them.
     """
-    from vlmdefend.evaluation.grid import Grid
-    from vlmdefend.registry import load_plugin
+    from vlmdefend.errors import UserError
 
-    for file in plugin or []:
-        load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
-    flags = {name: ctx.params[name] for name in Grid.model_fields if name in ctx.params}
-    if flags["templates"] == ["dataset"]:
-        flags["templates"] = "dataset"
-    grid = Grid.build({"attacker": "adaptive"}, flags)
+    settings = grid_options.read_file(config)
+    folder, also_png = settings.pop("out", None), settings.pop("png", False)
+    if not isinstance(also_png, bool):
+        raise UserError(f"--config {config}: has png: {also_png!r}; write true or false.")
+    if "adversarial" in settings:
+        raise UserError(f"--config {config}: adversarial is an option of `vlmdefend evaluate`; leave it out.")
+    grid = grid_options.make_grid(ctx.params, {"attacker": "adaptive"} | settings)
 
     from vlmdefend.evaluation.crafting import check_plan
     from vlmdefend.evaluation.plan import make_plan
@@ -141,7 +85,9 @@ def attack(
 
         print_plan(plan)
         return
-    _run(plan, out, png=png)
+    if out is None and not folder:
+        raise UserError("--out: is missing; give the folder of the set, which is created if needed.")
+    _run(plan, out or Path(str(folder)), png=png or also_png)
 
 
 def _run(plan: Plan, out: Path, *, png: bool) -> None:

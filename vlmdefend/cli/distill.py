@@ -11,7 +11,7 @@ from vlmdefend.cli import complete, training_options
 from vlmdefend.cli.training_options import METHOD, OPTION, RUN, TRAIN, WHAT
 
 if TYPE_CHECKING:
-    from vlmdefend.training.settings import Settings
+    from vlmdefend.training.distill_settings import DistillSettings
 
 
 def distill(
@@ -240,16 +240,15 @@ def distill(
     command under `torchrun --nproc-per-node N -m vlmdefend` or `accelerate launch -m vlmdefend`.
     """
     from vlmdefend.registry import load_plugin
-    from vlmdefend.training.settings import Settings, make_settings
+    from vlmdefend.training.distill_settings import DistillSettings, make_distill_settings
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
-    given = {name: ctx.params[name] for name in Settings.model_fields if ctx.params.get(name) not in (None, [], ())}
-    settings = make_settings(given)
-    _run(settings, dry_run=dry_run)
+    given = {n: ctx.params[n] for n in DistillSettings.model_fields if ctx.params.get(n) not in (None, [], ())}
+    _run(make_distill_settings(given), dry_run=dry_run)
 
 
-def _run(settings: Settings, *, dry_run: bool) -> None:
+def _run(settings: DistillSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.distill_progress import listener_of
     from vlmdefend.cli.distill_report import print_choices, print_cost, print_result
     from vlmdefend.training.distill import Distillation

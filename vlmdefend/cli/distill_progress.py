@@ -13,13 +13,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from vlmdefend.training.listener import EpochEnd, Gap, Listener
 
 if TYPE_CHECKING:
-    from vlmdefend.training.settings import Settings
+    from vlmdefend.training.distill_settings import DistillSettings
 
 
 class Lines(Listener):
     """A plain line when an epoch is done."""
 
-    def __init__(self, console: Console, settings: Settings) -> None:
+    def __init__(self, console: Console, settings: DistillSettings) -> None:
         self.console, self.settings = console, settings
 
     def gap(self, gap: Gap) -> None:
@@ -57,7 +57,7 @@ class Lines(Listener):
 class Bar(Lines):
     """A bar over the steps of a stage, above the lines."""
 
-    def __init__(self, console: Console, settings: Settings, progress: Progress) -> None:
+    def __init__(self, console: Console, settings: DistillSettings, progress: Progress) -> None:
         super().__init__(console, settings)
         self.progress, self.task = progress, progress.add_task("", total=None)
 
@@ -82,7 +82,7 @@ class Silent(Lines):
 
 
 @contextmanager
-def listener_of(settings: Settings, *, main: bool = True) -> Iterator[Lines]:
+def listener_of(settings: DistillSettings, *, main: bool = True) -> Iterator[Lines]:
     """The listener that suits standard error: a bar on a terminal, lines elsewhere."""
     console = Console(stderr=True)
     if not main:

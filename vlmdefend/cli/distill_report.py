@@ -9,9 +9,11 @@ import typer
 from vlmdefend.types import format_eps
 
 if TYPE_CHECKING:
+    from vlmdefend.training.clip_settings import ClipSettings
     from vlmdefend.training.distill import Distillation, Distilled
+    from vlmdefend.training.distill_settings import DistillSettings
     from vlmdefend.training.listener import Counted, Gap
-    from vlmdefend.training.settings import Settings
+    from vlmdefend.training.train import Trained
 
 
 def print_choices(distillation: Distillation) -> None:
@@ -111,38 +113,37 @@ def print_gap(gap: Gap, eps: str, target: str, proxy: str) -> None:
 
 def print_result(distillation: Distillation, found: Distilled) -> None:
     """Vanilla, pivot and result on the held-out images, and what to do next."""
-    from tabulate import tabulate
-
     settings = distillation.settings
+    print_held_out(settings.target, settings, found, "open_clip reads")
+
+
+def print_held_out(model: str, settings: ClipSettings, found: Distilled | Trained, reader: str) -> None:
+    """One row per model that was measured, and what the figures are worth."""
+    from vlmdefend.reporting.trained import held_out_text, verdict_command
+
     if found.summary:
-        rows = [(name, interval(acc.clean), interval(acc.robust)) for name, acc in found.summary.items()]
-        n = next(iter(found.summary.values())).clean.n
-        typer.echo(f"\n{settings.target} on {n} held-out images of {settings.dataset}, PGD-10 at {settings.eps}\n")
-        headers = ["", "clean % [95 %]", "robust % [95 %]"]
-        typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
+        typer.echo(f"\n{held_out_text(model, settings.dataset, settings.eps, found.summary)}")
     done = "found done" if found.reused else "written"
     typer.echo(
-        f"\n{found.out}: {done}, a model folder that open_clip reads. These figures are of PGD-10 alone; for a "
-        f"verdict: vlmdefend evaluate --model {settings.target},local-dir:{found.out} --attack autoattack --eps "
-        f"{settings.eps}"
+        f"\n{found.out}: {done}, a model folder that {reader}. These figures are of PGD-10 alone; for a verdict: "
+        f"{verdict_command(model, settings.eps, found.out)}"
     )
 
 
 def interval(count: Counted) -> str:
     """``85.2 [81.8, 88.0]``."""
-    from vlmdefend.evaluation.statistics import wilson
+    from vlmdefend.reporting.adaptation import interval as of_counts
 
-    low, high = wilson(count.hits, count.n)
-    return f"{100 * count.share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    return of_counts(count.hits, count.n)
 
 
-def trained(settings: Settings) -> str:
+def trained(settings: DistillSettings) -> str:
     """What trains, in words."""
     kind, _, count = settings.trains.partition(":")
     return {"image": "image tower", "all": "whole model"}.get(kind, f"last {count} tensors of the image tower")
 
 
-def pull_text(settings: Settings) -> str:
+def pull_text(settings: DistillSettings) -> str:
     """What happens between epochs of stage b."""
     if settings.pull == 1:
         return "no pull"

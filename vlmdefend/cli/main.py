@@ -9,6 +9,7 @@ import typer
 
 from vlmdefend import __version__
 from vlmdefend.cli.attack import attack
+from vlmdefend.cli.compare import compare
 from vlmdefend.cli.distill import distill
 from vlmdefend.cli.evaluate import evaluate
 from vlmdefend.cli.list_ import list_names
@@ -32,6 +33,7 @@ app.command()(distill)
 app.command("proxy-gap")(proxy_gap)
 app.command("urda-train")(urda_train)
 app.command()(report)
+app.command()(compare)
 app.command("list")(list_names)
 
 
@@ -56,7 +58,7 @@ def run() -> None:
         sys.exit(code if isinstance(code, int) else 0)
     except UserError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         sys.stderr.close()
         sys.exit(0)

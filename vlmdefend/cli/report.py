@@ -30,7 +30,8 @@ SUFFIXES = {
 
 def report(
     runs: Annotated[
-        list[Path] | None, typer.Argument(help="Folders of `evaluate` or `urda-train` (default: runs).")
+        list[Path] | None,
+        typer.Argument(help="Folders of `evaluate` or of a training command (default: runs)."),
     ] = None,
     format: Annotated[
         Format | None,
@@ -43,43 +44,57 @@ def report(
 ) -> None:
     """Show the verdict that run folders hold: robust accuracy per attacker, the worst case, doubts and costs.
 
-    Reads the records only; nothing is recomputed, and the folders are not written to.
+    Of a folder of `distill`, `train` or `urda-train`: what was measured there. Reads files only; nothing is recomputed,
+    and the folders are not written to.
     """
     from vlmdefend.errors import UserError
-    from vlmdefend.reporting.adaptation import adaptation_text, is_adaptation
+    from vlmdefend.reporting.files import save
     from vlmdefend.reporting.runs import load_runs, only, unfinished
+    from vlmdefend.reporting.tables import print_verdict, render
+    from vlmdefend.reporting.training_runs import training_run, training_text
     from vlmdefend.reporting.verdict import verdict_lines
 
-    folders = runs or [Path("runs")]
-    adapted = [folder for folder in folders if is_adaptation(folder)]
-    for folder in adapted:
-        typer.echo(f"{folder}\n\n{adaptation_text(folder)}\n")
-    if adapted and len(adapted) == len(folders):
-        return
-    folders = [folder for folder in folders if folder not in adapted]
     chosen = format or (SUFFIXES.get(out.suffix.lower(), Format.TERMINAL) if out else Format.TERMINAL)
     if chosen is Format.PARQUET and out is None:
         raise UserError("--format parquet: is no text for a terminal; add --out FILE.parquet.")
-    cells = only(load_runs(folders), models=model or (), defenses=defense or (), datasets=dataset or ())
+    found = {folder: training_run(folder) for folder in runs or [Path("runs")]}
+    folders = [folder for folder, run in found.items() if run is None]
+    trained = [run for run in found.values() if run is not None]
+    if trained and chosen is not Format.TERMINAL:
+        raise UserError(
+            f"{trained[0].folder}: is a run of `vlmdefend {trained[0].command}`, which is shown as text only, not as "
+            f"{chosen}; leave out --format, and the suffix of --out."
+        )
+    texts = [training_text(run) for run in trained]
+    wanted = {"models": model or (), "defenses": defense or (), "datasets": dataset or ()}
+    cells = only(load_runs(folders), **wanted) if folders else []
     if waiting := unfinished(folders):
         typer.echo(
             f"{waiting} cell{'s are' if waiting > 1 else ' is'} half done and not in this report; run the same "
             "`vlmdefend evaluate` command again to finish.",
             err=True,
         )
+    if out is None and chosen is Format.TERMINAL:
+        for text in texts:
+            typer.echo(text)
+        if cells:
+            print_verdict(cells)
+        return
     lines = verdict_lines(cells)
-    if out is not None:
-        from vlmdefend.reporting.files import save
+    if chosen is Format.PARQUET:
         from vlmdefend.reporting.frame import parquet
-        from vlmdefend.reporting.tables import render
 
-        save(parquet(lines) if chosen is Format.PARQUET else render(lines, chosen), out)
-        typer.echo(f"{out}: written, {len(lines)} line{'s' if len(lines) != 1 else ''}.", err=True)
-    elif chosen is Format.TERMINAL:
-        from vlmdefend.reporting.tables import print_verdict
-
-        print_verdict(cells)
+        content: str | bytes = parquet(lines)
     else:
-        from vlmdefend.reporting.tables import render
+        content = "\n".join([*texts, *([render(lines, chosen)] if cells else [])])
+    if out is None:
+        typer.echo(content, nl=False)
+        return
+    save(content, out)
+    written = [_count(len(texts), "training run")] if texts else []
+    written += [_count(len(lines), "line")] if cells else []
+    typer.echo(f"{out}: written, {' and '.join(written)}.", err=True)
 
-        typer.echo(render(lines, chosen), nl=False)
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -80,6 +80,14 @@ def train(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    augment: Annotated[
+        str | None,
+        OPTION(
+            help="crop-flip: every image as another random crop, flipped or not, in each epoch. none.  \\[default: "
+            "none; --profile paper: as published]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     mix: Annotated[
         list[float] | None,
         OPTION(

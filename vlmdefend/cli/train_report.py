@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlmdefend.cli.distill_report import interval
+from vlmdefend.cli.distill_report import print_held_out
 
 if TYPE_CHECKING:
     from vlmdefend.training.train import Trained, Training
@@ -21,10 +21,11 @@ def print_choices(training: Training) -> None:
     many = f", {training.processes.count} processes" if training.processes.count > 1 else ""
     held = len(training.held_out)
     parameters = sum(p.numel() for p in training.student.parameters.values())
+    seen = "" if settings.augment == "none" else f", augmented by {settings.augment}"
     lines = [
         ("method", f"{settings.objective!r}"),
         ("model", f"{settings.model}; trains: {trained_part(settings.trains)}, {parameters:,} parameters"),
-        ("images", f"{settings.dataset} ({settings.split}): {len(training.images)} to train on, {held} held out"),
+        ("images", f"{settings.dataset} ({settings.split}): {len(training.images)} to train on{seen}, {held} held out"),
         ("prompt", " | ".join(settings.templates)),
         (
             "profile",
@@ -69,22 +70,9 @@ def print_cost(training: Training) -> None:
 
 def print_result(training: Training, found: Trained) -> None:
     """Vanilla, result and mixtures on the held-out images, and what to do next."""
-    from tabulate import tabulate
-
     settings = training.settings
-    if found.summary:
-        rows = [(name, interval(acc.clean), interval(acc.robust)) for name, acc in found.summary.items()]
-        n = next(iter(found.summary.values())).clean.n
-        typer.echo(f"\n{settings.model} on {n} held-out images of {settings.dataset}, PGD-10 at {settings.eps}\n")
-        headers = ["", "clean % [95 %]", "robust % [95 %]"]
-        typer.echo(tabulate(rows, headers=headers, tablefmt="simple", disable_numparse=True))
-    done = "found done" if found.reused else "written"
-    reads = "evaluate reads, plain open_clip does not" if settings.objective.learns else "open_clip reads"
-    typer.echo(
-        f"\n{found.out}: {done}, a model folder that {reads}. These figures are of PGD-10 alone; for a "
-        f"verdict: vlmdefend evaluate --model {settings.model},local-dir:{found.out} --attack autoattack --eps "
-        f"{settings.eps}"
-    )
+    reader = "evaluate reads, plain open_clip does not" if settings.objective.learns else "open_clip reads"
+    print_held_out(settings.model, settings, found, reader)
 
 
 def trained_part(trains: str) -> str:

@@ -241,7 +241,7 @@ def urda_train(
     """
     from vlmdefend.errors import UserError
     from vlmdefend.registry import load_plugin
-    from vlmdefend.training.urda_settings import UrdaSettings, make_settings
+    from vlmdefend.training.urda_settings import UrdaSettings, make_urda_settings
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
@@ -252,7 +252,7 @@ def urda_train(
         given["select"] = "oracle"
     elif select == "oracle":
         raise UserError("--select oracle reads target labels; if that is meant, write --oracle.")
-    _run(make_settings(given), dry_run=dry_run)
+    _run(make_urda_settings(given), dry_run=dry_run)
 
 
 def _run(settings: UrdaSettings, *, dry_run: bool) -> None:

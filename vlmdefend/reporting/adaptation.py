@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics import wilson
 from vlmdefend.types import format_eps, parse_eps
 
-SETTINGS, SUMMARY = Path("training", "settings.json"), Path("training", "summary.json")
 CLASSIFIER = "vlmdefend_classifier.json"
 ROWS = {
     "clean": "clean",
@@ -19,23 +16,6 @@ ROWS = {
     "pseudo_labels": "PGD, pseudo-labels",
     "worst": "worst of these",
 }
-
-
-def is_adaptation(folder: Path) -> bool:
-    """Whether the folder is one of ``urda-train``."""
-    return (folder / SETTINGS).is_file() and "robustify" in _read(folder / SETTINGS)
-
-
-def adaptation_text(folder: Path) -> str:
-    """The table and the bound of a finished run.
-
-    Raises:
-        UserError: the run is not finished, or its files are not whole.
-    """
-    summary = _read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
-    if not summary.get("finished"):
-        raise UserError(f"{folder}: is not finished; run the same `vlmdefend urda-train` command again.")
-    return result_text(_read(folder / SETTINGS), summary, folder)
 
 
 def result_text(settings: dict[str, Any], summary: dict[str, Any], folder: Path) -> str:
@@ -134,11 +114,3 @@ def _change(there: dict[str, dict[str, Any]], row: str) -> list[str]:
 def _error(hits: int, n: int) -> str:
     low, high = wilson(n - hits, n)
     return f"{1 - hits / n:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{file}: is not whole; run the same `vlmdefend urda-train` command again.") from None
-    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.diagnostics import ATTACKERS
-from vlmdefend.reporting.verdict import Line, Share
+from vlmdefend.reporting.line import Line, Share
 
 if TYPE_CHECKING:
     import pandas

@@ -9,9 +9,11 @@ from typing import Any, Literal, NamedTuple
 
 from vlmdefend.evaluation.diagnostics import ATTACKERS
 from vlmdefend.evaluation.records import Attacker
+from vlmdefend.reporting.attack_names import differing
 from vlmdefend.reporting.certified import certified_text
 from vlmdefend.reporting.cost import PerImage, mean_cost
-from vlmdefend.reporting.verdict import Line, Pipeline, differing, over_seeds
+from vlmdefend.reporting.line import Line, Pipeline
+from vlmdefend.reporting.seeds import over_seeds
 from vlmdefend.types import format_eps
 
 Word = Literal["MASKED?", "BUDGET!", "ERROR", "note"]
@@ -70,7 +72,7 @@ def grouped(lines: Sequence[Line]) -> list[Group]:
     merged = over_seeds(lines)
     by_place: dict[Hashable, list[Line]] = {}
     for line in merged:
-        by_place.setdefault((_place(line.pipeline), line.norm), []).append(line)
+        by_place.setdefault((line.pipeline.place, line.norm), []).append(line)
     return [_group(same, merged) for same in by_place.values()]
 
 
@@ -148,11 +150,6 @@ def defense_labels(lines: Iterable[Line]) -> dict[Pipeline, str]:
 def plain(text: str) -> str:
     """Text of one line without control characters, which a name from a file may hold."""
     return "".join(c if c.isprintable() else "?" for c in text)
-
-
-def _place(pipeline: Pipeline) -> Hashable:
-    p = pipeline
-    return (p.protocol, p.protocol_hash, p.model, p.weights_hash, p.dataset, p.split, p.ids_hash, p.prompts_hash)
 
 
 def _group(lines: Sequence[Line], everything: Sequence[Line]) -> Group:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from vlmdefend.errors import UserError, did_you_mean
 from vlmdefend.evaluation.records import Record, Row
 from vlmdefend.reporting.groups import grouped
-from vlmdefend.reporting.verdict import Line, verdict_lines
+from vlmdefend.reporting.line import Line
+from vlmdefend.reporting.verdict import verdict_lines
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from vlmdefend.evaluation.diagnostics import Result
 from vlmdefend.evaluation.records import Cell, Record, Row
 from vlmdefend.evaluation.statistics import wilson
+from vlmdefend.reporting.attack_names import differing
 from vlmdefend.reporting.groups import percent, plain
-from vlmdefend.reporting.verdict import differing
 from vlmdefend.types import format_eps
 
 if TYPE_CHECKING:

@@ -1,0 +1,69 @@
+"""``vlmdefend compare``: the gate of a pipeline: is the second set of records worse than the first?"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ComparisonFormat(StrEnum):
+    """How the comparison is written."""
+
+    TERMINAL = "terminal"
+    MARKDOWN = "markdown"
+    JSON = "json"
+
+
+def compare(
+    before: Annotated[Path, typer.Argument(help="Run folder of `evaluate`: what was accepted.")],
+    after: Annotated[Path, typer.Argument(help="Run folder of the same command: what is new.")],
+    tolerance: Annotated[float, typer.Option(help="Points of accuracy that may be lost without being asked.")] = 0.0,
+    alpha: Annotated[float, typer.Option(help="A loss counts where chance explains it with less than this.")] = 0.05,
+    format: Annotated[
+        ComparisonFormat, typer.Option("--format", "-f", help="How to write it.")
+    ] = ComparisonFormat.TERMINAL,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write to this file instead.")] = None,
+) -> None:
+    """Compare two runs image by image; fail where accuracy fell by more than chance.
+
+    Every setting of the first folder must be in the second: the same images,
+    prompts, protocol, defense, attacks, radius and seed. Weights, code and
+    machine may differ. Both clean and worst-case accuracy are compared. A number
+    that has become doubtful (MASKED?) fails as well: it may have risen because
+    the attack broke.
+
+    Exit code: 0 nothing fell, 1 something did, 2 wrong usage, 3 not comparable.
+    """
+    from vlmdefend.errors import UserError
+    from vlmdefend.reporting.compare import compare as pair
+    from vlmdefend.reporting.comparison_table import as_json, as_markdown, as_text, verdict
+    from vlmdefend.reporting.files import save
+    from vlmdefend.reporting.runs import load_runs, unfinished
+
+    if not 0 <= tolerance <= 100:
+        raise UserError(f"--tolerance {tolerance:g}: must be from 0 to 100, in points of accuracy.")
+    if not 0 < alpha < 1:
+        raise UserError(f"--alpha {alpha:g}: must be between 0 and 1; 0.05 is usual.")
+    for folder in (before, after):
+        if waiting := unfinished([folder]):
+            raise UserError(
+                f"{folder}: {waiting} cell{'s are' if waiting > 1 else ' is'} half done; run the same `vlmdefend "
+                "evaluate` command again to finish."
+            )
+    found = pair(load_runs([before]), load_runs([after]))
+    limits = tolerance / 100, alpha
+    write = {"terminal": as_text, "markdown": as_markdown, "json": as_json}[format.value]
+    text = write(found, *limits)
+    if out is not None:
+        save(text, out)
+    else:
+        typer.echo(text)
+    bad = sum(verdict(comparison, *limits) != "ok" for comparison in found)
+    typer.echo(
+        f"{bad} of {len(found)} comparisons failed." if bad else f"{len(found)} comparisons: none fell.", err=True
+    )
+    if bad:
+        raise typer.Exit(1)
