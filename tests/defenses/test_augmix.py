@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 
-import vlmdefend
+from tests.defenses.fashion import fashion_classifier
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses._augmix import (
     DRAWS,
@@ -153,11 +153,9 @@ def test_views_may_be_mixed_and_the_crops_stay_the_same_draws() -> None:
     assert torch.allclose(alone[0], mixed[1], atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["tpt", "c_tpt", "r_tpt"])
-def test_prompt_tuning_takes_the_option(name: str) -> None:
-    names = vlmdefend.load_dataset("fashion", limit=1).class_names
-    classifier = vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(names, ["a photo of a {c}."])
-    images = photo(32)
+@pytest.mark.parametrize("name", ["tpt", "c_tpt", "r_tpt", "tapt", "ensemble"])
+def test_who_is_published_with_mixed_views_takes_the_option(name: str) -> None:
+    classifier, images = fashion_classifier("tiny-rn"), photo(32)
     plain, mixed = (
         DEFENSES.create(f"{name}:views=12:augmix={on}").wrap(classifier)(images, ImageRng(0, ["a"])).logits
         for on in ("no", "yes")

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import vlmdefend
-from vlmdefend.data.loader import load_batch
-from vlmdefend.data.transforms import PixelTransform
+from tests.defenses.fashion import fashion_batch, fashion_classifier, streams
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
@@ -32,18 +31,17 @@ TOGETHER = (
 
 @pytest.fixture(scope="module")
 def classifier() -> ZeroShotClassifier:
-    model = vlmdefend.load_model("tiny-rn", device="cpu")
-    return model.zero_shot(vlmdefend.load_dataset("fashion", limit=1).class_names, ["a photo of a {c}."])
+    return fashion_classifier("tiny-rn")
 
 
 @pytest.fixture(scope="module")
-def batch(classifier: ZeroShotClassifier) -> Batch:
-    return load_batch(vlmdefend.load_dataset("fashion", limit=4), range(4), PixelTransform(32), skip_bad=False)[0]
+def batch() -> Batch:
+    return fashion_batch(4)
 
 
 def predict(pipeline: Pipeline, batch: Batch) -> torch.Tensor:
     with torch.no_grad():
-        return pipeline(batch.images, ImageRng(0, batch.ids, "test")).logits
+        return pipeline(batch.images, streams(batch)).logits
 
 
 def test_the_image_meets_the_first_and_then_the_second(classifier: ZeroShotClassifier, batch: Batch) -> None:
@@ -99,6 +97,35 @@ def test_the_recipe_is_that_of_all_parts() -> None:
     assert len(variants("adaptive", defense)) == recipe.surrogates * len(recipe.detector_weights) + 1
     assert defense.stochastic
     assert defense.paradigm == "test-time adaptation"
+
+
+@pytest.mark.parametrize("name", [name for name in DEFENSES.names() if name not in ("none", "ttc")])
+def test_the_detector_behind_any_defense_can_be_quieted(
+    name: str, classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    """A weight of the detector's term on a score that is missing, or another's, would be no term."""
+    outer = "interpolate:of=jpeg" if name == "interpolate" else name
+    defense = create_defense(f"{outer}+ttc")
+    assert defense.recipe.detector_weights
+    for stand_in in defense.surrogates(classifier):
+        pixels = batch.images.clone().requires_grad_(True)
+        score = stand_in(pixels, ImageRng(0, batch.ids)).detector_score
+        assert score is not None
+        assert score.shape == (4,)
+        assert score.requires_grad
+
+
+def test_a_defense_that_only_steers_by_a_score_hands_on_that_of_the_detector(
+    classifier: ZeroShotClassifier, batch: Batch
+) -> None:
+    alone, together = (
+        create_defense(text).surrogate(classifier)(batch.images, ImageRng(0, batch.ids)).detector_score
+        for text in ("dbd", "dbd+ttc")
+    )
+    assert alone is not None
+    assert together is not None
+    assert not torch.allclose(alone, together)
+    assert (together <= DEFENSES.create("ttc").threshold).all()  # ttc's is threshold - tau
 
 
 def test_two_exact_defenses_are_an_exact_one() -> None:

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 import vlmdefend
+from tests.defenses.fashion import fashion_batch, fashion_classifier
 from tests.defenses.linear import Linear
 from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.data.loader import load_batch
-from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_free.agreement import Agreement
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.attackers import craft, variants
@@ -79,9 +78,7 @@ def test_the_score_is_one_minus_the_mean_cosine_to_the_changed_images() -> None:
 
 
 def test_someone_who_knows_the_detector_fools_as_many_images_and_stays_quieter() -> None:
-    images = vlmdefend.load_dataset("fashion", limit=40)
-    batch = load_batch(images, range(40), PixelTransform(32), skip_bad=False)[0]
-    classifier = vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(images.class_names, ["a photo of a {c}."])
+    batch, classifier = fashion_batch(40), fashion_classifier("tiny-rn")
     defense, threat = Agreement(), Threat("linf", 8 / 255)
 
     def attacked(attacker) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[no-untyped-def]

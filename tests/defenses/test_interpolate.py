@@ -6,9 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import vlmdefend
-from vlmdefend.data.loader import load_batch
-from vlmdefend.data.transforms import PixelTransform
+from tests.defenses.fashion import Blind, fashion_batch, fashion_classifier
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.composed import create_defense
@@ -24,13 +22,12 @@ OTHERS = ["jpeg", "[jpeg:quality=20]", "ensemble:views=6", "r_tpt:views=8", "ttc
 
 @pytest.fixture(scope="module")
 def classifier() -> ZeroShotClassifier:
-    names = vlmdefend.load_dataset("fashion", limit=1).class_names
-    return vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(names, ["a photo of a {c}."])
+    return fashion_classifier("tiny-rn")
 
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return load_batch(vlmdefend.load_dataset("fashion", limit=4), range(4), PixelTransform(32), skip_bad=False)[0]
+    return fashion_batch(4)
 
 
 def say(defense: Defense, model: Pipeline, batch: Batch) -> Outputs:
@@ -70,15 +67,6 @@ def test_between_them_it_is_what_the_model_says_of_the_mean_embedding(
     assert found.features is not None
     assert torch.allclose(found.features, mean, atol=1e-6)
     assert torch.allclose(found.logits, classifier.logits(mean), atol=1e-3)
-
-
-class Blind:
-    """Logits and nothing else: the pixel means of red, green and blue."""
-
-    num_classes, stochastic = 3, False
-
-    def __call__(self, images: torch.Tensor, rng: ImageRng) -> Outputs:
-        return Outputs(images.mean(dim=(2, 3)))
 
 
 def test_a_model_of_logits_alone_is_mixed_in_logits_or_probabilities() -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import vlmdefend
-from vlmdefend.data.loader import load_batch
-from vlmdefend.data.transforms import PixelTransform
+from tests.defenses.fashion import fashion_batch, fashion_classifier
 from vlmdefend.defenses import _views
 from vlmdefend.defenses._resample import Span
 from vlmdefend.defenses._views import augmented_views, predict_views
@@ -85,9 +84,7 @@ def test_r_tpt_and_mta_are_means_over_large_crops() -> None:
 
     The control is ``ensemble:smallest=0.5``.
     """
-    images = vlmdefend.load_dataset("fashion", limit=24)
-    batch = load_batch(images, range(24), PixelTransform(32), skip_bad=False)[0]
-    classifier = vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(images.class_names, ["a photo of a {c}."])
+    batch, classifier = fashion_batch(24), fashion_classifier("tiny-rn")
     down, across = boxes(batch)
     areas = down.length * across.length / 32**2  # (24, 63)
     with torch.no_grad():

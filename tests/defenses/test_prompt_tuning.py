@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import pytest
@@ -11,8 +10,14 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlmdefend
-from vlmdefend.data.loader import load_batch
-from vlmdefend.data.transforms import PixelTransform
+from tests.defenses.fashion import (
+    TWO_TEMPLATES,
+    Blind,
+    fashion_batch,
+    fashion_classifier,
+    fingerprint,
+    streams,
+)
 from vlmdefend.defenses._views import augmented_views, marginal_entropy, most_confident
 from vlmdefend.defenses.test_time import _prompt_tuning
 from vlmdefend.defenses.test_time._prompt_tuning import Adam, PromptTuning, Tuned
@@ -23,34 +28,27 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.counting import Counted
 from vlmdefend.models.prompt_tower import PromptTower
 from vlmdefend.models.zero_shot import ZeroShotClassifier
-from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch, Outputs
+from vlmdefend.types import Batch
 
 VIEWS = 24
-TEMPLATES = ["a photo of a {c}.", "one {c} from afar"]
 METHODS = [Tpt, CTpt, RTpt]
 every = pytest.mark.parametrize("method", METHODS)
 
 
 @pytest.fixture(scope="module")
 def classifier() -> ZeroShotClassifier:
-    names = vlmdefend.load_dataset("fashion", limit=1).class_names
-    return vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(names, TEMPLATES)
+    return fashion_classifier("tiny-rn", TWO_TEMPLATES)
 
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return load_batch(vlmdefend.load_dataset("fashion", limit=6), range(6), PixelTransform(32), skip_bad=False)[0]
-
-
-def rng(batch: Batch, index: slice = slice(None)) -> ImageRng:
-    return ImageRng(0, batch.ids[index], "test")
+    return fashion_batch(6)
 
 
 def published(method: type[PromptTuning], model: ZeroShotClassifier, batch: Batch, image: int, steps: int):  # type: ignore[no-untyped-def]
     """One image the way the official codes go: a parameter, ``torch.optim.AdamW``, all views predicted again."""
     one = slice(image, image + 1)
-    views = augmented_views(batch.images[one], rng(batch, one), VIEWS)[0]
+    views = augmented_views(batch.images[one], streams(batch, one), VIEWS)[0]
     side = model.text_side
     assert side is not None
     tower = PromptTower(side)
@@ -86,9 +84,9 @@ def test_a_batch_gets_what_the_published_procedure_gives_each_image(
     method: type[PromptTuning], steps: int, classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     with torch.no_grad():
-        found = method(views=VIEWS, steps=steps).wrap(classifier)(batch.images, rng(batch)).logits
+        found = method(views=VIEWS, steps=steps).wrap(classifier)(batch.images, streams(batch)).logits
     expected = torch.stack([published(method, classifier, batch, i, steps) for i in range(3)])
-    untuned = method(views=VIEWS, steps=0).wrap(classifier)(batch.images, rng(batch)).logits
+    untuned = method(views=VIEWS, steps=0).wrap(classifier)(batch.images, streams(batch)).logits
     assert torch.allclose(found[:3], expected, atol=1e-3)
     assert (found - untuned).abs().amax(dim=1).min() > 0.02  # the agreement above is about something
 
@@ -98,16 +96,9 @@ def test_a_batch_is_as_good_as_one_image_at_a_time(
     method: type[PromptTuning], classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     pipeline = method(views=VIEWS).wrap(classifier)
-    together = pipeline(batch.images, rng(batch)).logits
-    alone = [pipeline(batch.images[i : i + 1], rng(batch, slice(i, i + 1))).logits for i in range(6)]
+    together = pipeline(batch.images, streams(batch)).logits
+    alone = [pipeline(batch.images[i : i + 1], streams(batch, slice(i, i + 1))).logits for i in range(6)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5, rtol=1e-6)
-
-
-def fingerprint(classifier: ZeroShotClassifier) -> str:
-    digest = hashlib.sha256(classifier.text_features.numpy().tobytes())
-    for name, tensor in sorted(classifier.clip.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @every
@@ -116,21 +107,21 @@ def test_nothing_of_the_model_changes_also_where_tuning_fails(
 ) -> None:
     before = fingerprint(classifier)
     pipeline = method(views=VIEWS).wrap(classifier)
-    first = pipeline(batch.images, rng(batch)).logits
+    first = pipeline(batch.images, streams(batch)).logits
     with monkeypatch.context() as broken:
         broken.setattr(method, "loss", lambda *_: 1 / 0)
         for sight in ("cut", "unrolled"):
             pixels = batch.images.clone().requires_grad_(True)
             with pytest.raises(ZeroDivisionError):
-                Tuned(classifier, method(views=VIEWS), sight)(pixels, rng(batch))  # type: ignore[arg-type]
+                Tuned(classifier, method(views=VIEWS), sight)(pixels, streams(batch))  # type: ignore[arg-type]
     assert fingerprint(classifier) == before
-    assert torch.equal(pipeline(batch.images, rng(batch)).logits, first)  # no state of one image reaches the next
+    assert torch.equal(pipeline(batch.images, streams(batch)).logits, first)  # no state of one image reaches the next
     assert all(p.grad is None and not p.requires_grad for p in classifier.clip.parameters())
     assert not classifier.clip.token_embedding._forward_hooks
 
 
 def test_tuning_lowers_the_entropy_that_it_minimises(classifier: ZeroShotClassifier, batch: Batch) -> None:
-    views = augmented_views(batch.images, rng(batch), VIEWS)
+    views = augmented_views(batch.images, streams(batch), VIEWS)
     seen = classifier(views.flatten(0, 1))
     confident = most_confident(seen.logits.view(6, VIEWS, -1), 0.1)
     rows = torch.arange(6)[:, None]
@@ -182,9 +173,9 @@ def test_stand_ins_have_the_deployed_values_where_they_have_a_graph(
     method: type[PromptTuning], classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     defense, pixels = method(views=VIEWS), batch.images.clone().requires_grad_(True)
-    deployed = defense.wrap(classifier)(batch.images, rng(batch)).logits
+    deployed = defense.wrap(classifier)(batch.images, streams(batch)).logits
     for stand_in in defense.surrogates(classifier):
-        logits = stand_in(pixels, rng(batch)).logits
+        logits = stand_in(pixels, streams(batch)).logits
         assert torch.allclose(logits, deployed, atol=1e-2)
         assert torch.autograd.grad(logits[:, 0].sum(), pixels)[0].isfinite().all()
 
@@ -197,7 +188,7 @@ def test_the_unrolled_stand_in_sees_how_the_tuning_follows_the_image(
     monkeypatch.setattr(_prompt_tuning, "Adam", lambda: lambda gradient: torch.tanh(gradient / 4))
     loaded = vlmdefend.load_model("tiny-rn", device="cpu")
     loaded.clip.double()
-    pipeline = Tuned(loaded.zero_shot(("cat", "dog", "boat"), TEMPLATES), method(lr=0.05, steps=2), "unrolled")
+    pipeline = Tuned(loaded.zero_shot(("cat", "dog", "boat"), TWO_TEMPLATES), method(lr=0.05, steps=2), "unrolled")
     generator = torch.Generator().manual_seed(0)
     features, along, wanted = (
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 3, 64), (2, 3, 64), (2, 3, 64))
@@ -231,11 +222,11 @@ def test_an_attack_on_the_prompts_reaches_the_tuned_ones(classifier: ZeroShotCla
     side = classifier.text_side
     assert side is not None
     pipeline = RTpt(views=VIEWS).wrap(classifier)
-    clean = pipeline(batch.images, rng(batch)).logits
+    clean = pipeline(batch.images, streams(batch)).logits
     attacked = classifier.text_features.roll(1, dims=0).clone().requires_grad_(True)
     with side.using(attacked):
-        logits = pipeline(batch.images, rng(batch)).logits
-        bare = Tpt(steps=0).wrap(classifier)(batch.images, rng(batch)).logits
+        logits = pipeline(batch.images, streams(batch)).logits
+        bare = Tpt(steps=0).wrap(classifier)(batch.images, streams(batch)).logits
         assert torch.equal(bare, classifier(batch.images).logits)
     assert torch.equal(logits.argmax(dim=1), (clean.argmax(dim=1) + 1) % 10)
     assert torch.autograd.grad(logits[:, 0].sum(), attacked)[0].abs().sum() > 0
@@ -245,17 +236,8 @@ def test_every_view_is_embedded_once(classifier: ZeroShotClassifier, batch: Batc
     for method in METHODS:
         counted = Counted(classifier)
         with torch.no_grad():
-            method(views=VIEWS, steps=2).wrap(counted)(batch.images, rng(batch))
+            method(views=VIEWS, steps=2).wrap(counted)(batch.images, streams(batch))
         assert (counted.forwards, counted.backwards) == (6 * VIEWS, 0)
-
-
-class Blind:
-    """Logits and nothing else."""
-
-    num_classes, stochastic = 3, False
-
-    def __call__(self, images: torch.Tensor, rng: ImageRng) -> Outputs:
-        return Outputs(images.mean(dim=(2, 3)))
 
 
 def test_bad_use_is_said_in_a_sentence() -> None:

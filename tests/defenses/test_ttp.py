@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
 import pytest
@@ -11,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vlmdefend
+from tests.defenses.fashion import Blind, fashion_batch, fashion_classifier, fingerprint, streams
 from tests.defenses.linear import Linear
-from vlmdefend.data.loader import load_batch
-from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses._border import framed
 from vlmdefend.defenses._views import augmented_views
 from vlmdefend.defenses.test_time import ttp
@@ -30,17 +28,12 @@ ALL = {"threshold": 1.0, "views": VIEWS}  # everything is suspect
 
 @pytest.fixture(scope="module")
 def classifier() -> ZeroShotClassifier:
-    names = vlmdefend.load_dataset("fashion", limit=1).class_names
-    return vlmdefend.load_model("tiny-rn", device="cpu").zero_shot(names, ["a photo of a {c}."])
+    return fashion_classifier("tiny-rn")
 
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    return load_batch(vlmdefend.load_dataset("fashion", limit=6), range(6), PixelTransform(32), skip_bad=False)[0]
-
-
-def rng(batch: Batch, index: slice = slice(None)) -> ImageRng:
-    return ImageRng(0, batch.ids[index], "test")
+    return fashion_batch(6)
 
 
 def test_a_frame_surrounds_the_shrunk_image() -> None:
@@ -95,7 +88,7 @@ def test_weights_by_hand() -> None:
 def one_by_one(model: ZeroShotClassifier, batch: Batch, image: int, defense: Ttp) -> Tensor:
     """One image with a parameter and an optimizer of torch's, in levels of 256."""
     one = slice(image, image + 1)
-    draws, pixels = rng(batch, one), batch.images[one]
+    draws, pixels = streams(batch, one), batch.images[one]
     views = augmented_views(pixels, draws, defense.views)[0]
     levels = torch.nn.Parameter(255 * draws.uniform((3, 32, 32), 0.0, 10 / 255)[0])
     kind = torch.optim.Adam if defense.step == "adam" else torch.optim.SGD
@@ -141,8 +134,8 @@ def test_a_batch_gets_what_the_procedure_gives_each_image(
     defense: Ttp, classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     with torch.no_grad():
-        found = defense.wrap(classifier)(batch.images, rng(batch)).logits
-        untuned = Ttp(**{**defense.spec(), "steps": 0}).wrap(classifier)(batch.images, rng(batch)).logits
+        found = defense.wrap(classifier)(batch.images, streams(batch)).logits
+        untuned = Ttp(**{**defense.spec(), "steps": 0}).wrap(classifier)(batch.images, streams(batch)).logits
     expected = torch.stack([one_by_one(classifier, batch, i, defense) for i in range(3)])
     # the evaluator's own tolerance: a sign step turns the last bit of a small gradient into a step of its own
     assert torch.allclose(found[:3], expected, rtol=1e-3, atol=1e-2)
@@ -152,43 +145,37 @@ def test_a_batch_gets_what_the_procedure_gives_each_image(
 def test_a_plain_gradient_step_of_five_moves_nothing(classifier: ZeroShotClassifier, batch: Batch) -> None:
     """Why the step is read as Adam's."""
     tuned, untuned = (
-        Ttp(**ALL, step="gradient", steps=steps).wrap(classifier)(batch.images, rng(batch)).logits for steps in (1, 0)
+        Ttp(**ALL, step="gradient", steps=steps).wrap(classifier)(batch.images, streams(batch)).logits
+        for steps in (1, 0)
     )
     assert (tuned - untuned).abs().max() < 0.01
 
 
 def test_a_batch_is_as_good_as_one_image_at_a_time(classifier: ZeroShotClassifier, batch: Batch) -> None:
     with torch.no_grad():
-        bare = Ttp(threshold=-1.0).wrap(classifier)(batch.images, rng(batch))
+        bare = Ttp(threshold=-1.0).wrap(classifier)(batch.images, streams(batch))
         assert bare.detector_score is not None
         middle = -1 - bare.detector_score.sort().values[2:4].mean().item()  # half of the images are suspect
         pipeline = Ttp(threshold=middle, views=VIEWS).wrap(classifier)
-        together = pipeline(batch.images, rng(batch))
-        alone = [pipeline(batch.images[i : i + 1], rng(batch, slice(i, i + 1))).logits for i in range(6)]
+        together = pipeline(batch.images, streams(batch))
+        alone = [pipeline(batch.images[i : i + 1], streams(batch, slice(i, i + 1))).logits for i in range(6)]
     changed = (together.logits - bare.logits).abs().amax(dim=1) > 1e-3
     assert 0 < int(changed.sum()) < 6
     assert torch.allclose(together.logits, torch.cat(alone), atol=1e-3)
-
-
-def fingerprint(classifier: ZeroShotClassifier) -> str:
-    digest = hashlib.sha256(classifier.text_features.numpy().tobytes())
-    for name, tensor in sorted(classifier.clip.state_dict().items()):
-        digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def test_nothing_of_the_model_changes_also_where_tuning_fails(
     classifier: ZeroShotClassifier, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, defense = fingerprint(classifier), Ttp(**ALL)
-    first = defense.wrap(classifier)(batch.images, rng(batch)).logits
+    first = defense.wrap(classifier)(batch.images, streams(batch)).logits
     with monkeypatch.context() as broken:
         broken.setattr(ttp, "entropy", lambda *_: 1 / 0)
         for pipeline in defense.surrogates(classifier):
             with pytest.raises(ZeroDivisionError):
-                pipeline(batch.images.clone().requires_grad_(True), rng(batch))
+                pipeline(batch.images.clone().requires_grad_(True), streams(batch))
     assert fingerprint(classifier) == before
-    assert torch.equal(defense.wrap(classifier)(batch.images, rng(batch)).logits, first)
+    assert torch.equal(defense.wrap(classifier)(batch.images, streams(batch)).logits, first)
     assert all(p.grad is None and not p.requires_grad for p in classifier.clip.parameters())
 
 
@@ -217,19 +204,10 @@ def test_the_unrolled_stand_in_sees_how_the_border_follows_the_image(monkeypatch
 
 def test_the_detector_has_a_gradient_for_those_who_evade_it(classifier: ZeroShotClassifier, batch: Batch) -> None:
     pixels = batch.images.clone().requires_grad_(True)
-    score = Ttp().surrogate(classifier)(pixels, rng(batch)).detector_score
+    score = Ttp().surrogate(classifier)(pixels, streams(batch)).detector_score
     assert score is not None
     (gradient,) = torch.autograd.grad(score.sum(), pixels)
     assert (gradient.flatten(1).norm(dim=1) > 0).all()
-
-
-class Blind:
-    """Logits and nothing else."""
-
-    num_classes, stochastic = 3, False
-
-    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        return Outputs(images.mean(dim=(2, 3)))
 
 
 def test_bad_use_is_said_in_a_sentence() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -50,19 +51,33 @@ def augmented_views(
 
 
 def predict_views(model: Pipeline, views: Tensor, rng: ImageRng) -> Outputs:
-    """(B, V, 3, H, W) -> outputs with logits (B, V, C) and features (B, V, D), ``AT_ONCE`` views at a time."""
+    """(B, V, 3, H, W) -> logits (B, V, C), features (B, V, D) and scores (B, V), ``AT_ONCE`` views at a time."""
     owners = torch.arange(len(views)).repeat_interleave(views.shape[1])
     flat = views.flatten(0, 1)
     parts = [
         model(flat[first : first + AT_ONCE], rng.select(owners[first : first + AT_ONCE]))
         for first in range(0, len(flat), AT_ONCE)
     ]
-    features = [p.features for p in parts if p.features is not None]
-    shape = (*views.shape[:2], -1)
-    return Outputs(
-        torch.cat([p.logits for p in parts]).view(shape),
-        torch.cat(features).view(shape) if len(features) == len(parts) else None,
-    )
+    return by_view(parts, views.shape[:2])
+
+
+def by_view(parts: Sequence[Outputs], shape: Sequence[int]) -> Outputs:
+    """Outputs of B V images in parts -> one with logits (B, V, C), features (B, V, D) and scores (B, V)."""
+
+    def split(flat: Tensor) -> Tensor:
+        return flat.view(*shape, *flat.shape[1:])
+
+    def whole(values: list[Tensor | None]) -> Tensor | None:
+        known = [value for value in values if value is not None]
+        return split(torch.cat(known)) if len(known) == len(values) else None
+
+    logits = split(torch.cat([part.logits for part in parts]))
+    return Outputs(logits, whole([part.features for part in parts]), whole([part.detector_score for part in parts]))
+
+
+def mean_score(views: Outputs) -> Tensor | None:
+    """(B,) mean over the views of what a detector behind them says, for an attacker who has to quiet it."""
+    return None if views.detector_score is None else views.detector_score.mean(dim=1)
 
 
 def entropy(logits: Tensor) -> Tensor:

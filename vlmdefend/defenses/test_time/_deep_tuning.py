@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmdefend.defenses._views import AT_ONCE, augmented_views, most_confident, pick
+from vlmdefend.defenses._views import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
 from vlmdefend.defenses.base import features_of
 from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Tuned, _text_side
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics, known_images
@@ -52,14 +52,15 @@ class DeepTuned:
         unrolled = self.unrolled and torch.is_grad_enabled() and images.requires_grad
         views = augmented_views(images, rng, defense.views, mixed=defense.augmix)
         with torch.no_grad():
-            seen = self._classifier.logits(self._features(views, self._start(len(images)), rng))
+            seen = self._classifier.logits(features_of(self._seen(views, self._start(len(images)), rng)))
             confident = most_confident(seen, defense.keep)
         chosen = pick(views, confident)
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if unrolled else nullcontext():
             visual, classes = self._tuned(chosen if unrolled else chosen.detach(), rng, unrolled=unrolled)
-        features = self._features(images[:, None], visual, rng)
+        last = self._seen(images[:, None], visual, rng)
+        features = features_of(last)
         predicted = defense.predict(self._classifier.logits(features, classes), features, "cut")
-        return Outputs(predicted, features[:, 0])
+        return Outputs(predicted, features[:, 0], mean_score(last))
 
     def tokens(self, images: Tensor) -> list[Tensor]:
         """(N, 3, H, W) -> D (N, L, V) tokens that the blocks read, with those that tuning starts from.
@@ -75,7 +76,7 @@ class DeepTuned:
         kept: list[Tensor] = []
         with torch.no_grad():
             rng = ImageRng(0, [str(number) for number in range(len(images))])
-            self._features(images[:, None], self._start(len(images)), rng, kept)
+            self._seen(images[:, None], self._start(len(images)), rng, kept)
         return [block[:, 0] for block in kept]
 
     @property
@@ -90,28 +91,24 @@ class DeepTuned:
         """(B, D, N, V) image tokens, the same for all."""
         return None if self.visual is None else self.visual.expand(count, *self.visual.shape)
 
-    def _features(
-        self, views: Tensor, visual: Tensor | None, rng: ImageRng, kept: list[Tensor] | None = None
-    ) -> Tensor:
-        """(B, k, 3, H, W) views with the (B, D, N, V) tokens of their images -> (B, k, F) features.
+    def _seen(self, views: Tensor, visual: Tensor | None, rng: ImageRng, kept: list[Tensor] | None = None) -> Outputs:
+        """(B, k, 3, H, W) views with the (B, D, N, V) tokens of their images -> outputs, as of ``predict_views``.
 
         Args:
             kept: gets what each of the D blocks reads, (B, k, L, V).
         """
-        count, flat = views.shape[1], views.flatten(0, 1)
-        owners = torch.arange(len(views)).repeat_interleave(count)
+        owners = torch.arange(len(views)).repeat_interleave(views.shape[1])
         blocks = image_blocks(self._clip) if kept is not None and visual is not None else None
         found, read = [], []
-        for first in range(0, len(flat), AT_ONCE):
-            at = owners[first : first + AT_ONCE]
+        for at, flat in zip(torch.split(owners, AT_ONCE), torch.split(views.flatten(0, 1), AT_ONCE), strict=True):
             tokens = None if visual is None else visual[at.to(visual.device)].transpose(0, 1)
             with reading(self._clip, ImagePrompts(visual=tokens)), block_inputs(blocks, _length(tokens)) as inputs:
-                found.append(features_of(self.model(flat[first : first + AT_ONCE], rng.select(at))))
+                found.append(self.model(flat, rng.select(at)))
             read.append(inputs)
         if kept is not None:
             whole = [torch.cat(parts) for parts in zip(*read, strict=True)]
-            kept.extend(block.view(len(views), count, *block.shape[1:]) for block in whole)
-        return torch.cat(found).view(len(views), count, -1)
+            kept.extend(block.view(*views.shape[:2], *block.shape[1:]) for block in whole)
+        return by_view(found, views.shape[:2])
 
     def _tuned(self, chosen: Tensor, rng: ImageRng, *, unrolled: bool) -> tuple[Tensor | None, Tensor]:
         """(B, k, 3, H, W) confident views -> each image's (B, D, N, V) tokens and (B, C, F) class features."""
@@ -132,7 +129,7 @@ class DeepTuned:
                 leaf = _leaf(classes, unrolled=False)
                 seen = Tuned._shifted(leaf, attacked.detach())
             kept: list[Tensor] = []
-            features = self._features(chosen, visual, rng, kept)
+            features = features_of(self._seen(chosen, visual, rng, kept))
             loss = defense.loss(self._classifier.logits(features, seen), seen)
             if self.known is not None:
                 loss = loss + defense.alignment(kept, self.known)

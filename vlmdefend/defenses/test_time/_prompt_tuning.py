@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmdefend.attacks.adaptive import bpda
-from vlmdefend.defenses._views import augmented_views, most_confident, pick, predict_views
+from vlmdefend.defenses._views import augmented_views, mean_score, most_confident, pick, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, features_of
 from vlmdefend.errors import UserError
 from vlmdefend.models.prompt_tower import PromptTower
@@ -114,7 +114,7 @@ class Tuned:
                 classes = self._tuned(confident if unrolled else confident.detach(), unrolled=unrolled)
         logits = seen.logits if classes is None else self._classifier.logits(features, classes)
         predicted = defense.predict(logits, features, self.sight)
-        return Outputs(predicted, features[:, 0] if read == 1 else features.mean(dim=1))
+        return Outputs(predicted, features[:, 0] if read == 1 else features.mean(dim=1), mean_score(seen))
 
     @property
     def _classifier(self) -> ZeroShotClassifier:

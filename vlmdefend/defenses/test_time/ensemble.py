@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import augmented_views, most_confident, pick, predict_views
+from vlmdefend.defenses._views import augmented_views, mean_score, most_confident, pick, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -36,6 +36,8 @@ class Ensemble(Defense):
         average: logits, probabilities or votes.
         smallest: share of the area that a crop covers at least. The published 0.08 leaves crops in which a small image
             cannot be told; 0.5 is the control of methods whose weights prefer large crops, as R-TPT's and MTA's do.
+        augmix: each crop is mixed with mild random changes of it, as R-TPT's code does on fine-grained sets, which are
+            those of T-VSS and RITA. The codes of ZERO and MTA have crops and flips alone.
     """
 
     name: ClassVar[str] = "ensemble"
@@ -55,6 +57,7 @@ class Ensemble(Defense):
     keep: float = 1.0
     average: Literal["logits", "probabilities", "votes"] = "logits"
     smallest: float = 0.08
+    augmix: bool = False
 
     def __post_init__(self) -> None:
         if self.views < 1 or not 0 < self.keep <= 1:
@@ -89,9 +92,10 @@ class _Averaged:
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         defense = self.defense
-        views = augmented_views(images, rng, defense.views, area=(defense.smallest, 1.0))
-        logits, features, *_ = predict_views(self.model, views, rng)
+        views = augmented_views(images, rng, defense.views, area=(defense.smallest, 1.0), mixed=defense.augmix)
+        seen = predict_views(self.model, views, rng)
+        logits, features = seen.logits, seen.features
         if defense.keep < 1:
             chosen = most_confident(logits, defense.keep)
             logits, features = pick(logits, chosen), None if features is None else pick(features, chosen)
-        return Outputs(defense.combine(logits), None if features is None else features.mean(dim=1))
+        return Outputs(defense.combine(logits), None if features is None else features.mean(dim=1), mean_score(seen))

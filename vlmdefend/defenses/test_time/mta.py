@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import augmented_views, predict_views
-from vlmdefend.defenses.base import Defense, Paradigm, Recipe
+from vlmdefend.defenses._views import augmented_views, mean_score, predict_views
+from vlmdefend.defenses.base import Defense, Paradigm, Recipe, features_of
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
@@ -144,10 +144,11 @@ class _Mode:
             raise UserError("mta: the model gives no image features to find a mode of; use defense ensemble.")
         share = self.defense.shares(views.features, views.logits)[:, None]
         share = share if self.gradient == "unrolled" else share.detach()
-        return Outputs((share @ views.logits)[:, 0], (share @ F.normalize(views.features, dim=-1))[:, 0])
+        mode = (share @ F.normalize(views.features, dim=-1))[:, 0]
+        return Outputs((share @ views.logits)[:, 0], mode, mean_score(views))
 
     def _large(self, images: Tensor, rng: ImageRng) -> Outputs:
         views = augmented_views(images, rng, self.defense.views, area=LARGE)
-        logits, features, *_ = predict_views(self.model, views, rng)
-        assert features is not None
-        return Outputs(logits.mean(dim=1), F.normalize(features, dim=-1).mean(dim=1))
+        seen = predict_views(self.model, views, rng)
+        mean = F.normalize(features_of(seen), dim=-1).mean(dim=1)
+        return Outputs(seen.logits.mean(dim=1), mean, mean_score(seen))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import ClassVar, Literal, NamedTuple
 
@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmdefend.attacks.adaptive import bpda
-from vlmdefend.defenses.base import ChangedImage, Defense
+from vlmdefend.defenses.base import ChangedImage, Defense, features_of
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline, per_image
+from vlmdefend.types import Outputs, Pipeline, Threat, per_image
 
 # What autograd sees of a counter-attack. ``cut``: as published, the perturbation is a constant. ``constant``: the same
 # with a differentiable detector, where there is one. ``unrolled``: the perturbation is a function of the image.
@@ -26,6 +26,13 @@ class Countered(NamedTuple):
 
     images: Tensor  # (B, 3, H, W)
     detector_score: Tensor | None = None  # (B,) more than zero: taken for adversarial
+
+
+class Step(NamedTuple):
+    """One step of an ascent."""
+
+    values: Tensor  # (B,) of the objective before it
+    images: Tensor  # (B, 3, H, W) after it
 
 
 class CounterAttack(Defense):
@@ -68,7 +75,7 @@ class CounterAttacked(ChangedImage):
         """Counter-attack, predict."""
         seen = self.defense.counter(self.model, images, rng, self.sight)
         outputs = self.model(seen.images, rng)
-        return outputs._replace(detector_score=seen.detector_score)
+        return outputs if seen.detector_score is None else outputs._replace(detector_score=seen.detector_score)
 
 
 def pixel_gradient(
@@ -85,6 +92,54 @@ def pixel_gradient(
         values = objective(at)
         (gradient,) = torch.autograd.grad(values.sum(), at, create_graph=unrolled)
     return gradient, values if unrolled else values.detach()
+
+
+def sign_ascent(
+    objective: Callable[[Tensor], Tensor],
+    first: Tensor,
+    around: Tensor,
+    *,
+    eps: float,
+    alpha: float,
+    steps: int,
+    unrolled: bool,
+) -> Iterator[Step]:
+    """Sign steps from ``first`` up the objective, inside [0, 1] and the L-infinity ball around the images ``around``.
+
+    Args:
+        objective: (B, 3, H, W) -> (B,).
+        eps: radius of the ball; alpha: step size.
+        unrolled: as in :func:`pixel_gradient`.
+    """
+    ball, moved = Threat("linf", eps), first
+    for _ in range(steps):
+        gradient, values = pixel_gradient(objective, moved, unrolled=unrolled)
+        moved = ball.project(moved + alpha * ascent_sign(gradient), around)
+        yield Step(values, moved)
+
+
+def noisy(images: Tensor, rng: ImageRng, eps: float) -> Tensor:
+    """The images moved by uniform noise of the L-infinity ball's size, inside [0, 1]."""
+    noise = rng.uniform(images.shape[1:], -eps, eps).to(images)
+    return (images + noise).clamp(0.0, 1.0)
+
+
+def departure(
+    model: Pipeline, images: Tensor, rng: ImageRng, *, graph: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The (B, D) features f(x) of (B, 3, H, W) images, and (B,) ||f(y) - f(x)||^2 as a function of others.
+
+    ``graph``: f(x) may have a gradient.
+    """
+    with torch.set_grad_enabled(torch.is_grad_enabled() and graph):
+        reference = features_of(model(images, rng))
+    return reference, lambda others: (features_of(model(others, rng)) - reference).square().sum(dim=1)
+
+
+def relative(squared_distances: Tensor, reference: Tensor) -> Tensor:
+    """(B,) distances as a share of the length of the (B, D) reference."""
+    share: Tensor = squared_distances.clamp_min(1e-24).sqrt() / reference.norm(dim=1)
+    return share
 
 
 def ascent_sign(gradient: Tensor) -> Tensor:

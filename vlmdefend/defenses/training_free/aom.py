@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import predict_views
+from vlmdefend.defenses._views import mean_score, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -70,6 +70,7 @@ class _Stepped:
         defense = self.defense
         noise = rng.normal((1 + defense.copies, *images.shape[1:])).to(images.device)
         noise[:, 0] = 0.0
-        seen = features_of(predict_views(self.model, images[:, None] + defense.sigma * noise, rng))
+        views = predict_views(self.model, images[:, None] + defense.sigma * noise, rng)
+        seen = features_of(views)
         features = defense.step(seen[:, 0], seen[:, 1:])
-        return Outputs(self.model.logits(features), features)
+        return Outputs(self.model.logits(features), features, mean_score(views))

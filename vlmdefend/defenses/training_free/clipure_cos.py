@@ -92,9 +92,10 @@ class _Purified:
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Embed, purify, compare."""
-        features = self.defense.purify(features_of(self.model(images, rng)), self._anchor())
+        seen = self.model(images, rng)
+        features = self.defense.purify(features_of(seen), self._anchor())
         length = features.norm(dim=1, keepdim=True)  # 1: the official code does not normalise once more
-        return Outputs(length * self.model.logits(features), features)
+        return Outputs(length * self.model.logits(features), features, seen.detector_score)
 
     def _anchor(self) -> Tensor:
         """(D,) unit: where embeddings are turned to."""

@@ -145,12 +145,13 @@ class _Purified:
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Embed, purify, compare."""
-        features = features_of(self.model(images, rng))
+        seen = self.model(images, rng)
+        features = features_of(seen)
         if self.sight == "identity":
             purified = bpda(lambda raw: self._purified(raw, rng))(features)
         else:
             purified = self._purified(features, rng)
-        return Outputs(self.model.logits(purified), purified)
+        return Outputs(self.model.logits(purified), purified, seen.detector_score)
 
     def _purified(self, features: Tensor, rng: ImageRng) -> Tensor:
         return self.defense.purify(features, self.prior, self.condition, rng, unrolled=self.sight == "unrolled")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import augmented_views, entropy, predict_views
+from vlmdefend.defenses._views import augmented_views, entropy, mean_score, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -83,7 +83,7 @@ class _Projected:
         logits = self.model.logits(features)  # (B, V, C): scaled cosines
         weights = torch.softmax(-entropy(logits), dim=1)[..., None]
         mean = (weights * F.normalize(features, dim=-1)).sum(dim=1)
-        return Outputs((weights * logits).sum(dim=1), mean)
+        return Outputs((weights * logits).sum(dim=1), mean, mean_score(seen))
 
     def _basis_of(self, text_features: Tensor) -> Tensor:
         if self._basis is None or self._basis[0] is not text_features:

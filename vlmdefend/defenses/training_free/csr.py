@@ -11,18 +11,11 @@ from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Paradigm, Recipe, features_of
-from vlmdefend.defenses.training_free._counter_attack import (
-    CounterAttack,
-    Countered,
-    Sight,
-    ascent_sign,
-    pixel_gradient,
-    shown,
-)
+from vlmdefend.defenses.training_free._counter_attack import CounterAttack, Countered, Sight, shown, sign_ascent
 from vlmdefend.defenses.training_free.low_pass import LowPass
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, per_image
+from vlmdefend.types import Pipeline
 
 
 @DEFENSES.register
@@ -97,18 +90,13 @@ class Csr(CounterAttack):
             z = F.normalize(features_of(model(at, rng)), dim=1)
             return (z * (smooth - own)).sum(dim=1)
 
-        moved = best = start
-        highest = torch.full((len(start),), -torch.inf, device=start.device)
-        for step in range(self.steps + 1):
-            if step < self.steps:
-                gradient, values = pixel_gradient(gain, moved, unrolled=sight == "unrolled")
-            else:
-                with torch.no_grad():
-                    gradient, values = torch.zeros_like(moved), gain(moved)
-            better = values.detach() > highest
-            best = torch.where(per_image(better, moved), moved, best)
-            highest = torch.where(better, values.detach(), highest)
-            if step < self.steps:
-                delta = (moved + self.alpha * ascent_sign(gradient) - start).clamp(-self.eps, self.eps)
-                moved = (start + delta).clamp(0.0, 1.0)
-        return best
+        way, gains = [start], []
+        for step in sign_ascent(
+            gain, start, start, eps=self.eps, alpha=self.alpha, steps=self.steps, unrolled=sight == "unrolled"
+        ):
+            way.append(step.images)
+            gains.append(step.values)
+        with torch.no_grad():
+            gains.append(gain(way[-1]))
+        best = torch.stack(gains).argmax(dim=0)  # the earliest of equals
+        return torch.stack(way)[best, torch.arange(len(start), device=best.device)]

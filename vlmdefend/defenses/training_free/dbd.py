@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import augmented_views, most_confident, pick, predict_views
+from vlmdefend.defenses._views import augmented_views, mean_score, most_confident, pick, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -111,4 +111,5 @@ class _Shifted:
             )
             stand_in = self.model.logits(image + factor * (mean - image))
             logits = stand_in + (logits - stand_in).detach()
-        return Outputs(logits, shifted, agreement - defense.threshold)
+        behind = mean_score(seen)  # this one's own, which chooses the factor, is not what an attacker quiets
+        return Outputs(logits, shifted, agreement - defense.threshold if behind is None else behind)

@@ -16,12 +16,14 @@ from vlmdefend.defenses.training_free._counter_attack import (
     Countered,
     Sight,
     ascent_sign,
+    departure,
     pixel_gradient,
     shown,
 )
+from vlmdefend.defenses.training_free.ttc import Ttc
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, per_image
+from vlmdefend.types import Pipeline, Threat, per_image
 
 
 @DEFENSES.register
@@ -60,14 +62,7 @@ class Doc(CounterAttack):
     )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
-    recipe: ClassVar[Recipe] = Recipe(
-        "BPDA: perturbation constant, unrolled, or ignored, best per image; EOT over 4 starts; tau pushed over the "
-        "threshold",
-        samples=4,
-        detector_weights=(0.0, 50.0),
-        surrogates=2,
-        bare=True,
-    )
+    recipe: ClassVar[Recipe] = Ttc.recipe._replace(detector_weights=(0.0, 50.0))
     eps: float = 4 / 255
     alpha: float = 3 / 255
     steps: int = 4
@@ -88,22 +83,22 @@ class Doc(CounterAttack):
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """1 + ``draws`` forwards and ``steps`` gradients."""
-        start = images if sight == "unrolled" else images.detach()
+        unrolled = sight == "unrolled"
+        start = images if unrolled else images.detach()
         noise = rng.uniform((self.draws + 1, *images.shape[1:]), -self.eps, self.eps).to(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and sight == "unrolled"):
-            reference = features_of(model(start, rng))
+        reference, away = departure(model, start, rng, graph=unrolled)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and unrolled):
             tau = self.unrest(model, start, reference, noise[:, 1:], rng)
 
         def distance(at: Tensor) -> Tensor:
-            return (features_of(model(at, rng)) - reference).square().sum(dim=1).clamp_min(1e-24).sqrt()
+            return away(at).clamp_min(1e-24).sqrt()
 
-        first = moved = (start + noise[:, 0]).clamp(0.0, 1.0)
-        average = torch.zeros_like(images)
+        ball, first = Threat("linf", self.eps), (start + noise[:, 0]).clamp(0.0, 1.0)
+        moved, average = first, torch.zeros_like(images)
         for _ in range(self.steps):
-            gradient, _values = pixel_gradient(distance, moved, unrolled=sight == "unrolled")
+            gradient, _values = pixel_gradient(distance, moved, unrolled=unrolled)
             average = self.momentum * average + (1 - self.momentum) * self.widened(gradient, rng)
-            delta = (moved + self.alpha * ascent_sign(average) - start).clamp(-self.eps, self.eps)
-            moved = (start + delta).clamp(0.0, 1.0)
+            moved = ball.project(moved + self.alpha * ascent_sign(average), start)
         share = per_image(torch.sigmoid(self.sharpness * (self.threshold - tau)), images)
         seen = share * moved + (1 - share) * first
         if sight == "constant":  # an attacker who wants the slope of tau pays for it

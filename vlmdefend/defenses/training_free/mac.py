@@ -12,8 +12,7 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses._mild_changes import mildly_changed
 from vlmdefend.defenses._views import predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, features_of
-from vlmdefend.defenses.training_free._counter_attack import Sight, ascent_sign, pixel_gradient, shown
-from vlmdefend.defenses.training_free.ttc import relative
+from vlmdefend.defenses.training_free._counter_attack import Sight, departure, noisy, relative, shown, sign_ascent
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, per_image
@@ -100,29 +99,17 @@ class _Countered:
         flat, streams = views.flatten(0, 1), rng.select(torch.arange(len(images)).repeat_interleave(defense.views))
         further = mildly_changed(flat, streams)
         start = flat if unrolled else flat.detach()
+        reference, away = departure(self.model, start, streams, graph=unrolled)
         with torch.set_grad_enabled(torch.is_grad_enabled() and unrolled):
-            reference = features_of(self.model(start, streams))
-            corruption = self._corruption(features_of(self.model(further, streams)), reference)
-
-        def distance(at: Tensor) -> Tensor:
-            return (features_of(self.model(at, streams)) - reference).square().sum(dim=1)
-
-        noise = streams.uniform(images.shape[1:], -defense.eps, defense.eps).to(images)
-        moved, alpha = (start + noise).clamp(0.0, 1.0), defense.eps / defense.steps
-        for _ in range(defense.steps):
-            gradient, _values = pixel_gradient(distance, moved, unrolled=unrolled)
-            delta = (moved + alpha * ascent_sign(gradient) - start).clamp(-defense.eps, defense.eps)
-            moved = (start + delta).clamp(0.0, 1.0)
+            corruption = relative(away(further), reference)
+        moved, eps, steps = noisy(start, streams, defense.eps), defense.eps, defense.steps
+        for step in sign_ascent(away, moved, start, eps=eps, alpha=eps / steps, steps=steps, unrolled=unrolled):
+            moved = step.images
         share = torch.sigmoid((corruption - defense.threshold) / defense.temperature)
         seen = shown(flat, start + per_image(share, flat) * (moved - start), self.sight)
         if self.sight == "constant":  # an attacker who wants the slope of the corruption pays for it
-            own, changed = (features_of(self.model(some, streams)) for some in (flat, further))
-            corruption = self._corruption(changed, own)
+            reference, away = departure(self.model, flat, streams, graph=True)
+            corruption = relative(away(further), reference)
         said = predict_views(self.model, seen.view_as(views), rng)
         score = corruption.view(len(images), -1).mean(dim=1) - defense.threshold
         return Outputs(said.logits.mean(dim=1), features_of(said).mean(dim=1), score)
-
-    @staticmethod
-    def _corruption(changed: Tensor, reference: Tensor) -> Tensor:
-        """(R, D) features of changed and of unchanged views -> (R,) how far they moved."""
-        return relative((changed - reference).square().sum(dim=1), reference)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import AT_ONCE, predict_views
+from vlmdefend.defenses._views import AT_ONCE, mean_score, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -152,4 +152,5 @@ class _MeanProbability:
         noisy = self.defense.noisy(images, rng, self.defense.surrogate_draws)
         outputs = predict_views(self.model, noisy, rng)
         log_mean = outputs.logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(noisy.shape[1])
-        return Outputs(log_mean, None if outputs.features is None else outputs.features.mean(dim=1))
+        features = None if outputs.features is None else outputs.features.mean(dim=1)
+        return Outputs(log_mean, features, mean_score(outputs))

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses.base import Paradigm, Recipe, features_of
+from vlmdefend.defenses.base import Paradigm, Recipe
 from vlmdefend.defenses.training_free._counter_attack import (
     CounterAttack,
     Countered,
     Sight,
-    ascent_sign,
-    pixel_gradient,
+    departure,
+    noisy,
+    relative,
     shown,
+    sign_ascent,
 )
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -76,34 +78,19 @@ class Ttc(CounterAttack):
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """One forward and ``steps`` gradients; tau comes with the first of them."""
-        start = images if sight == "unrolled" else images.detach()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and sight == "unrolled"):
-            reference = features_of(model(start, rng))
-
-        def distance(at: Tensor) -> Tensor:
-            return (features_of(model(at, rng)) - reference).square().sum(dim=1)
-
-        noise = rng.uniform(images.shape[1:], -self.eps, self.eps).to(images.device)
-        moved = [(start + noise).clamp(0.0, 1.0)]
-        distances = None
-        for _ in range(self.steps):
-            gradient, values = pixel_gradient(distance, moved[-1], unrolled=sight == "unrolled")
-            distances = values if distances is None else distances
-            delta = (moved[-1] + self.alpha * ascent_sign(gradient) - start).clamp(-self.eps, self.eps)
-            moved.append((start + delta).clamp(0.0, 1.0))
-        assert distances is not None
-        tau = relative(distances, reference)
+        unrolled = sight == "unrolled"
+        start = images if unrolled else images.detach()
+        reference, away = departure(model, start, rng, graph=unrolled)
+        first = noisy(start, rng, self.eps)
+        steps = list(
+            sign_ascent(away, first, start, eps=self.eps, alpha=self.alpha, steps=self.steps, unrolled=unrolled)
+        )
+        tau = relative(steps[0].values, reference)
+        moved = [first, *(step.images for step in steps)]
         weights = torch.softmax(self.beta * torch.arange(len(moved), device=images.device), dim=0)
         countered = torch.stack([weight * image for weight, image in zip(weights, moved, strict=True)]).sum(dim=0)
-        seen = torch.where(per_image(tau < self.threshold, images), countered, moved[0])
+        seen = torch.where(per_image(tau < self.threshold, images), countered, first)
         if sight == "constant":  # an attacker who wants the slope of tau pays for it
-            fixed = features_of(model(images, rng))
-            noisy = features_of(model(images + (moved[0] - images).detach(), rng))
-            tau = relative((noisy - fixed).square().sum(dim=1), fixed)
+            reference, away = departure(model, images, rng, graph=True)
+            tau = relative(away(images + (first - images).detach()), reference)
         return Countered(shown(images, seen, sight), self.threshold - tau)
-
-
-def relative(squared_distances: Tensor, reference: Tensor) -> Tensor:
-    """(B,) distances as a share of the length of the (B, D) reference."""
-    share: Tensor = squared_distances.clamp_min(1e-24).sqrt() / reference.norm(dim=1)
-    return share

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import predict_views
+from vlmdefend.defenses._views import mean_score, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -85,4 +85,5 @@ class _Averaged:
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         views = predict_views(self.model, self.defense.views(images), rng)
-        return Outputs(views.logits.mean(dim=1), None if views.features is None else views.features.mean(dim=1))
+        features = None if views.features is None else views.features.mean(dim=1)
+        return Outputs(views.logits.mean(dim=1), features, mean_score(views))
