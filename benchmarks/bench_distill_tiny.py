@@ -15,9 +15,9 @@ from vlmdefend.evaluation.statistics import wilson
 from vlmdefend.models import load_model
 from vlmdefend.training.data import TrainingImages
 from vlmdefend.training.distill import Distillation
+from vlmdefend.training.distill_settings import make_distill_settings
 from vlmdefend.training.held_out import correct
 from vlmdefend.training.listener import Counted, Listener
-from vlmdefend.training.settings import make_settings
 
 EPS, IMAGES = "8/255", 200
 ATTACKS = ("pgd:steps=100", "autoattack")
@@ -34,7 +34,7 @@ def tiny(out: Path) -> list[Row]:
     models, seconds = {"vanilla": "tiny-rn"}, {"vanilla": "", "pivot": ""}
     for name, changes in PLANS.items():
         folder = out / name.replace(" ", "-").lower()
-        settings = make_settings(
+        settings = make_distill_settings(
             {"proxy": "tiny-vit", "target": "tiny-rn", "device": "cpu", "threads": 1, "out": folder, **changes}
         )
         clock = time.process_time()

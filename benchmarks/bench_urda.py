@@ -26,7 +26,7 @@ from vlmdefend.training.stage import Optimization
 from vlmdefend.training.student import Accumulator, make_optimizer, update
 from vlmdefend.training.urda import Adapted, RobustAdaptation
 from vlmdefend.training.urda_measure import TargetNumbers
-from vlmdefend.training.urda_settings import make_settings
+from vlmdefend.training.urda_settings import make_urda_settings
 from vlmdefend.training.urda_student import AdaptedStudent, copy_of
 from vlmdefend.training.urda_teacher import as_teacher
 from vlmdefend.types import Batch
@@ -178,7 +178,7 @@ def _run(out: Path, source: str, target: str, seed: int, **options: Any) -> tupl
     folder, started = _folder(out, source, target, seed, options), time.monotonic()
     given = {"source": source, "target": target, "seed": seed, "out": folder, "device": "cpu", "threads": 1}
     try:
-        found = RobustAdaptation(make_settings(given | options)).run(Listener())
+        found = RobustAdaptation(make_urda_settings(given | options)).run(Listener())
     except UserError as error:  # diverged: one row, not the end of the table
         return None, f"stopped: {str(error).partition(';')[0]}"
     return found, "–" if found.reused else f"{time.monotonic() - started:.0f}"

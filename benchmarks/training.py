@@ -1,6 +1,7 @@
 """Train every training-time defense on the embedded models with one budget, and print what each came to.
 
     python benchmarks/training.py step                     each method's step: CPU time against its floor
+    python benchmarks/training.py step --methods adv-lora --rounds 40
     python benchmarks/training.py table                    all methods, tiny-vit and tiny-rn, three seeds: hours
     python benchmarks/training.py table --methods tecoa,fare --models tiny-vit --seeds 0
 
@@ -28,7 +29,7 @@ from typing import Any
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: its thread pool reads this once
 EPS, PARTS = {"tiny-vit": "16/255", "tiny-rn": "8/255"}, ("step", "table")
 OTHERS = ("mnist", "uci-digits", "emoji:google")
-ROUNDS, IMAGES = 10, 32
+IMAGES = 32
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--autoattack", type=int, default=50, help="test images that AutoAttack gets; 0: none")
     parser.add_argument("--limit", type=int, default=2000, help="training images")
     parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10, help="of step: pairs that are measured")
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     import torch
@@ -108,7 +110,7 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
                         student.attacked(batch.images)
 
             found: dict[str, list[float]] = {"step": [], "floor": []}
-            for number in range(ROUNDS + 1):
+            for number in range(asked.rounds + 1):
                 for name, call in (("step", step), ("floor", floor)):
                     begun = time.process_time()
                     call()

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.training.urda_sets import saved_teacher, write_domains
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time import OBJECTIVES
@@ -181,3 +182,15 @@ def build_run(
         save_every=save_every,
         pivot=pivot,
     )
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains that no test changes."""
+    return write_domains(tmp_path_factory.mktemp("domains"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The name of a classifier of their classes."""
+    return saved_teacher(tmp_path_factory.mktemp("teacher"))

@@ -8,7 +8,7 @@ import torch
 from tests.training.conftest import CLASSES, SIZE, TEMPLATES, batch_of, classifier, student_of
 from vlmdefend.errors import UserError
 from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.training.classifier import choose_trained
+from vlmdefend.training.classifier import TrainedClassifier, choose_trained
 
 
 def test_its_logits_are_those_of_the_deployed_model(target: VisionLanguageModel) -> None:
@@ -31,6 +31,28 @@ def test_cached_text_features_are_those_of_the_text_tower(target: VisionLanguage
     made = classifier(target)
     with torch.no_grad():
         assert torch.allclose(made._encode_text(), made.text_features, atol=1e-6)
+
+
+def test_text_that_trains_is_read_without_its_padding_where_that_has_no_say(
+    target: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    templates = ("a photo of a {c}.", "a bad photo of the {c}.")
+    expected, made = target.text_features(CLASSES, templates), TrainedClassifier(target, CLASSES, templates)
+    weight = choose_trained(made, "all")["transformer.resblocks.0.attn.in_proj_weight"]
+    weights = torch.rand(made.text_features.shape, generator=torch.Generator().manual_seed(0))
+    lengths: list[int] = []
+    target.clip.transformer.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
+    gradients = []
+    for short in (True, False):
+        monkeypatch.setattr("vlmdefend.training.classifier.looks_backwards", lambda clip, short=short: short)
+        made = TrainedClassifier(target, CLASSES, templates)
+        lengths.clear()
+        found = made.class_features()
+        assert lengths == [9 if short else 16]  # start, six words and a full stop, end
+        assert torch.allclose(found, expected, atol=1e-6)
+        gradients += torch.autograd.grad((found * weights).sum(), weight)
+    assert torch.allclose(*gradients, atol=1e-5)
+    assert float(gradients[0].abs().max()) > 1e-3
 
 
 def test_the_logit_scale_scales_and_changes_no_prediction(target: VisionLanguageModel) -> None:

@@ -1,8 +1,7 @@
-"""The loop: identities of the two stages, and what must not change the result."""
+"""The loop: identities of the two stages, and what no step may move."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -10,32 +9,11 @@ import pytest
 import torch
 
 from tests.training.conftest import EPS, MakeRun, stages
+from tests.training.short_runs import EPOCHS, close, result, same, stage_b
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
-from vlmdefend.training.loop import Run
-from vlmdefend.training.memory import STATE
-from vlmdefend.training.stage import Stage
 from vlmdefend.training.student import TrainedStudent
 from vlmdefend.training.weights import Weights, copied
-
-EPOCHS = 3
-
-
-def result(run: Run) -> Weights:
-    run.run()
-    return copied(run.student.weights())
-
-
-def same(first: Weights, second: Weights) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
-def close(first: Weights, second: Weights, atol: float = 1e-6) -> bool:
-    return all(torch.allclose(first[name], second[name], atol=atol, rtol=1e-4) for name in first)
-
-
-def stage_b(**changes: object) -> Stage:
-    return replace(Stage(name="b", objective=HptGpd(eps=EPS, alpha=EPS), epochs=EPOCHS, rate=0.05), **changes)
 
 
 @pytest.fixture
@@ -163,183 +141,3 @@ def test_trained_batch_norm_goes_into_average_and_pull(make_run: MakeRun) -> Non
     assert statistics
     assert all((memory.pivot[name] > 0).all() for name in statistics)
     assert not any(name.endswith("num_batches_tracked") for name in memory.pivot)
-
-
-# going on after an interruption
-
-
-def whole(make_run: MakeRun, name: str, **options: object) -> tuple[Run, Weights]:
-    run = make_run(name, **options)
-    return run, result(run)
-
-
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 6, 7, 9, 12])
-def test_a_run_broken_off_at_any_step_ends_with_the_bits_of_one_that_was_not(make_run: MakeRun, at: int) -> None:
-    first, expected = whole(make_run, "whole")
-    with pytest.raises(KeyboardInterrupt):
-        make_run("broken", at=at).run()
-    second, found = whole(make_run, "broken")
-    assert same(found, expected)
-    assert same(second.memory.pivot, first.memory.pivot)
-    assert second.memory.epochs == first.memory.epochs
-    for file in (STATE, "log.jsonl"):
-        assert (second.folder / file).read_bytes() == (first.folder / file).read_bytes()
-
-
-@pytest.mark.parametrize("options", [{"optimizer": "adamw"}, {"trains": "all"}, {"batch_norm": "train"}])
-def test_so_does_one_that_is_broken_off_twice_whatever_trains(make_run: MakeRun, options: dict[str, str]) -> None:
-    first, expected = whole(make_run, "whole", **options)
-    for at in (5, 11):
-        with pytest.raises(KeyboardInterrupt):
-            make_run("broken", at=at, **options).run()
-    _, found = whole(make_run, "broken", **options)
-    assert same(found, expected)
-    assert (first.folder / STATE).read_bytes() == (first.folder.parent / "broken" / STATE).read_bytes()
-
-
-def test_a_finished_run_is_found_done(make_run: MakeRun) -> None:
-    _, expected = whole(make_run, "whole")
-    again = make_run("whole")
-    assert same(result(again), expected)
-    assert again.listener.lines == []
-
-
-def test_the_log_has_one_line_a_step_with_every_loss_and_the_proxys_accuracy(make_run: MakeRun) -> None:
-    run, _ = whole(make_run, "whole")
-    lines = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
-    steps, epochs = [x for x in lines if "rate" in x], [x for x in lines if "mean" in x]
-    assert [line["step"] for line in steps] == list(range(1, 13))
-    assert {"ga", "loss", "gradient_norm", "proxy_accuracy_clean"} <= set(steps[0])
-    assert {"hpt", "loss", "proxy_accuracy_adversarial", "target_accuracy_adversarial"} <= set(steps[-1])
-    assert [(line["stage"], line["epoch"]) for line in epochs] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
-    first = [line["ga"] for line in steps[:3]]
-    assert epochs[0]["mean"]["ga"] == pytest.approx((8 * first[0] + 8 * first[1] + 4 * first[2]) / 20)
-
-
-# what must not change the result
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3, 8])
-def test_gradient_accumulation_gives_the_same_weights(make_run: MakeRun, micro_batch: int) -> None:
-    plan = [stage_b(epochs=2)]
-    expected = result(make_run("whole", plan=plan))
-    assert close(result(make_run("parts", plan=plan, micro_batch=micro_batch)), expected, atol=1e-5)
-
-
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(make_run: MakeRun) -> None:
-    objective = HptGpd.losses
-
-    def hungry(self: HptGpd, student: object, teacher: object, batch: object, rng: object) -> object:
-        terms = objective(self, student, teacher, batch, rng)
-        if len(batch.ids) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return terms
-
-    plan = [stage_b(epochs=2)]
-    expected = result(make_run("small", plan=plan, micro_batch=2))
-    run = make_run("hungry", plan=plan)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HptGpd, "losses", hungry)
-        assert same(result(run), expected)
-    assert run.accumulator.halved == [4, 2]
-    assert [note.partition(";")[0] for note in run.listener.notes] == [
-        f"out of memory: the micro-batch is halved to {size} images" for size in (4, 2)
-    ]
-
-
-def test_a_single_image_that_does_not_fit_is_one_sentence(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*args: object) -> object:
-        raise torch.OutOfMemoryError("out of memory")
-
-    monkeypatch.setattr(HptGpd, "losses", never)
-    with pytest.raises(UserError, match="a single image does not fit into memory in training"):
-        make_run().run()
-
-
-def test_another_error_is_not_taken_for_memory(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(*args: object) -> object:
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(HptGpd, "losses", wrong)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        make_run().run()
-
-
-def test_bfloat16_trains_in_bfloat16_and_attacks_in_float32(make_run: MakeRun) -> None:
-    run = make_run(precision="bfloat16", plan=[stage_b(epochs=1)])
-    dtypes: dict[str, set[torch.dtype]] = {"attacked": set(), "trained": set()}
-    inside = {"which": "attacked"}
-    conv = run.student.classifier.clip.visual.conv1
-    conv.register_forward_hook(lambda module, args, output: dtypes[inside["which"]].add(output.dtype))
-    call = TrainedStudent.__call__
-
-    def trained(self: TrainedStudent, images: torch.Tensor) -> object:
-        inside["which"] = "trained"
-        try:
-            return call(self, images)
-        finally:
-            inside["which"] = "attacked"
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainedStudent, "__call__", trained)
-        run.run()
-    assert dtypes == {"attacked": {torch.float32}, "trained": {torch.bfloat16}}
-    assert all(w.dtype == torch.float32 for w in run.student.weights().values())
-
-
-# what stops a run
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_step_and_keeps_the_last_good_state(make_run: MakeRun) -> None:
-    objective, calls = HptGpd.losses, []
-
-    def sick(self: HptGpd, *args: object) -> object:
-        terms = objective(self, *args)
-        calls.append(1)
-        return terms._replace(losses={"hpt": terms.losses["hpt"] * (math.nan if len(calls) == 6 else 1)})
-
-    run = make_run(plan=[stage_b()])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HptGpd, "losses", sick)
-        with pytest.raises(
-            UserError, match=r"stage b, epoch 2, step 6: the loss is nan; nothing of this step was kept"
-        ):
-            run.run()
-    assert all(w.isfinite().all() for w in run.student.weights().values())
-    healthy = make_run(plan=[stage_b()])
-    assert same(result(healthy), result(make_run("other", plan=[stage_b()])))
-
-
-def test_a_gradient_that_is_not_finite_stops_too(make_run: MakeRun) -> None:
-    class Broken(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * math.inf
-
-    objective = HptGpd.losses
-
-    def sick(self: HptGpd, *args: object) -> object:
-        terms = objective(self, *args)
-        return terms._replace(losses={"hpt": Broken.apply(terms.losses["hpt"])})
-
-    run = make_run(plan=[stage_b()])
-    vanilla = copied(run.student.weights())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HptGpd, "losses", sick)
-        with pytest.raises(UserError, match=r"the norm of the gradient is (nan|inf).*smaller --lr-b"):
-            run.run()
-    assert same(copied(run.student.weights()), vanilla)
-
-
-def test_clipping_bounds_the_step(make_run: MakeRun) -> None:
-    plan = [stage_b(rate=0.1, epochs=1)]
-    run = make_run(plan=plan, images=8, momentum=0.0, clip=0.01, warm_up=0)
-    vanilla = copied(run.student.weights())
-    moved = result(run)
-    length = math.sqrt(sum(float((moved[n] - vanilla[n]).square().sum()) for n in moved))
-    assert length == pytest.approx(0.1 * 0.01, rel=1e-3)
-    assert run.listener.lines[0]["gradient_norm"] > 0.01

@@ -1,4 +1,4 @@
-"""Runs that learn prompts: resumed to the last bit, what their folder answers for, and what they are worth."""
+"""Runs that learn prompts: resumed to the last bit, and what their folder answers for."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from tests.training.conftest import TEMPLATES
 from tests.training.test_train_methods import Broken, training
 from vlmdefend.data import load_dataset
-from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
+from vlmdefend.evaluation.run import evaluate
 from vlmdefend.models import load_model
-from vlmdefend.rng import ImageRng
-from vlmdefend.training.data import TrainingImages
+from vlmdefend.reporting.verdict import verdict_lines
 from vlmdefend.training.listener import Listener
 from vlmdefend.training.stored import FILE
 
@@ -73,6 +71,35 @@ def test_a_context_for_all_classes_answers_for_another_data_set_and_one_for_each
                 model.zero_shot(other.class_names, TEMPLATES)
 
 
+@pytest.mark.parametrize(
+    ("parts", "said"), [("context:2", "2 learned vectors"), ("class-context:3", "3 learned vectors of each class")]
+)
+def test_a_record_says_that_the_prompts_were_learned_and_the_protocols_are_not_read(
+    parts: str, said: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    training(tmp_path / "out", "apt", **small(folders, trains=parts, epochs=1)).run(Listener())
+    names = [f"local-dir:{folder}" for folder in (folders["vit"], tmp_path / "out")]
+    results = evaluate(tmp_path / "runs", model=names, dataset="fashion", limit=4, attack="none").results
+    vanilla, learned = (next(r for r in results if r[0].cell.model == name) for name in names)
+    assert (vanilla[0].learned_prompt, learned[0].learned_prompt) == ("", said)
+    note = f"the prompts are {said} and the class name, not the protocol's templates"
+    assert [note in line.notes for line in verdict_lines([vanilla, learned])].count(True) == 1
+    (line,) = verdict_lines([learned])
+    assert note in line.notes
+
+
+def test_attacked_prompts_name_learned_vectors_as_what_they_are(folders: dict[str, Path], tmp_path: Path) -> None:
+    training(tmp_path / "out", "apt", **small(folders, trains="context:2", epochs=1)).run(Listener())
+    options = {"attack": "text:candidates=4:beams=1", "eps": "1", "attacker": "whitebox"}
+    done = evaluate(
+        tmp_path / "runs", model=f"local-dir:{tmp_path / 'out'}", dataset="fashion", limit=8, batch_size=4, **options
+    )
+    ((record, _),) = done.results
+    assert all(prompt.startswith("[2 learned vectors] ") for prompt in record.attacked_prompts)
+    assert record.attacked_prompts[0].startswith("[2 learned vectors] t - shirt")
+    assert " x " not in " ".join(record.attacked_prompts)
+
+
 def test_advpt_runs_the_image_tower_before_the_first_step_alone(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,46 +125,3 @@ def test_weights_are_trained_under_prompts_that_were_learned_before(folders: dic
     assert first.weights_hash != second.weights_hash
     with pytest.raises(UserError, match="has learned prompts already"):
         training(tmp_path / "again", "apt", **{**options, "mix": (), "trains": "context:2"})
-
-
-# what they are worth on the embedded model
-
-
-class Means(Listener):
-    def __init__(self) -> None:
-        self.of: list[dict[str, float]] = []
-
-    def epoch(self, end: Any) -> None:
-        self.of.append(end.metrics)
-
-
-def test_a_short_run_of_fap_lifts_robust_accuracy_of_a_vanilla_model(tmp_path: Path) -> None:
-    options = {"eps": "4/255", "limit": 700, "epochs": 3, "batch_size": 8, "held_out": 100}
-    found = training(tmp_path / "out", "fap", **options).run(Listener())
-    before, after = found.summary["vanilla"], found.summary["result"]
-    assert after.robust.hits >= before.robust.hits + 4  # 8 of 100 where it was written
-    assert after.clean.hits >= before.clean.hits - 10
-
-
-def test_apt_lowers_the_loss_at_the_adversarial_images(tmp_path: Path) -> None:
-    """On the vanilla tower, where there is little robustness to be had; the authors begin with a robust one."""
-    means = Means()
-    training(tmp_path / "out", "apt", trains="context:4", limit=300, epochs=3, batch_size=32, lr=0.1).run(means)
-    losses = [of["cross_entropy"] for of in means.of]
-    assert losses[-1] < 0.9 * losses[0]
-    assert means.of[-1]["accuracy_adversarial"] > means.of[0]["accuracy_adversarial"]
-
-
-def test_advpt_learns_the_stored_images_and_is_no_help_against_an_attack_on_the_deployed_model(tmp_path: Path) -> None:
-    run = training(tmp_path / "out", "advpt", eps="16/255", limit=500, epochs=6, batch_size=32, lr=0.1)
-    found = run.run(Listener())
-    images = load_dataset("fashion", "test", limit=100)
-    batch = TrainingImages(images, PixelTransform(32)).batch(range(100))
-    rng = ImageRng(1, batch.ids, "transfer")
-    features = run.settings.objective.stored(run.student, batch, rng)  # type: ignore[attr-defined]
-    by_hand, learned = (
-        float(F.cross_entropy(run.student.classifier.logits(features, classes), batch.labels))
-        for classes in (run.student.hand_features, run.student.class_features)
-    )
-    assert learned < 0.8 * by_hand  # on images that neither attack nor prompt has seen
-    assert found.summary["result"].robust.hits <= found.summary["vanilla"].robust.hits + 3  # of 60

@@ -12,11 +12,11 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
 from vlmdefend.training.data import TrainingImages
 from vlmdefend.training.distill import Distillation, Distilled
+from vlmdefend.training.distill_settings import make_distill_settings
 from vlmdefend.training.held_out import accuracies, correct
 from vlmdefend.training.listener import Accuracies, Listener
 from vlmdefend.training.memory import STATE
 from vlmdefend.training.processes import Processes
-from vlmdefend.training.settings import make_settings
 from vlmdefend.training.state import load_state
 
 EPS = 8 / 255
@@ -42,14 +42,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gpd(out: Path) -> Distilled:
     """Both stages."""
-    return Distillation(make_settings(OPTIONS | {"out": out / "gpd"})).run(Listener())
+    return Distillation(make_distill_settings(OPTIONS | {"out": out / "gpd"})).run(Listener())
 
 
 @pytest.fixture(scope="module")
 def hpt(out: Path) -> Distilled:
     """Stage b without the pull."""
     plan = {"stage": "b", "pull": 1.0, "gap_images": 0, "out": out / "hpt"}
-    return Distillation(make_settings(OPTIONS | plan)).run(Listener())
+    return Distillation(make_distill_settings(OPTIONS | plan)).run(Listener())
 
 
 def judged(folder: Path | str) -> Accuracies:

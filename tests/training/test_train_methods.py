@@ -1,4 +1,4 @@
-"""Methods in the loop: what trains and what does not, adapters folded into weights, robustness that goes up."""
+"""Methods in the loop: what trains and what does not, adapters folded into weights, runs."""
 
 from __future__ import annotations
 
@@ -186,16 +186,6 @@ def test_an_adapter_that_does_not_fit_is_refused(kind: str, parts: str, message:
 def training(out: Path, method: str, **options: Any) -> Training:
     given = {"method": method, "model": "tiny-vit", "device": "cpu", "out": out, "held_out": 60, "limit": 300}
     return Training(make_train_settings(given | options))
-
-
-@pytest.mark.parametrize(
-    ("name", "epochs"), [("tecoa", 2), ("fare", 2), ("at", 2), ("adv-lora:perturbation=per-image", 4)]
-)
-def test_a_short_run_lifts_robust_accuracy(name: str, epochs: int, tmp_path: Path) -> None:
-    found = training(tmp_path / "out", name, eps="16/255", limit=1000, held_out=60, epochs=epochs).run(Listener())
-    before, after = found.summary["vanilla"], found.summary["result"]
-    assert before.robust.hits <= 3  # of 60
-    assert after.robust.hits >= before.robust.hits + 9
 
 
 class Broken(Listener):

@@ -24,6 +24,14 @@ from vlmdefend.training.train import Training
 from vlmdefend.training.train_settings import make_train_settings
 
 NAMES = ("cat", "dog", "ship")
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    # --multi_gpu is how it starts processes itself; without a GPU they train on the CPU
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
 COUNT = 16  # a fifth is held out: 13 to train on, in batches of 4, so that the last is one image and a process has none
 
 
@@ -48,12 +56,22 @@ def shards(tmp_path: Path) -> Path:
 
 def options(shards: Path, out: Path) -> dict[str, Any]:
     given = {"method": "pmg-aft", "model": "tiny-vit", "dataset": f"wds:{shards}", "device": "cpu", "out": out}
-    return given | {"batch_size": 4, "epochs": 1, "held_out": 3, "threads": 1, "trains": "lora:2:0.25"}
+    return given | {
+        "batch_size": 4,
+        "epochs": 1,
+        "held_out": 3,
+        "threads": 1,
+        "trains": "lora:2:0.25",
+        "augment": "crop-flip",
+    }
 
 
-def test_two_processes_on_shards_give_the_bits_of_one_that_accumulates_two_halves(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_on_shards_give_the_bits_of_one_that_accumulates_two_halves(
+    launcher: str, shards: Path, tmp_path: Path
+) -> None:
     flags = [text for name, value in options(shards, tmp_path / "two").items() for text in (_flag(name), str(value))]
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "vlmdefend", "train"]
+    start = ["-m", *LAUNCHERS[launcher], "-m", "vlmdefend", "train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, *start, *flags], env=environment, capture_output=True, text=True, timeout=300

@@ -104,7 +104,7 @@ def test_adaptation_sets_open_as_two_domains_of_the_same_classes(tmp_path: Path,
     from PIL import Image
 
     from vlmdefend.training.urda_sets import open_sets
-    from vlmdefend.training.urda_settings import make_settings
+    from vlmdefend.training.urda_settings import make_urda_settings
 
     domains, between, classes = LAYOUTS[layout]
     for domain in domains:
@@ -118,7 +118,7 @@ def test_adaptation_sets_open_as_two_domains_of_the_same_classes(tmp_path: Path,
                 lines = [f"{domain}/{name}/{i}.jpg {k}" for k, name in enumerate(classes) for i in chosen]
                 (tmp_path / f"{domain}_{split}.txt").write_text("\n".join(lines) + "\n")
     given = {"source": f"domain:{tmp_path / domains[0]}", "target": f"domain:{tmp_path / domains[1]}"}
-    sets = open_sets(make_settings({**given, "out": tmp_path / "out", "backbone": "tiny-cnn"}))
+    sets = open_sets(make_urda_settings({**given, "out": tmp_path / "out", "backbone": "tiny-cnn"}))
     assert len(sets.source.class_names) == 3
     assert set(sets.target.labels) == {0}  # all alike: unknown
     assert set(sets.tested.labels) == {0, 1, 2}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_tensor
 
-from tests.training.urda_sets import CLASSES, adaptation, picture, saved_teacher, weights_of, write_domains
+from tests.training.urda_sets import CLASSES, adaptation, picture, weights_of, write_domains
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation.base import UNKNOWN
 from vlmdefend.errors import UserError
@@ -26,11 +26,6 @@ from vlmdefend.types import Batch
 
 TRAINS = [c.name for c in ADAPTATIONS if c.trains]
 EACH = 8
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return saved_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 @pytest.fixture(scope="module")

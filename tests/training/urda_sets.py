@@ -14,8 +14,8 @@ from vlmdefend.models.backbones import load_backbone
 from vlmdefend.models.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier_folder import save_classifier
 from vlmdefend.training.listener import EpochEnd, Listener
-from vlmdefend.training.urda import RobustAdaptation
-from vlmdefend.training.urda_settings import make_settings
+from vlmdefend.training.urda import Adapted, RobustAdaptation
+from vlmdefend.training.urda_settings import make_urda_settings
 
 CLASSES = ("bar", "cross", "square")
 SIDE = 28
@@ -86,7 +86,12 @@ Make = Callable[..., RobustAdaptation]
 def adaptation(root: Path, out: Path, **options: Any) -> RobustAdaptation:
     """A run made ready: light to dark."""
     given = {"source": f"folder:{root / 'light'}", "target": f"folder:{root / 'dark'}", "out": out}
-    return RobustAdaptation(make_settings({**QUICK, **given, **options}))
+    return RobustAdaptation(make_urda_settings({**QUICK, **given, **options}))
+
+
+def run(root: Path, out: Path, **options: Any) -> Adapted:
+    """The same, run to its end."""
+    return adaptation(root, out, **options).run(Listener())
 
 
 def saved_teacher(folder: Path, seed: int = 3) -> str:

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.text_side import parts_of
-from vlmdefend.models.text_tower import encode_embedded, looks_backwards, read_short, token_embedding, tokenized
+from vlmdefend.models.text_tower import (
+    encode_embedded,
+    looks_backwards,
+    read_short,
+    token_embedding,
+    tokenized,
+    without_padding,
+)
 
 
 class ContextReader:
@@ -39,7 +46,7 @@ class ContextReader:
         tokens = tokenized(tokenizer, [template.replace("{c}", name) for name in class_names])
         self._short = looks_backwards(clip)
         if self._short:  # without the padding behind the longest prompt
-            tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+            tokens = without_padding(tokens)
         embedding = token_embedding(clip)
         self._tokens = tokens.to(embedding.weight.device)  # (C, L)
         self.words = embedding(self._tokens[0, 1 : 1 + length]).detach().clone()  # (M, W) of the template itself

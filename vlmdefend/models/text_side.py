@@ -100,10 +100,10 @@ class TextSide:
         return found & _words(self._tokenizer, len(self.table)).to(found.device) if words else found
 
     def decode(self, tokens: Tensor) -> str:
-        """(L,) -> the text between start and end."""
-        end = int(self.ends_of(tokens))
-        text: str = self._tokenizer.decode(tokens[1:end].tolist())
-        return text.strip()
+        """(L,) -> the text between start and end; of learned vectors, which no word stands for, how many they are."""
+        learned = 0 if self._context is None else len(self._context)
+        text: str = self._tokenizer.decode(tokens[1 + learned : int(self.ends_of(tokens))].tolist())
+        return f"[{learned} learned vectors] {text.strip()}" if learned else text.strip()
 
     def with_appended(self, tokens: Tensor, word: int) -> Tensor:
         """(R, L) -> (R, L) with one more token before the end.

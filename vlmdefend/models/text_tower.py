@@ -45,6 +45,11 @@ def looks_backwards(clip: Any) -> bool:
     return type(clip) is CLIP and clip.attn_mask is not None and clip.text_pool_type == "argmax"
 
 
+def without_padding(tokens: Tensor) -> Tensor:
+    """(P, L) tokens -> (P, L') as far as the longest prompt goes: all that a tower that looks backwards needs."""
+    return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
+
+
 def read_short(clip: Any, tokens: Tensor, embeddings: Tensor) -> Tensor:
     """What :func:`encode_embedded` computes, of prompts cut to a common length, by a tower that looks backwards."""
     length = tokens.shape[1]

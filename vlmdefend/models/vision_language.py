@@ -90,6 +90,13 @@ class VisionLanguageModel:
         """(M, W), or (C, M, W) of each class: the learned vectors that replace the user's templates, if any."""
         return None if self.prompts is None else self.prompts.context
 
+    @property
+    def learned_prompt(self) -> str:
+        """What is read in place of the user's templates, in words: ``16 learned vectors``; empty if they are read."""
+        if self.context is None:
+            return ""
+        return f"{self.context.shape[-2]} learned vectors{' of each class' if self.context.dim() == 3 else ''}"
+
     def add_prompts(self, prompts: LearnedPrompts, source: str = "these prompts") -> None:
         """Learned prompts are part of the model from now on.
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.patches import with_patches
+from vlmdefend.models.text_tower import looks_backwards, read_short, token_embedding, without_padding
 from vlmdefend.models.vision_language import (
     CLIP_MEAN,
     CLIP_STD,
@@ -63,6 +64,7 @@ class TrainedClassifier(ZeroShotClassifier):
         self.trains_text = self.trains_prompts = False
         self.hand_features = features  # of the run's templates, whatever is learned in their place
         self._encoded: Tensor | None = None
+        self._tokens: Tensor | None = None  # of the prompts, where the text tower trains
 
     def logits(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
         """(..., D) image features -> (..., C), of its own class features or of others."""
@@ -116,7 +118,8 @@ class TrainedClassifier(ZeroShotClassifier):
         if self.trains_prompts:
             self.text_features = self.class_features().detach()
         elif self.trains_text:
-            self.text_features = self.model.text_features(self.class_names, self.templates)
+            with torch.no_grad():
+                self.text_features = self._encode_text()
 
     def _read_context(self, context: Tensor | None) -> Tensor:
         if context is None:
@@ -131,10 +134,15 @@ class TrainedClassifier(ZeroShotClassifier):
         """(C, D) unit rows with gradients: as open_clip ensembles templates, or of a context learned before."""
         if self.model.context is not None:
             return self._read_context(self.model.context)
-        texts = [template.replace("{c}", name) for name in self.class_names for template in self.templates]
-        tokens = self.model.tokenizer(texts).to(self.mean.device)
-        features = self.clip.encode_text(tokens, normalize=True).view(self.num_classes, len(self.templates), -1)
-        return F.normalize(features.mean(dim=1), dim=-1)
+        if self._tokens is None:
+            texts = [template.replace("{c}", name) for name in self.class_names for template in self.templates]
+            tokens = self.model.tokenizer(texts).to(self.mean.device)
+            self._tokens = without_padding(tokens) if looks_backwards(self.clip) else tokens
+        if looks_backwards(self.clip):
+            found = read_short(self.clip, self._tokens, token_embedding(self.clip)(self._tokens))
+        else:
+            found = self.clip.encode_text(self._tokens, normalize=True)
+        return F.normalize(found.view(self.num_classes, len(self.templates), -1).mean(dim=1), dim=-1)
 
 
 def statistics(model: VisionLanguageModel, normalization: Normalization) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -17,6 +17,7 @@ from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
 from vlmdefend.training.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.data import TrainingImages, hold_out
+from vlmdefend.training.distill_settings import DistillSettings
 from vlmdefend.training.folder import RunFolder
 from vlmdefend.training.held_out import accuracies, proxy_gap
 from vlmdefend.training.listener import Accuracies, Counted, Gap, Listener
@@ -26,7 +27,6 @@ from vlmdefend.training.memory import Memory
 from vlmdefend.training.pair import Pair
 from vlmdefend.training.processes import Processes, deterministic
 from vlmdefend.training.run_settings import lines_of
-from vlmdefend.training.settings import Settings
 from vlmdefend.training.stage import Optimization, Stage
 from vlmdefend.training.student import TrainedStudent
 from vlmdefend.training.weights import Weights, copied, put_, weights_hash
@@ -57,7 +57,7 @@ class Distillation:
         UserError: what is missing or does not fit; nothing was trained.
     """
 
-    settings: Settings
+    settings: DistillSettings
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -155,7 +155,7 @@ class Distillation:
             summary |= self._finish(student, memory, vanilla, judge)
             if main:
                 self.folder.write_summary(summary)
-        read = {name: _read_accuracies(summary[name]) for name in VERSIONS if name in summary}
+        read = {name: Accuracies.read(summary[name]) for name in VERSIONS if name in summary}
         return Distilled(self.folder.out, read, gap, reused)
 
     def _finish(
@@ -254,8 +254,3 @@ def warnings_of(gap: Gap) -> list[str]:
             f"{100 * gap.clean['target'].share:.1f} % clean): the paper advises the opposite (5.7)."
         )
     return found
-
-
-def _read_accuracies(written: Any) -> Accuracies:
-    clean, robust = written
-    return Accuracies(Counted(*clean), Counted(*robust))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -24,6 +24,12 @@ class Accuracies(NamedTuple):
 
     clean: Counted
     robust: Counted
+
+    @classmethod
+    def read(cls, written: Sequence[Sequence[int]]) -> Accuracies:
+        """From JSON, where each count is a list."""
+        clean, robust = written
+        return cls(Counted(*clean), Counted(*robust))
 
 
 class EpochEnd(NamedTuple):

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from vlmdefend.defenses.training_time.base import Teacher
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -41,6 +43,7 @@ class Run:
         tracking: where numbers go beside the log.
         pivot: weights of a pivot made elsewhere.
         save_every: steps between states, beside the end of every epoch; None: every five minutes.
+        augment: what each image becomes before a step, a function of its own draws in that epoch; None: itself.
     """
 
     student: TrainedStudent
@@ -55,6 +58,7 @@ class Run:
     tracking: Tracking | None = None
     pivot: Weights | None = None
     save_every: int | None = None
+    augment: Callable[[Tensor, ImageRng], Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.processes = self.student.processes
@@ -134,6 +138,8 @@ class Run:
         batch = Batch(batch.ids, batch.images.to(device), batch.labels.to(device))
         halved = len(self.accumulator.halved)
         rng = ImageRng(self.options.seed, batch.ids, purpose)
+        if self.augment is not None and batch.ids:
+            batch = batch._replace(images=self.augment(batch.images, rng.child("augment")))
         means = self.accumulator.gradients(stage.objective, batch, rng)
         for size in self.accumulator.halved[halved:]:
             self.listener.note(f"out of memory: the micro-batch is halved to {size} images; the batch stays as it is")

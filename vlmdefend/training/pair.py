@@ -12,9 +12,9 @@ from vlmdefend.models import load_model
 from vlmdefend.models.checkpoint import find_weights, read_weights, save_folder
 from vlmdefend.models.vision_language import VisionLanguageModel
 from vlmdefend.training.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
+from vlmdefend.training.distill_settings import DistillSettings
 from vlmdefend.training.folder import PIVOT, TRAINING
 from vlmdefend.training.processes import Processes
-from vlmdefend.training.settings import Settings
 from vlmdefend.training.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.weights import Weights
 from vlmdefend.types import Pipeline
@@ -28,7 +28,7 @@ class Pair:
         UserError: weights that cannot be had, or that are the same in both.
     """
 
-    settings: Settings
+    settings: DistillSettings
     processes: Processes
 
     def __post_init__(self) -> None:

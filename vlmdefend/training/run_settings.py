@@ -1,4 +1,4 @@
-"""The options that ``vlmdefend distill`` and ``train`` have in common, and how each is checked. Torch-free."""
+"""The options that ``distill``, ``train`` and ``urda-train`` have in common, and how each is read. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,92 +6,42 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlmdefend.errors import UserError
+from vlmdefend.training.option_types import AtLeastOne, Count, NotNegative, Positive, Share, option
 from vlmdefend.types import parse_eps
-
-TEST_SPLITS = frozenset(("test", "val", "valid", "validation"))
 
 
 class RunSettings(BaseModel):
     """One run, every choice made. The names are those of the options."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    anyway: ClassVar[frozenset[str]]
+    anyway: ClassVar[frozenset[str]] = frozenset(("out", "device", "threads", "track", "save_every", "root"))
     """What may differ when a run goes on: it changes how it runs, or what is made of it, not what comes out."""
 
     out: Path
 
-    dataset: str
-    split: str = "train"
-    limit: int | None = None
-    held_out: int = 500
-    classes: Path | None = None
-    templates: tuple[str, ...]
+    limit: AtLeastOne | None = None
+    held_out: Count
     root: Path | None = None
     skip_bad: bool = False
-    weights: Path | None = None
 
     eps: str
-    steps: int
     alpha: str
-    logit_scale: str = "model"
-    normalization: Literal["model", "clip", "imagenet"] = "model"
-    pixel_space: Literal["model", "native"] = "model"
-    trains: str = "image"
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    select: Literal["last", "best"] = "last"
+    steps: Count
 
-    optimizer: Literal["sgd", "adamw"]
-    momentum: float = 0.9
-    weight_decay: float
-    warm_up: int | None
-    clip: float | None
-    batch_size: int
-    micro_batch: int | None = None
+    momentum: Share = 0.9
+    weight_decay: NotNegative
+    clip: Positive | None = None
+    batch_size: AtLeastOne
     precision: Literal["float32", "bfloat16", "float16"] | None = None
     seed: int = 0
 
-    save_every: int | None = None
+    save_every: AtLeastOne | None = None
     track: Literal["tensorboard", "trackio", "wandb"] | None = None
     device: str | None = None
-    threads: int | None = None
-
-    @field_validator("templates", mode="before")
-    @classmethod
-    def _braces(cls, value: Any) -> Any:
-        """``{}`` means ``{c}``, as elsewhere."""
-        texts = (value,) if isinstance(value, str) else value
-        return tuple(str(text).replace("{}", "{c}") for text in texts)
-
-    @field_validator(
-        *("limit", "batch_size", "micro_batch", "save_every", "threads", "epochs", "epochs_a", "epochs_b"),
-        check_fields=False,
-    )
-    @classmethod
-    def _at_least_one(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            raise UserError(f"--{option(info.field_name)} {value}: must be at least 1.")
-        return value
-
-    @field_validator(
-        *("steps", "warm_up", "held_out", "weight_decay", "clip", "lr", "lr_a", "lr_b", "gap_images"),
-        check_fields=False,
-    )
-    @classmethod
-    def _not_negative(cls, value: float | None, info: Any) -> float | None:
-        if value is not None and value < 0:
-            raise UserError(f"--{option(info.field_name)} {value}: must be zero or more.")
-        return value
-
-    @field_validator("momentum", "ema", "pull", "mix", check_fields=False)
-    @classmethod
-    def _shares(cls, value: float | tuple[float, ...], info: Any) -> float | tuple[float, ...]:
-        for one in value if isinstance(value, tuple) else (value,):
-            if not 0 <= one <= 1:
-                raise UserError(f"--{option(info.field_name)} {one}: must lie between 0 and 1.")
-        return value
+    threads: AtLeastOne | None = None
 
     @property
     def radius(self) -> float:
@@ -114,23 +64,6 @@ class RunSettings(BaseModel):
         except UserError:
             raise UserError(f"--alpha {self.alpha}: write eps, eps/2, or a number such as 1/255.") from None
 
-    @property
-    def scale(self) -> float | None:
-        """The logit scale as a number; None: the model's own.
-
-        Raises:
-            UserError: neither a positive number nor ``model``.
-        """
-        if self.logit_scale == "model":
-            return None
-        try:
-            value = float(self.logit_scale)
-        except ValueError:
-            value = 0.0
-        if not 0 < value < float("inf"):
-            raise UserError(f"--logit-scale {self.logit_scale}: write model, 1, or another positive number.")
-        return value
-
     def decisive(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in self.anyway}
@@ -139,18 +72,9 @@ class RunSettings(BaseModel):
         """What no single option says.
 
         Raises:
-            UserError: no attack, a test split, a template without a place for the class.
+            UserError: --eps or --alpha is no number.
         """
-        _ = self.scale
-        if self.radius <= 0 or self.step_size <= 0:
-            raise UserError("--eps and --alpha must be larger than 0; without an attack nothing becomes robust.")
-        if self.split in TEST_SPLITS:
-            raise UserError(
-                f"--split {self.split}: is what models are tested on; train on another, so that the verdict holds."
-            )
-        for template in self.templates:
-            if "{c}" not in template:
-                raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
+        _ = self.radius, self.step_size
 
 
 def refusal(error: ValidationError, command: str) -> UserError:
@@ -160,14 +84,9 @@ def refusal(error: ValidationError, command: str) -> UserError:
     return UserError(f"--{name} {first['input']}: {message}; `vlmdefend {command} --help` says what it takes.")
 
 
-def option(name: str) -> str:
-    """A setting's name as the command line has it."""
-    return name.replace("_", "-").replace("templates", "template")
-
-
-def as_name(model: str) -> str:
-    """A model's name as part of a folder's."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-.") or "model"
+def as_name(text: str) -> str:
+    """The name of a model, data set or method as part of a folder's."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "model"
 
 
 def lines_of(file: Path) -> list[str]:

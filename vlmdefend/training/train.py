@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,23 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.checkpoint import save_folder
 from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.training.adapters import choose_adapters, folded
-from vlmdefend.training.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
+from vlmdefend.training.adapters import choose_adapters
+from vlmdefend.training.augment import AUGMENTATIONS
+from vlmdefend.training.classifier import BatchNormPolicy, TrainedClassifier, choose_trained
 from vlmdefend.training.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.data import Images, TrainingImages, hold_out
-from vlmdefend.training.folder import TRAINING, RunFolder
+from vlmdefend.training.folder import RunFolder
 from vlmdefend.training.held_out import accuracies
-from vlmdefend.training.listener import Accuracies, Counted, Listener
+from vlmdefend.training.listener import Accuracies, Listener
 from vlmdefend.training.log import Tracking, check_tracker
 from vlmdefend.training.loop import Run
+from vlmdefend.training.outcome import Outcome
 from vlmdefend.training.processes import Processes, deterministic
 from vlmdefend.training.prompts import choose_prompts
 from vlmdefend.training.run_settings import lines_of
@@ -76,6 +75,11 @@ class Training:
                 f"--method {settings.method}: the loss of an image depends on the others of its batch, which must come "
                 "in one piece: run one process without --micro-batch."
             )
+        if settings.augment != "none" and isinstance(settings.objective, Stores):
+            raise UserError(
+                f"--augment {settings.augment}: {settings.objective.name} trains on what it made of each image before "
+                "the first step; leave it out."
+            )
         self.model, self.original = self._load(), self._load()  # what trains; what it was, until the result is written
         self.weights_hash = self.model.weights_hash
         classes = None if settings.classes is None else lines_of(settings.classes)
@@ -119,6 +123,7 @@ class Training:
             listener=listener,
             tracking=tracking,
             save_every=settings.save_every,
+            augment=AUGMENTATIONS[settings.augment],
         )
         self.processes.wait()
         memory = training.run()
@@ -127,35 +132,13 @@ class Training:
             put_(self.student.weights(), memory.best)
         before: dict[str, Any] = summary.get("measured", {})
         done = self.processes.sum_numbers(dict.fromkeys(before, 1.0))  # the main process's, known to all
-        made = self._finish(judge, frozenset(done), steps=memory.position.done)
+        outcome = Outcome(settings, self.processes, self.folder, self.model, self.original, self._origin())
+        made = outcome.write(judge, frozenset(done), steps=memory.position.done)
         if made and main:
             self.folder.write_summary({"measured": before | made, "epochs": memory.epochs, "finished": True})
-        shown = ("vanilla", "result", *(mixed_name(share) for share in settings.mix))
         measured = before | made
-        read = {name: _read_accuracies(measured[name]) for name in shown if measured.get(name)}
+        read = {name: Accuracies.read(measured[name]) for name in outcome.shares if measured.get(name)}
         return Trained(self.folder.out, read, not made)
-
-    def _finish(
-        self, judge: Callable[[VisionLanguageModel], Accuracies] | None, done: frozenset[str], *, steps: int
-    ) -> dict[str, Any]:
-        """Measure and write what is not there yet: the result, then each mixture of it with the vanilla weights."""
-        clip = self.original.clip
-        vanilla = {name: tensor.detach().clone() for name, tensor in clip.state_dict().items()}
-        trained = folded(self.model.clip, vanilla)
-        made: dict[str, Any] = {}
-        shares = {"vanilla": 0.0, "result": 1.0} | {mixed_name(share): share for share in self.settings.mix}
-        for name, share in shares.items():
-            if name in done or (name == "vanilla" and judge is None):
-                continue
-            clip.load_state_dict({key: _between(vanilla[key], trained[key], share) for key in vanilla})
-            if name != "vanilla" and self.settings.objective.learns and self.model.prompts is not None:
-                self.original.add_prompts(self.model.prompts.deployed())  # there is no mixture after it
-            made[name] = [] if judge is None else [list(counts) for counts in judge(self.original)]
-            if self.processes.is_main and name != "vanilla":
-                folder = self.folder.out if name == "result" else self.folder.out / name
-                self._save(folder, {"part": name, "steps": steps, "mix": share, "held_out": dict(made)})
-            self.processes.wait()
-        return made
 
     def _load(self) -> VisionLanguageModel:
         return load_model(self.settings.model, weights=self.settings.weights, device=self.processes.device)
@@ -209,20 +192,14 @@ class Training:
     def _judge(self, batch: Batch, model: VisionLanguageModel) -> Accuracies:
         return accuracies(self._deployed(model), batch, self.settings.radius, self.settings.seed, self.processes)
 
-    def _save(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the model that was, with its present weights, and the normalisation that they were trained with."""
-        mean, std = statistics(self.original, self.settings.normalization)
-        self.original.preprocess_cfg |= {"mean": list(mean), "std": list(std)}
-        metadata = {
-            "method": self.settings.method,
-            "made_by": "vlmdefend train",
-            "settings": self.settings.model_dump(mode="json"),
+    def _origin(self) -> dict[str, Any]:
+        """What the result was made of, for its folder."""
+        return {
             "vanilla_weights_hash": self.weights_hash,
             "training_ids_hash": self.images.ids_hash,
             "training_images": len(self.images),
             "class_names": list(self.images.class_names),
         }
-        save_folder(self.original, folder, metadata | facts, beside=(TRAINING,))
 
     def _facts(self) -> dict[str, Any]:
         """What must not change between the beginning of a run and its end."""
@@ -232,20 +209,3 @@ class Training:
             "training_images": self.images.ids_hash,
             "held_out_images": self.held_out.ids_hash,
         }
-
-
-def mixed_name(share: float) -> str:
-    """The folder of a mixture, inside of the result's."""
-    return f"mix-{share:g}"
-
-
-def _between(vanilla: Tensor, trained: Tensor, share: float) -> Tensor:
-    """``(1 - share) vanilla + share trained`` (Wortsman et al. 2022, WiSE-FT); either end to the last bit."""
-    if share in (0.0, 1.0) or not vanilla.is_floating_point():
-        return trained if share else vanilla
-    return vanilla.lerp(trained, share)
-
-
-def _read_accuracies(written: Any) -> Accuracies:
-    clean, robust = written
-    return Accuracies(Counted(*clean), Counted(*robust))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -14,8 +14,11 @@ from vlmdefend.defenses.training_time.base import Objective, Schedule
 from vlmdefend.errors import UserError
 from vlmdefend.models.names import EMBEDDED as EMBEDDED_MODELS
 from vlmdefend.registry import check_options, parse_spec
+from vlmdefend.training.augment import Augment
+from vlmdefend.training.clip_settings import ClipSettings
+from vlmdefend.training.option_types import AtLeastOne, NotNegative, Share, option
 from vlmdefend.training.prompts import KINDS as PROMPTS
-from vlmdefend.training.run_settings import RunSettings, as_name, option, refusal
+from vlmdefend.training.run_settings import as_name, refusal
 from vlmdefend.training.stage import ONLY, Optimization, Stage
 from vlmdefend.types import format_eps
 
@@ -25,19 +28,18 @@ PROMPT_RATE = 40.0  # the published rate of a visual prompt (Mao et al. 2023)
 TOY = {"eps": "8/255", "batch_size": 64, "epochs": 2}
 
 
-class TrainSettings(RunSettings):
+class TrainSettings(ClipSettings):
     """One run of a training-time defense."""
 
-    anyway: ClassVar[frozenset[str]] = frozenset(
-        ("out", "device", "threads", "track", "save_every", "micro_batch", "root", "weights", "mix")
-    )
+    anyway = ClipSettings.anyway | {"mix"}
 
     method: str
     model: str
     profile: TrainProfile
-    mix: tuple[float, ...] = ()
-    epochs: int
-    lr: float
+    augment: Augment = "none"
+    mix: tuple[Share, ...] = ()
+    epochs: AtLeastOne
+    lr: NotNegative
 
     @property
     def objective(self) -> Objective:
@@ -126,6 +128,7 @@ def _defaults(cls: type[Objective], schedule: Schedule, profile: str, *, toy: bo
         "clip": None if profile == "paper" else 1.0,
         "templates": (schedule.template if profile == "paper" else "a photo of a {c}.",),
         "trains": (toy and schedule.toy_trains) or schedule.trains,
+        "augment": schedule.augment if profile == "paper" else "none",
         "logit_scale": "model" if schedule.logit_scale is None else f"{schedule.logit_scale:g}",
     }
     return found | (

@@ -1,234 +1,108 @@
-"""What the user of ``vlmdefend urda-train`` asked for, checked and filled in. Torch-free.
-
-Two profiles. ``released``: step 2 as the authors' code has it, but that it attacks pixels (``--space released`` for the
-code's way). ``scaled``: ours, the default: the student begins as the teacher (the abstract says post-training), weight
-times divergence image by image so that the batch size does not matter, no augmentation on the embedded sets so that the
-teacher looks at each image once.
-"""
+"""What the user of ``vlmdefend urda-train`` asked for, checked and filled in from the profile. Torch-free."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import ValidationError
 
 from vlmdefend.errors import UserError
 from vlmdefend.registry import parse_spec
-from vlmdefend.types import parse_eps
+from vlmdefend.training.option_types import AtLeastOne, Count, NotNegative, option
+from vlmdefend.training.run_settings import RunSettings, as_name, refusal
+from vlmdefend.training.urda_profiles import UrdaProfile, profile_defaults
 
 Term = Literal["defense", "prediction", "features", "entropy-weight"]
 Select = Literal["last", "agreement", "entropy", "oracle"]
-ANYWAY = frozenset(("out", "device", "threads", "track", "save_every", "root"))
 EVALUATED = 2000  # images of a set that may be large: all of them are in memory at once
 EMBEDDED_PREFIXES = ("mnist", "uci-digits", "fashion", "emoji:")
 
-PROFILES: dict[str, dict[str, Any]] = {
-    "released": {
-        "init": "imagenet",
-        "reduction": "released",
-        "trade_off": 0.1,
-        "lr_student": 0.005,
-        "momentum": 0.9,
-        "weight_decay": 1e-3,
-        "batch_size_student": 18,
-        "epochs_student": 20,
-        "iterations_student": 500,
-        "augment": "crop-flip",
-        "bottleneck": 1024,
-    },
-    "scaled": {
-        "init": "teacher",
-        "reduction": "mean",
-        "trade_off": 1.8,
-        "lr_student": 0.005,
-        "momentum": 0.9,
-        "weight_decay": 5e-4,
-        "batch_size_student": 36,
-        "epochs_student": 20,
-        "iterations_student": None,
-        "augment": "crop-flip",
-        "bottleneck": 1024,
-    },
-}
-COMMON: dict[str, Any] = {"eps": "0.1", "alpha": "eps/2", "steps": 10, "lr_teacher": 0.004, "epochs_teacher": 20}
-EMBEDDED: dict[str, Any] = {
-    "bottleneck": 128,
-    "augment": "off",
-    "lr_teacher": 0.02,
-    "epochs_teacher": 10,
-    "iterations_teacher": 100,
-    "lr_student": 0.05,
-    "epochs_student": 20,
-    "iterations_student": 40,
-    "batch_size_student": 36,
-}
-"""What ``scaled`` changes where both sets are embedded: a small network from random weights."""
 
-
-class UrdaSettings(BaseModel):
-    """One run, every choice made. The names are those of the options."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class UrdaSettings(RunSettings):
+    """One run of unsupervised robust domain adaptation."""
 
     source: str
     target: str
-    out: Path
-    profile: Literal["released", "scaled"] = "scaled"
+    profile: UrdaProfile
 
     method: str = "mdd"
     robustify: str = "dart-urda"
     teacher: str | None = None
     backbone: str
     pretrained: bool = True
-    bottleneck: int
+    bottleneck: Count
     head: Literal["linear", "two-layer"] = "linear"
     batch_norm: Literal["train", "frozen"] = "train"
 
     init: Literal["imagenet", "teacher"]
     reduction: Literal["released", "sum", "mean"]
     space: Literal["pixel", "released"] = "pixel"
-    trade_off: float
+    trade_off: NotNegative
     ablate: tuple[Term, ...] = ()
     augment: Literal["off", "shift", "crop", "crop-flip"]
-    eps: str
-    alpha: str
-    steps: int
+    steps: AtLeastOne
 
-    epochs_teacher: int
-    epochs_student: int
-    iterations_teacher: int | None = None
-    iterations_student: int | None = None
-    lr_teacher: float
-    lr_student: float
-    backbone_factor: float | None = None
-    momentum: float
-    weight_decay: float
-    clip: float | None = None
-    batch_size: int = 36
-    batch_size_student: int
-    precision: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
+    epochs_teacher: AtLeastOne
+    epochs_student: AtLeastOne
+    iterations_teacher: AtLeastOne | None = None
+    iterations_student: AtLeastOne | None = None
+    lr_teacher: NotNegative
+    lr_student: NotNegative
+    backbone_factor: NotNegative | None = None
+    batch_size: AtLeastOne = 36
+    batch_size_student: AtLeastOne
 
     select: Select = "last"
-    held_out: int = 0
+    held_out: Count = 0
     eval_split: str = "test"
-    eval_limit: int | None = None
-    limit: int | None = None
-    root: Path | None = None
-    skip_bad: bool = False
-    save_every: int | None = None
-    track: Literal["tensorboard", "trackio", "wandb"] | None = None
-    device: str | None = None
-    threads: int | None = None
+    eval_limit: AtLeastOne | None = None
 
-    @field_validator("epochs_teacher", "epochs_student", "batch_size", "batch_size_student", "steps")
-    @classmethod
-    def _at_least_one(cls, value: int, info: Any) -> int:
-        if value < 1:
-            raise UserError(f"--{_option(info.field_name)} {value}: must be at least 1.")
-        return value
+    def check(self) -> None:
+        """As of every run; and two domains, images to choose by, and enough of them for BatchNorm.
 
-    @field_validator("iterations_teacher", "iterations_student", "eval_limit", "limit", "save_every", "threads")
-    @classmethod
-    def _none_or_at_least_one(cls, value: int | None, info: Any) -> int | None:
-        if value is not None and value < 1:
-            raise UserError(f"--{_option(info.field_name)} {value}: must be at least 1.")
-        return value
-
-    @field_validator(
-        "lr_teacher", "lr_student", "trade_off", "momentum", "weight_decay", "bottleneck", "held_out", "backbone_factor"
-    )
-    @classmethod
-    def _not_negative(cls, value: float | None, info: Any) -> float | None:
-        if value is not None and value < 0:
-            raise UserError(f"--{_option(info.field_name)} {value}: must be zero or more.")
-        return value
-
-    @field_validator("clip")
-    @classmethod
-    def _positive(cls, value: float | None, info: Any) -> float | None:
-        if value is not None and value <= 0:
-            raise UserError(f"--{_option(info.field_name)} {value}: must be above zero.")
-        return value
-
-    @property
-    def radius(self) -> float:
-        """eps as a number."""
-        return parse_eps(self.eps)
-
-    @property
-    def step_size(self) -> float:
-        """alpha as a number: ``eps/2``, ``0.5eps`` or ``0.05``."""
-        match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\*?eps(?:/(\d+\.?\d*))?", self.alpha.replace(" ", "").lower())
-        if match is None:
-            try:
-                return parse_eps(self.alpha)
-            except UserError:
-                raise UserError(f"--alpha {self.alpha}: write eps/2, eps, or a number such as 0.05.") from None
-        return self.radius * float(match[1] or 1) / float(match[2] or 1)
-
-    def decisive(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
-        return {k: v for k, v in self.model_dump(mode="json").items() if k not in ANYWAY}
+        Raises:
+            UserError: names what to give.
+        """
+        super().check()
+        if self.source == self.target:
+            raise UserError(f"--source and --target are both {self.source}: there is no shift to adapt to.")
+        if self.select != "last" and self.held_out < 1:
+            raise UserError(f"--select {self.select}: chooses by held-out target images; give --held-out 200.")
+        for name in ("batch_size", "batch_size_student"):
+            if self.batch_norm == "train" and getattr(self, name) < 2:
+                raise UserError(
+                    f"--{option(name)} {getattr(self, name)}: BatchNorm has no statistics of one image; give 2 or "
+                    "more, or --batch-norm frozen."
+                )
 
 
-def make_settings(given: dict[str, Any]) -> UrdaSettings:
+def make_urda_settings(given: Mapping[str, Any]) -> UrdaSettings:
     """Fill in what was not given (None), from the profile and the sets.
 
     Raises:
         UserError: names the option, what it was and what it takes.
     """
     given = {name: value for name, value in given.items() if value is not None}
-    profile = str(given.get("profile", "scaled"))
-    if profile not in PROFILES:
+    profile: UrdaProfile = given.get("profile", "scaled")
+    if profile not in ("released", "scaled"):
         raise UserError(f"--profile {profile}: write released or scaled.")
     source, target = str(given["source"]).strip(), str(given["target"]).strip()
     embedded = all(name.startswith(EMBEDDED_PREFIXES) for name in (source, target))
-    defaults = {**COMMON, **PROFILES[profile], **(EMBEDDED if embedded and profile == "scaled" else {})}
-    defaults["backbone"] = "tiny-cnn" if embedded else "timm:resnet50"
-    if not embedded:
-        defaults["eval_limit"] = EVALUATED
-    if given.get("select", "last") != "last":
-        defaults["held_out"] = 200
     method = parse_spec(str(given.get("method", "mdd")))[0]
-    kind = parse_spec(str(given.get("robustify", "dart-urda")))[0]
-    defaults["out"] = Path("adapted") / f"{_as_name(source)}-to-{_as_name(target)}-{_as_name(method)}-{_as_name(kind)}"
-    if method == "mdd":
-        defaults["head"] = "two-layer"
+    robustify = parse_spec(str(given.get("robustify", "dart-urda")))[0]
+    defaults: dict[str, Any] = profile_defaults(profile, embedded=embedded) | {
+        "profile": profile,
+        "backbone": "tiny-cnn" if embedded else "timm:resnet50",
+        "head": "two-layer" if method == "mdd" else "linear",
+        "eval_limit": None if embedded else EVALUATED,
+        "held_out": 0 if given.get("select", "last") == "last" else 200,
+        "out": Path("adapted") / "-".join([as_name(source), "to", *map(as_name, (target, method, robustify))]),
+    }
     try:
         settings = UrdaSettings(**(defaults | given | {"source": source, "target": target}))
     except ValidationError as error:
-        first = error.errors()[0]
-        message = first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(
-            f"--{_option(str(first['loc'][0]))} {first['input']}: {message}; `vlmdefend urda-train --help` says what "
-            "it takes."
-        ) from None
-    _check(settings)
+        raise refusal(error, "urda-train") from None
+    settings.check()
     return settings
-
-
-def _check(settings: UrdaSettings) -> None:
-    _ = settings.radius, settings.step_size
-    if settings.source == settings.target:
-        raise UserError(f"--source and --target are both {settings.source}: there is no shift to adapt to.")
-    if settings.select != "last" and settings.held_out < 1:
-        raise UserError(f"--select {settings.select}: chooses by held-out target images; give --held-out 200.")
-
-    for name in ("batch_size", "batch_size_student"):
-        if settings.batch_norm == "train" and getattr(settings, name) < 2:
-            raise UserError(
-                f"--{_option(name)} {getattr(settings, name)}: BatchNorm has no statistics of one image; give 2 or "
-                "more, or --batch-norm frozen."
-            )
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _as_name(text: str) -> str:
-    """A name as part of a folder's."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "set"

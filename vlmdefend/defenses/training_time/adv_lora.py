@@ -35,8 +35,9 @@ class AdvLora(Adversarial):
     at 8/255 before, 20 % after two epochs of it, and 40 % after two of ``per-image``.
 
     Theirs perturbs, clips and tests pixels that are already normalised, where 1/255 is about a quarter of a level of
-    an image; here 1/255 is of pixels in [0, 1], and perturbed images stay in it. They crop and flip images at random,
-    which is not done here. 16 images of each class of ImageNet (``--limit 16000``) for 16 epochs are their 8,000 steps.
+    an image; here 1/255 is of pixels in [0, 1], and perturbed images stay in it. They crop and flip images at random:
+    ``--augment crop-flip``, which ``--profile paper`` takes. 16 images of each class of ImageNet (``--limit 16000``)
+    for 16 epochs are their 8,000 steps.
 
     Options:
         perturbation: ``universal`` or ``per-image``.
@@ -57,6 +58,7 @@ class AdvLora(Adversarial):
         dataset="imagenet",
         template="a photo of a {c}.",
         trains="lora-all:2:0.25",
+        augment="crop-flip",
         toy_optimizer="adamw",
     )
     perturbation: Literal["universal", "per-image"] = "universal"

@@ -31,8 +31,9 @@ class Apt(Adversarial):
     ``--weights`` of a published one. On a vanilla CLIP the white-box accuracy stays near zero.
 
     Published: 16 images of each class (``--limit``: 16 times the classes), batch 32, 50 epochs, the first of them at a
-    rate of 1e-5, which is a linear warm-up here; eps 4/255 or 1/255. Theirs crops and flips images at random, which is
-    not done here. Weight decay is 5e-4, the default of their framework, which none of their files mentions.
+    rate of 1e-5, which is a linear warm-up here; eps 4/255 or 1/255; images cropped and flipped at random (``--augment
+    crop-flip``, which ``--profile paper`` takes). Weight decay is 5e-4, the default of their framework, which none of
+    their files mentions.
 
     Options:
         prompting: which prompt the training attack differentiates. ``on-the-fly``: the context as it is.
@@ -54,6 +55,7 @@ class Apt(Adversarial):
         dataset="imagenet",
         template="a photo of a {c}",
         trains="context:16",
+        augment="crop-flip",
         toy_rate=0.4,
     )
     eps: float = 4 / 255

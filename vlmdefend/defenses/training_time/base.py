@@ -112,6 +112,7 @@ class Schedule:
         options: of the objective, where the published run differs from its defaults.
         logit_scale: what multiplies the cosines in training; None: the model's own.
         trains: which weights move, as ``--trains`` has it.
+        augment: what becomes of each image before a step, as ``--augment`` has it.
         toy_trains: the same, for the embedded toys.
         toy_rate: learning rate for the embedded toys under ``--profile scaled``: batch 64, gradients no longer than 1.
             Ours, found on them.
@@ -129,6 +130,7 @@ class Schedule:
     template: str = "This is a photo of a {c}"
     logit_scale: float | None = None
     trains: str = "image"
+    augment: Literal["none", "crop-flip"] = "none"
     toy_trains: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     toy_rate: float = 1e-2

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.names import EMBEDDED as EMBEDDED_MODELS
+from vlmdefend.training.clip_settings import ClipSettings
+from vlmdefend.training.option_types import AtLeastOne, Count, NotNegative, Share
 from vlmdefend.training.profiles import Profile, profile_defaults
-from vlmdefend.training.run_settings import RunSettings, as_name, refusal
+from vlmdefend.training.run_settings import as_name, refusal
 
 
-class Settings(RunSettings):
+class DistillSettings(ClipSettings):
     """One run of HPT-GPD."""
 
-    anyway: ClassVar[frozenset[str]] = frozenset(
-        ("out", "device", "threads", "track", "save_every", "micro_batch", "root", "gap_images", "force")
-    ) | {"weights", "proxy_weights", "pivot"}  # these three are known by the hash of what they hold
+    anyway = ClipSettings.anyway | {"proxy_weights", "pivot", "gap_images", "force"}  # the first two: as the weights
 
     proxy: str
     target: str
@@ -30,14 +31,15 @@ class Settings(RunSettings):
 
     direction: Literal["proxy-first", "target-first"]
     reduction: Literal["sum", "mean"]
-    epochs_a: int
-    epochs_b: int
-    lr_a: float
-    lr_b: float
-    ema: float
-    pull: float
+    steps: AtLeastOne
+    epochs_a: AtLeastOne
+    epochs_b: AtLeastOne
+    lr_a: NotNegative
+    lr_b: NotNegative
+    ema: Share
+    pull: Share
     pull_first: bool
-    gap_images: int = 200
+    gap_images: Count = 200
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -51,8 +53,6 @@ class Settings(RunSettings):
             UserError: names what to give.
         """
         super().check()
-        if self.steps < 1:
-            raise UserError(f"--steps {self.steps}: must be at least 1.")
         if self.target == self.proxy and self.weights == self.proxy_weights and not self.force:
             raise UserError(
                 f"--proxy and --target are both {self.target}: a model has nothing to learn from itself; give a "
@@ -69,7 +69,7 @@ class Settings(RunSettings):
             )
 
 
-def make_settings(given: dict[str, Any]) -> Settings:
+def make_distill_settings(given: Mapping[str, Any]) -> DistillSettings:
     """Fill in what was not given (None), from the profile.
 
     Raises:
@@ -87,7 +87,7 @@ def make_settings(given: dict[str, Any]) -> Settings:
         "out": Path("distilled") / f"{as_name(target)}-from-{as_name(proxy)}",
     }
     try:
-        settings = Settings(**(defaults | given | {"target": target, "proxy": proxy}))
+        settings = DistillSettings(**(defaults | given | {"target": target, "proxy": proxy}))
     except ValidationError as error:
         raise refusal(error, "distill") from None
     settings.check()

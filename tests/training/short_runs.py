@@ -1,0 +1,37 @@
+"""Runs of a few steps, and what two of them have in common."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tests.training.conftest import EPS, MakeRun
+from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
+from vlmdefend.training.loop import Run
+from vlmdefend.training.stage import Stage
+from vlmdefend.training.weights import Weights, copied
+
+EPOCHS = 3
+
+
+def result(run: Run) -> Weights:
+    run.run()
+    return copied(run.student.weights())
+
+
+def whole(make_run: MakeRun, name: str, **options: object) -> tuple[Run, Weights]:
+    run = make_run(name, **options)
+    return run, result(run)
+
+
+def same(first: Weights, second: Weights) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def close(first: Weights, second: Weights, atol: float = 1e-6) -> bool:
+    return all(torch.allclose(first[name], second[name], atol=atol, rtol=1e-4) for name in first)
+
+
+def stage_b(**changes: object) -> Stage:
+    return replace(Stage(name="b", objective=HptGpd(eps=EPS, alpha=EPS), epochs=EPOCHS, rate=0.05), **changes)

@@ -1,0 +1,43 @@
+"""Numbers as an option may hold them: each type says its range, and how a number outside of it is refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import AfterValidator, ValidationInfo
+
+from vlmdefend.errors import UserError
+
+Number = TypeVar("Number", int, float)
+
+
+def option(name: str) -> str:
+    """A setting's name as the command line has it."""
+    return name.replace("_", "-").replace("templates", "template")
+
+
+def _at_least_one(value: int, info: ValidationInfo) -> int:
+    return value if value >= 1 else _refuse(value, info, "must be at least 1")
+
+
+def _not_negative(value: Number, info: ValidationInfo) -> Number:
+    return value if value >= 0 else _refuse(value, info, "must be zero or more")
+
+
+def _positive(value: float, info: ValidationInfo) -> float:
+    return value if value > 0 else _refuse(value, info, "must be above zero")
+
+
+def _share(value: float, info: ValidationInfo) -> float:
+    return value if 0 <= value <= 1 else _refuse(value, info, "must lie between 0 and 1")
+
+
+def _refuse(value: Number, info: ValidationInfo, why: str) -> Number:
+    raise UserError(f"--{option(info.field_name or '')} {value}: {why}.")
+
+
+AtLeastOne = Annotated[int, AfterValidator(_at_least_one)]
+Count = Annotated[int, AfterValidator(_not_negative)]
+NotNegative = Annotated[float, AfterValidator(_not_negative)]
+Positive = Annotated[float, AfterValidator(_positive)]
+Share = Annotated[float, AfterValidator(_share)]
