@@ -5,13 +5,13 @@
     python benchmarks/training.py table                    all methods, tiny-vit and tiny-rn, three seeds: hours
     python benchmarks/training.py table --methods tecoa,fare --models tiny-vit --seeds 0
 
-Trained on ``fashion`` with the same number of steps and images for all; measured on its test split and on the sets that
-were not trained on: clean and PGD-100; AutoAttack (standard), the dearest, on fewer images of ``fashion`` and the first
-seed alone, and beside it PGD-100 on those same images. A cell is the mean over seeds in %, with its lowest and highest
-seed where there are several, and the 95 % interval of one seed over images where there is one. Floor of a step: its
-forward and backwards of the image encoder, through the same classes, without loss, schedule or log. One CPU thread,
-nothing is downloaded; models and what was measured of them stay in ``--out`` and the same command goes on. The exit
-code is 0 whatever comes out.
+Trained on ``fashion`` with the same number of steps and images for all; measured on its test split and on the sets
+that were not trained on: clean and PGD-100; AutoAttack (standard), the dearest, on fewer images of ``fashion``, and
+beside it PGD-100 on those same images. A cell is the mean over seeds in %, with its lowest and highest seed where
+there are several, and the 95 % interval of one seed over images where there is one. Floor of a step: its forward and
+backwards of the image encoder, through the same classes, without loss, schedule or log. One CPU thread, nothing is
+downloaded; models and what was measured of them stay in ``--out`` and the same command goes on. The exit code is 0
+whatever comes out.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
         yield {"model": model, "method": "none", **shown([measured(model, asked, model, asked.out / f"{model}-none")])}
         for method in methods:
             found, spent = [], []
-            for number, seed in enumerate(seeds):
+            for seed in seeds:
                 try:
                     training = made(asked, method, model, seed)
                 except UserError as error:
@@ -149,7 +149,7 @@ def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
                     (out / "seconds.json").write_text(json.dumps(time.process_time() - begun))
                 if (out / "seconds.json").exists():  # not so where a run was ended half-way and went on
                     spent.append(json.loads((out / "seconds.json").read_text()))
-                found.append(measured(f"local-dir:{out}", asked, model, out, autoattack=number == 0))
+                found.append(measured(f"local-dir:{out}", asked, model, out))
             if found:
                 yield {
                     "model": model,
@@ -171,9 +171,7 @@ def made(asked: argparse.Namespace, method: str, model: str, seed: int) -> Any:
     return Training(make_train_settings(settings))
 
 
-def measured(
-    spec: str, asked: argparse.Namespace, name: str, kept: Path, *, autoattack: bool = True
-) -> dict[str, list[int]]:
+def measured(spec: str, asked: argparse.Namespace, name: str, kept: Path) -> dict[str, list[int]]:
     """Hits and images of every column; what is already in ``kept`` is not measured again."""
     from vlmdefend.attacks import ATTACKS
     from vlmdefend.data import load_dataset
@@ -188,7 +186,7 @@ def measured(
     file, eps = kept / f"measured-{asked.images}-{asked.autoattack}.json", parse_eps(EPS[name])
     found: dict[str, list[int]] = json.loads(file.read_text()) if file.exists() else {}
     cells = [(dataset, "PGD-100", "pgd:steps=100", asked.images) for dataset in ("fashion", *OTHERS)]
-    if autoattack and asked.autoattack:
+    if asked.autoattack:
         cells.append(("fashion", "AutoAttack", "autoattack", asked.autoattack))
         cells.append(("fashion", "PGD-100 there", "pgd:steps=100", asked.autoattack))
     model = None
@@ -208,12 +206,12 @@ def measured(
 
 
 def shown(found: list[dict[str, list[int]]]) -> dict[str, str]:
-    """Mean and range over seeds, or the interval of one; AutoAttack is the first seed's."""
+    """Mean and range over seeds, or the interval of one."""
     from vlmdefend.evaluation.statistics import wilson
 
     cells = {}
     for column in found[0]:
-        counts = [one[column] for one in found if column in one]
+        counts = [one[column] for one in found]
         shares = [100 * hits / n for hits, n in counts]
         low, high = (min(shares), max(shares)) if len(counts) > 1 else (100 * s for s in wilson(*counts[0]))
         cells[column] = f"{mean(shares):.1f} [{low:.1f}, {high:.1f}]"

@@ -56,15 +56,30 @@ def test_each_step_of_an_ascent_says_what_was_reached_before_it_and_where_it_lea
         assert torch.allclose(step.images, before, atol=1e-6)
 
 
-@pytest.mark.parametrize("defense", [Doc(steps=2, draws=2, threshold=1e-3), Mac(steps=2, threshold=0.1)])
+watching = pytest.mark.parametrize(
+    "defense", [Ttc(), Doc(steps=2, draws=2, threshold=1e-3), Mac(steps=2, threshold=0.1)]
+)
+
+
+@watching
 def test_the_detector_has_a_gradient_for_an_attacker_who_evades_it(
-    defense: Doc | Mac, images: torch.Tensor, weights: torch.Tensor
+    defense: Defense, images: torch.Tensor, weights: torch.Tensor
 ) -> None:
     for stand_in in defense.surrogates(Linear(weights, bend=True)):
         pixels = images.clone().requires_grad_(True)
         score = stand_in(pixels, rng()).detector_score
         assert score is not None
         assert (torch.autograd.grad(score.sum(), pixels)[0].flatten(1).norm(dim=1) > 0).all()
+
+
+@watching
+def test_the_deployed_detector_is_a_constant_to_autograd(
+    defense: Defense, images: torch.Tensor, weights: torch.Tensor
+) -> None:
+    outputs = defense.wrap(Linear(weights, bend=True))(images.clone().requires_grad_(True), rng())
+    assert outputs.detector_score is not None
+    assert not outputs.detector_score.requires_grad
+    assert outputs.logits.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ class Dbd(Defense):
 
     Extrapolation is the way in: what moves the crops away from the image counts 2.5 times. The gate has no gradient,
     so a gradient at k = 1 never finds it; the adaptive attacker takes that of a constant k, ``factor`` on the confident
-    crops or half of the way there on all.
+    crops or half of the way there on all, and the exact one, which serves where the gate is hardly ever open.
 
     Options:
         views: random crops, 32.
@@ -46,15 +46,16 @@ class Dbd(Defense):
     evidence: ClassVar[str] = (
         "published 98.8 % is without an adaptive attack; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 100, mean "
         "of 3 scorings, 33 % undefended): clean 72.3, adaptive 12.7 %: worse than no defense; transfer 63.5, and "
-        "through its own gradient 43.8 % (n = 64)"
+        "through its own gradient 43.8 % (n = 64); tiny-vit, whose gate opens for 3 % of clean images: 62.0 of 77.0 % "
+        "(n = 100, 59.0 undefended)"
     )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 0}
     recipe: ClassVar[Recipe] = Recipe(
-        "BPDA: gradient as if the factor always held, on the confident crops, or half of it on all, best per image; "
-        "EOT: fresh views at every step",
-        surrogates=2,
+        "BPDA: gradient as if the factor always held, on the confident crops, or half of it on all, or exact, best per "
+        "image; EOT: fresh views at every step",
+        surrogates=3,
     )
     views: int = 32
     keep: float = 0.5
@@ -74,8 +75,8 @@ class Dbd(Defense):
         return _Shifted(self, model, "factor")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """The gradient of the full factor; of half of the way there, all crops alike."""
-        return self.surrogate(model), _Shifted(self, model, "half")
+        """The gradient of the full factor; of half of the way there, all crops alike; of what is deployed."""
+        return self.surrogate(model), _Shifted(self, model, "half"), _Shifted(self, model, "exact")
 
     def shift(self, features: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
         """(B, D) image and (B, V, D) views -> (B, D) shifted features and the views' (B,) agreement."""

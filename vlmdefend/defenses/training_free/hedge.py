@@ -15,13 +15,13 @@ from vlmdefend.defenses.training_free._counter_attack import (
     CounterAttacked,
     Countered,
     Sight,
-    ascent_sign,
-    pixel_gradient,
+    noisy,
     shown,
+    sign_ascent,
 )
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline
+from vlmdefend.types import Amplitude, Outputs, Pipeline
 
 
 @DEFENSES.register
@@ -48,8 +48,8 @@ class Hedge(CounterAttack):
     citation: ClassVar[str] = "Wu et al. 2021"
     evidence: ClassVar[str] = (
         "others report 0.5 to 1.4 % at 4/255; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 100, mean of 3 "
-        "scorings, 33 % undefended): clean 92.3, transfer 45.7, adaptive 44.7 %, an upper bound; whitebox 68.8 % "
-        "(n = 64), and through fewer steps, constant or unrolled, 58 to 60"
+        "scorings, 33 % undefended): clean 92.3, transfer 45.7, adaptive 44.7 %; whitebox 68.8 % (n = 64), and "
+        "through fewer steps, constant or unrolled, 58 to 60; APGD-50 44.0, 6 % at 8/255, 0 % at 16/255 (n = 100)"
     )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
@@ -58,8 +58,8 @@ class Hedge(CounterAttack):
         samples=4,
         bare=True,
     )
-    eps: float = 8 / 255
-    alpha: float = 0.007
+    eps: Amplitude = 8 / 255
+    alpha: Amplitude = 0.007
     steps: int = 20
 
     def __post_init__(self) -> None:
@@ -76,8 +76,7 @@ class Hedge(CounterAttack):
 
     def started(self, images: Tensor, rng: ImageRng) -> Tensor:
         """Images moved by uniform noise of the ball's size."""
-        noise = rng.uniform(images.shape[1:], -self.eps, self.eps).to(images.device)
-        return (images + noise).clamp(0.0, 1.0)
+        return noisy(images, rng, self.eps)
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """``steps`` gradients."""
@@ -88,10 +87,11 @@ class Hedge(CounterAttack):
 
         start = images if sight == "unrolled" else images.detach()
         moved = self.started(start, rng)
-        for _ in range(self.steps):
-            gradient, _values = pixel_gradient(spread, moved, unrolled=sight == "unrolled")
-            delta = (moved + self.alpha * ascent_sign(gradient) - start).clamp(-self.eps, self.eps)
-            moved = (start + delta).clamp(0.0, 1.0)
+        unrolled = sight == "unrolled"
+        for step in sign_ascent(
+            spread, moved, start, eps=self.eps, alpha=self.alpha, steps=self.steps, unrolled=unrolled
+        ):
+            moved = step.images
         return Countered(shown(images, moved, sight))
 
 
