@@ -28,7 +28,7 @@ from vlmdefend.training.train import Training
 WEIGHTS = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]
 # As published, one perturbation for all images, adv-lora makes nothing robust and its docstring says so.
 SPELLED = {"adv-lora": "adv-lora:perturbation=per-image"}
-BUDGET = {"epochs": 2, "limit": 1000, "held_out": 0}  # the embedded models' own 8/255 and batches of 64
+BUDGET = {"epochs": 2, "limit": 600, "held_out": 0}  # the embedded models' own 8/255 and batches of 64
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def points_won(before: dict[str, bool], after: dict[str, bool]) -> float:
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_short_run_lifts_robust_accuracy(name: str, trained: Any, robust: Any) -> None:
     before, after = robust("tiny-vit", "8/255"), robust(trained(SPELLED.get(name, name)), "8/255")
-    assert points_won(before, after) >= 8
+    assert points_won(before, after) >= 5
 
 
 def test_methods_that_learn_prompts_are_each_held_to_what_they_claim_below() -> None:
@@ -85,8 +85,8 @@ def test_apt_lifts_robust_accuracy_of_a_robust_image_tower_on_another_data_set(
     tower = trained("tecoa")
     options = {"model": f"local-dir:{tower}", "dataset": "mnist", "limit": 400, "held_out": 0, "lr": 0.1}
     training(tmp_path / "out", "apt", epochs=4, batch_size=16, **options).run(Listener())
-    before, after = (robust(folder, "4/255", dataset="mnist", limit=200) for folder in (tower, tmp_path / "out"))
-    assert points_won(before, after) >= 8
+    before, after = (robust(folder, "4/255", dataset="mnist", limit=400) for folder in (tower, tmp_path / "out"))
+    assert points_won(before, after) >= 5
 
 
 def test_a_short_run_of_fap_lifts_robust_accuracy_of_a_vanilla_model(robust: Any, tmp_path: Path) -> None:

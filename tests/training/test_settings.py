@@ -109,8 +109,12 @@ def test_an_unknown_option_is_refused() -> None:
         ("limit", 0, 1, "--limit 0: must be at least 1."),
         ("held_out", -1, 0, "--held-out -1: must be zero or more."),
         ("weight_decay", -0.1, 0.0, "--weight-decay -0.1: must be zero or more."),
-        ("clip", 0.0, 1e-9, "--clip 0.0: must be above zero."),
+        ("clip", 0.0, 1e-9, "--clip 0.0: must be above zero; give such a number, or leave it out."),
         ("momentum", 1.1, 1.0, "--momentum 1.1: must lie between 0 and 1."),
+        ("seed", 2**64, 2**32 - 1, f"--seed {2**64}: must be a whole number from 0 to 4294967295."),
+        ("seed", -1, 0, "--seed -1: must be a whole number from 0 to 4294967295."),
+        ("alpha", "eps/0", "eps/1", "--alpha eps/0: write eps, eps/2, or a number such as 1/255."),
+        ("alpha", "2eps/0.0", "2eps/8.0", "--alpha 2eps/0.0: write eps, eps/2, or a number such as 1/255."),
         ("alpha", "eps*", ".5*eps/2", "--alpha eps*: write eps, eps/2, or a number such as 1/255."),
     ],
 )
@@ -121,6 +125,14 @@ def test_what_the_commands_share_is_refused_in_the_same_words(
         make(needs | {name: wrong})
     assert str(raised.value) == sentence
     assert getattr(make(needs | {name: right}), name) == right
+
+
+@pytest.mark.parametrize(("make", "needs"), COMMANDS[:2], ids=["distill", "train"])
+def test_the_best_epoch_is_chosen_by_held_out_images(make: Make, needs: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^--select best: chooses by held-out images; give --held-out 500"):
+        make(needs | {"select": "best", "held_out": 0})
+    assert make(needs | {"select": "best", "held_out": 1}).held_out == 1
+    assert make(needs | {"select": "last", "held_out": 0}).held_out == 0
 
 
 def test_each_number_of_a_list_is_checked_under_the_options_name() -> None:

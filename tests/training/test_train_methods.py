@@ -167,6 +167,7 @@ def test_lora_is_the_product_of_two_thin_matrices_over_the_root_of_the_rank(fold
     ("kind", "parts", "message"),
     [
         ("vit", "lora:0", "write lora: and a whole number from 1"),
+        ("vit", "lora:33", "rank 33 is more than the 32 that the image tower's attention is wide"),
         ("vit", "lora:2:1", "the dropout after the rank must be a number from 0 to below 1"),
         ("vit", "lora-all:2:x", "the dropout after the rank must be a number from 0 to below 1"),
         ("vit", "prompt:4:0.5", "write prompt: and a whole number from 1"),

@@ -161,6 +161,12 @@ def _add_lora(clip: nn.Module, tower: str, rank: int, dropout: float, generator:
         raise UserError(f"--trains lora: this {tower} tower has no attention of CLIP's kind; train image instead.")
     for module, name, blocks in found:
         weight = getattr(module, name)
+        largest = min(weight.shape[0] // blocks, weight.shape[1])
+        if rank > largest:
+            raise UserError(
+                f"--trains lora: rank {rank} is more than the {largest} that the {tower} tower's attention is wide; "
+                "give a smaller one, such as lora:4."
+            )
         register_parametrization(module, name, LowRank(weight, blocks, rank, dropout, generator))
 
 

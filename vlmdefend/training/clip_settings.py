@@ -69,6 +69,8 @@ class ClipSettings(RunSettings):
         """
         super().check()
         _ = self.scale
+        if self.select == "best" and self.held_out < 1:
+            raise UserError("--select best: chooses by held-out images; give --held-out 500, or leave out --select.")
         if self.radius <= 0 or self.step_size <= 0:
             raise UserError("--eps and --alpha must be larger than 0; without an attack nothing becomes robust.")
         if self.split in TEST_SPLITS:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlmdefend.errors import UserError
-from vlmdefend.training.option_types import AtLeastOne, Count, NotNegative, Positive, Share, option
+from vlmdefend.training.option_types import AtLeastOne, Count, NotNegative, Positive, Seed, Share, option
 from vlmdefend.types import parse_eps
 
 
@@ -36,7 +36,7 @@ class RunSettings(BaseModel):
     clip: Positive | None = None
     batch_size: AtLeastOne
     precision: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: int = 0
+    seed: Seed = 0
 
     save_every: AtLeastOne | None = None
     track: Literal["tensorboard", "trackio", "wandb"] | None = None
@@ -57,7 +57,7 @@ class RunSettings(BaseModel):
         """
         written = self.alpha.replace(" ", "").lower()
         match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\*?eps(?:/(\d+\.?\d*))?", written)
-        if match is not None:
+        if match is not None and float(match[2] or 1) > 0:
             return self.radius * float(match[1] or 1) / float(match[2] or 1)
         try:
             return parse_eps(written)

@@ -92,7 +92,7 @@ def make_train_settings(given: Mapping[str, Any]) -> TrainSettings:
     model = str(given["model"]).strip()
     toy = profile == "scaled" and model in EMBEDDED_MODELS
     preset = cls.schedule.toy_options if toy else cls.schedule.options if profile == "paper" else {}
-    options = {**preset, **check_options("objective", cls, dict(written))}
+    options = {**preset, **check_options("method", cls, dict(written))}
     kept = {key: value for key, value in options.items() if key not in OWN}
     method = ":".join([cls.name, *(f"{key}={value}" for key, value in sorted(kept.items()))])
     defaults = _defaults(cls, cls.schedule, profile, toy=toy) | {
