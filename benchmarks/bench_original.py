@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS, _apgd
 from vlmdefend.attacks.base import Attacked
+from vlmdefend.rng import opaque
 from vlmdefend.types import Threat, format_eps
 
 CASES = (("undefended", 16 / 255), ("undefended", 8 / 255), ("robust", 8 / 255))
@@ -133,9 +134,9 @@ def _fooled(subject: Labelled, images: Tensor) -> Tensor:
 
 def _own(subject: Labelled, name: str, eps: float, starts: Tensor) -> tuple[Attacked, float, int]:
     """Our attack from given starting points: result, CPU seconds, gradients asked for."""
-    places = {image: i for i, image in enumerate(subject.ids)}
+    places = {opaque(image): i for i, image in enumerate(subject.ids)}
     drawn = _apgd.start_point
-    _apgd.start_point = lambda x, t, rng: starts[[places[i] for i in rng.ids]].clone()
+    _apgd.start_point = lambda x, t, rng: starts[[places[i] for i in rng.names]].clone()
     try:
         view, clock = subject.view(), time.process_time()
         result = ATTACKS.create(name)(view, subject.images, subject.labels, Threat("linf", eps))

@@ -241,3 +241,10 @@ def test_a_plugin_that_fails_leaves_nothing_behind_and_takes_nothing_away(tmp_pa
 def put(file: Path) -> Path:
     file.write_text("words")
     return file
+
+
+def test_options_are_listed_however_many_there_are() -> None:
+    many = [f"name{i}" for i in range(30)]
+    sentence = str(did_you_mean("option of widget big", "zzz", many))
+    assert all(name in sentence for name in many)
+    assert "vlmdefend list" not in sentence, "there is no such list"

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 
 DRAWS = {
     "uniform": lambda rng: rng.uniform((2, 3), -1.0, 1.0),
@@ -39,7 +39,7 @@ def test_a_selection_draws_on_from_the_same_streams() -> None:
     expected = [ImageRng(0, ["a", "b", "c"]).normal((2 * 4,))[i] for i in range(3)]
     assert torch.equal(whole.normal((4,))[1], expected[1][:4])
     part = whole.select(torch.tensor([2, 1]))
-    assert part.ids == ["c", "b"]
+    assert part.names == [opaque("c"), opaque("b")]
     drawn = part.normal((4,))
     rest = whole.normal((4,))
     follows = ImageRng(0, ["b"])
@@ -82,3 +82,20 @@ def test_draws_have_the_ranges_they_say() -> None:
 
 def test_no_image_is_no_draw() -> None:
     assert ImageRng(0, []).normal((3, 4)).shape == (0, 3, 4)
+
+
+def test_streams_tell_images_apart_and_do_not_tell_their_ids() -> None:
+    """An id may be ``class/file``: what a defense is shown must not say the label."""
+    ids = ["bag/0.png", "coat/0.png", "coat/1.png"]
+    whole = ImageRng(0, ids, "deployed")
+    for rng in (whole, whole.child("x"), whole.select([2, 0, 1])):
+        assert len(set(rng.names)) == 3
+        shown = [name for name in dir(rng) if not name.startswith("_")]
+        assert set(shown) == {"child", "integers", "names", "normal", "purpose", "seed", "select", "uniform"}
+        assert not any(word in text for text in [*rng.names, rng.purpose] for word in ("bag", "coat", "png"))
+
+
+def test_the_streams_are_those_of_every_record_so_far() -> None:
+    """Another derivation would change every number of a stochastic method without a word."""
+    drawn = ImageRng(3, ["coat/0.png"], "attacker").child("start").integers((4,), 0, 1000)
+    assert drawn.tolist() == [[661, 418, 870, 896]]

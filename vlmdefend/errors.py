@@ -30,7 +30,7 @@ def did_you_mean(kind: str, name: str, known: list[str], *, hint: str = "") -> U
     by_lower = {k.lower(): k for k in known}
     if close:
         advice = "did you mean " + " or ".join(repr(by_lower[c]) for c in close) + "?"
-    elif len(known) <= 12:
+    elif len(known) <= 12 or (kind.startswith("option") and not hint):  # of options there is no list elsewhere
         advice = "known: " + ", ".join(sorted(known)) + "."
     else:
         advice = hint or f"`vlmdefend list {kind}s` shows all {len(known)}."

@@ -15,12 +15,18 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, get_type_hints
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args, get_type_hints
 
 from vlmdefend.errors import UnknownName, UserError, did_you_mean
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
+
+
+class ReadBy(NamedTuple):
+    """In ``Annotated[float, ReadBy(f)]``: an option's text is read by ``f(text, option)`` in place of its type."""
+
+    read: Callable[[str, str], Any]
 
 
 class Registry(Generic[T]):
@@ -179,7 +185,7 @@ def split_outside(text: str, separator: str) -> list[str]:
         else:
             parts[-1] += letter
     if depth != 0:
-        raise UserError(f"{text!r}: a square bracket has no partner; write [ before and ] after each nested attack.")
+        raise UserError(f"{text!r}: a square bracket has no partner; write [ before and ] after what belongs together.")
     return parts
 
 
@@ -190,7 +196,7 @@ def check_options(kind: str, cls: type[Any], options: dict[str, Any]) -> dict[st
         UserError: for an option the class does not take or a value of another type.
     """
     parameters = inspect.signature(cls).parameters
-    types = get_type_hints(cls)  # each inherited option in the module that wrote it
+    types = get_type_hints(cls, include_extras=True)  # each inherited option in the module that wrote it
     checked = {}
     for key, value in options.items():
         if key not in parameters:
@@ -203,8 +209,12 @@ def _coerce(where: str, value: Any, annotation: Any) -> Any:
     """Text to the annotated type through pydantic, which knows unions, literals and tuples."""
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    if isinstance(value, str) and value.lower() == "none":
-        value = None
+    if isinstance(value, str):
+        if value.lower() == "none" and type(None) in get_args(annotation):
+            return None
+        for mark in getattr(annotation, "__metadata__", ()):
+            if isinstance(mark, ReadBy):
+                return mark.read(value, where)
     try:
         config = ConfigDict(allow_inf_nan=False, arbitrary_types_allowed=True)
         return TypeAdapter(annotation, config=config).validate_python(value)

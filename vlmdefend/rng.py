@@ -2,6 +2,8 @@
 
 A stream is derived from (seed, purpose, image id) and drawn on the CPU, so what an image gets does not depend on
 the batch it is in, its place there, the number of workers, or the device.
+
+Who is given streams is not told the ids: an id may be a path with the class in it, and no defense may read a label.
 """
 
 from __future__ import annotations
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def opaque(name: str) -> str:
+    """What stands for an id where its words must not be read."""
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+
 class ImageRng:
     """One random stream for each of B images.
 
@@ -26,23 +33,28 @@ class ImageRng:
 
     def __init__(self, seed: int, ids: Sequence[str], purpose: str = "") -> None:
         self.seed = seed
-        self.ids = list(ids)
+        self._ids = list(ids)
         self.purpose = purpose
-        self._streams: list[torch.Generator | None] = [None] * len(self.ids)
+        self._streams: list[torch.Generator | None] = [None] * len(self._ids)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._ids)
+
+    @property
+    def names(self) -> list[str]:
+        """B texts that tell the images apart and say nothing of them, :func:`opaque` of each id."""
+        return [opaque(name) for name in self._ids]
 
     def child(self, purpose: str) -> ImageRng:
         """Fresh streams of the same images for another purpose."""
-        return ImageRng(self.seed, self.ids, f"{self.purpose}/{purpose}")
+        return ImageRng(self.seed, self._ids, f"{self.purpose}/{purpose}")
 
     def select(self, index: Sequence[int] | Tensor) -> ImageRng:
         """The streams of some of the images; drawing from them advances the same streams."""
         chosen = index if isinstance(index, (list, tuple)) else [int(i) for i in index]
         part = ImageRng.__new__(ImageRng)
         part.seed, part.purpose = self.seed, self.purpose
-        part.ids = [self.ids[i] for i in chosen]
+        part._ids = [self._ids[i] for i in chosen]
         part._streams = [self._stream(i) for i in chosen]
         return part
 
@@ -78,7 +90,7 @@ class ImageRng:
         if stream is None:
             import torch
 
-            text = f"{self.seed}\0{self.purpose}\0{self.ids[i]}"
+            text = f"{self.seed}\0{self.purpose}\0{self._ids[i]}"
             digest = hashlib.sha256(text.encode()).digest()
             stream = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
             self._streams[i] = stream

@@ -6,9 +6,10 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 
 from vlmdefend.errors import UserError
+from vlmdefend.registry import ReadBy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,32 +170,60 @@ def patch_side(eps: float, height: int, width: int) -> int:
     return min(math.isqrt(int(eps * height * width + 1e-9)), height, width)
 
 
-def parse_eps(text: str, norm: Norm = "linf") -> float:
+def parse_eps(text: str, norm: Norm = "linf", *, option: str = "") -> float:
     """Read a perturbation size as people write it: ``4/255``, ``0.03``; a severity or a number of tokens: ``3``.
+
+    Args:
+        option: what is refused in place of ``eps``, ``ttc:alpha``.
 
     Raises:
         UserError: not a number, not finite, negative, or a bare integer such as ``8`` that surely means ``8/255``;
             a patch larger than the image, a severity other than 0 to 5, a broken number of tokens.
     """
     written = str(text).strip()
+    given = f"{option}={written!r}" if option else f"eps {written!r}"
     if not re.fullmatch(r"[+-]?(\d+(\.\d*)?|\.\d+)(e[+-]?\d+)?(\s*/\s*\d+(\.\d*)?)?", written, re.IGNORECASE):
-        raise UserError(f"eps {written!r} is not a finite number; write it as a fraction (4/255) or a decimal (0.03).")
+        raise UserError(f"{given} is not a finite number; write it as a fraction (4/255) or a decimal (0.03).")
     above, _, below = written.partition("/")
     if below and float(below) == 0:
-        raise UserError(f"eps {written!r} divides by zero; write it as a fraction (4/255) or a decimal (0.03).")
+        raise UserError(f"{given} divides by zero; write it as a fraction (4/255) or a decimal (0.03).")
     value = float(above) / float(below or 1)
     if not math.isfinite(value) or value < 0:
-        raise UserError(f"eps {written!r} must be a finite number that is zero or more, such as 4/255.")
+        raise UserError(f"{given} must be a finite number that is zero or more, such as 4/255.")
     if norm == "patch" and value > 1:
-        raise UserError(f"eps {written!r}: a patch covers a share of the image's area, at most 1; write 0.05 for 5 %.")
+        raise UserError(f"{given}: a patch covers a share of the image's area, at most 1; write 0.05 for 5 %.")
     if norm == "corruption" and value not in range(6):
-        raise UserError(f"eps {written!r}: of a corruption it is the severity, a whole number from 1 to 5.")
+        raise UserError(f"{given}: of a corruption it is the severity, a whole number from 1 to 5.")
     if norm == "tokens" and value != int(value):
-        raise UserError(f"eps {written!r}: of a text attack it is a number of tokens; write a whole number such as 2.")
+        raise UserError(f"{given}: of a text attack it is a number of tokens; write a whole number such as 2.")
     if norm == "linf" and value >= 1:
         advice = f"; did you mean {above.strip()}/255?" if not below and value <= 255 else "."
-        raise UserError(f"eps {written!r} is as large as the whole pixel range [0, 1]{advice}")
+        raise UserError(f"{given} is as large as the whole pixel range [0, 1]{advice}")
     return value
+
+
+def _amplitude(text: str, option: str) -> float:
+    return parse_eps(text, option=option)
+
+
+def _pixel_units(text: str, option: str) -> float:
+    return parse_eps(text, "l2", option=option)
+
+
+def _shade(text: str, option: str) -> float:
+    value = parse_eps(text, "l2", option=option)
+    if value > 1:
+        advice = f"; did you mean {text.strip()}/255?" if "/" not in text and value <= 255 else "."
+        raise UserError(f"{option}={text.strip()!r} is brighter than white, which is 1{advice}")
+    return value
+
+
+Amplitude = Annotated[float, ReadBy(_amplitude)]
+"""The type of a method's option that moves pixels of [0, 1]: written as an eps is, and a bare 4 is refused like one."""
+PixelUnits = Annotated[float, ReadBy(_pixel_units)]
+"""The same for one that may be 1 or more, such as a length in L2: 4/255, 0.03, and 2 is 2."""
+Shade = Annotated[float, ReadBy(_shade)]
+"""The same for a brightness: from 0, black, to 1, white."""
 
 
 def format_eps(eps: float) -> str:

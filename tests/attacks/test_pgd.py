@@ -11,7 +11,7 @@ from vlmdefend.attacks.goal import Goal
 from vlmdefend.attacks.pgd import Pgd, choose_targets, step_size
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Threat
 
 
@@ -56,8 +56,8 @@ def test_iterates_equal_torchattacks(start: bool, seed: int, monkeypatch: pytest
     theirs = torchattacks.PGD(logits_only, eps=eps, alpha=alpha, steps=10, random_start=start)(images, labels)
     torch.manual_seed(seed)
     injected = torch.clamp(images + torch.empty_like(images).uniform_(-eps, eps), min=0, max=1)
-    places = {name: i for i, name in enumerate(ids)}
-    monkeypatch.setattr(Threat, "random_start", lambda self, x, rng: injected[[places[i] for i in rng.ids]].clone())
+    places = {opaque(name): i for i, name in enumerate(ids)}
+    monkeypatch.setattr(Threat, "random_start", lambda self, x, rng: injected[[places[i] for i in rng.names]].clone())
     attack = Pgd(steps=10, alpha=str(alpha), last=True, random_start=start)
     view = View(model, ImageRng(0, ids), width=16)
     ours = attack.perturb(view, images, labels, Threat("linf", eps), view.rng)

@@ -11,7 +11,7 @@ from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.universal import Universal
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Threat
 
 SHAPE = (3, 8, 8)
@@ -168,7 +168,7 @@ def test_a_gradient_that_is_not_a_number_does_not_spoil_the_lesson() -> None:
         def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
             assert rng is not None
             outputs = Wrapped.forward(self, images, rng)
-            bad = torch.tensor([name == "image-4" for name in rng.ids])
+            bad = torch.tensor([name == opaque("image-4") for name in rng.names])
             return Outputs(outputs.logits * torch.where(bad, torch.nan, 1.0)[:, None], outputs.features)
 
     model = convolutional()

@@ -26,7 +26,7 @@ from vlmdefend.attacks.universal import Universal
 from vlmdefend.attacks.view import View
 from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.errors import UserError
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Threat
 
 SHAPE = (3, 8, 8)
@@ -120,7 +120,7 @@ def test_members_run_on_survivors_and_the_best_counts(monkeypatch: pytest.Monkey
     plain = Attack.__call__
 
     def watched(self: Attack, view: View, images, labels, threat):  # type: ignore[no-untyped-def]
-        calls.append((self.name, view.rng.ids))
+        calls.append((self.name, view.rng.names))
         return plain(self, view, images, labels, threat)
 
     monkeypatch.setattr(Attack, "__call__", watched)
@@ -131,7 +131,7 @@ def test_members_run_on_survivors_and_the_best_counts(monkeypatch: pytest.Monkey
     found = WorstOf(attacks=members)(View(model, ImageRng(0, ids)), images, labels, threat)
     alone = [plain(member, View(model, ImageRng(0, ids)), images, labels, threat) for member in members]
     assert [name for name, _ in calls] == ["worst-of", "pgd", "mi", "apgd-ce"]
-    assert calls[2][1] == [i for i, fooled in zip(ids, alone[0].fooled, strict=True) if not fooled]
+    assert calls[2][1] == [opaque(i) for i, fooled in zip(ids, alone[0].fooled, strict=True) if not fooled]
     assert torch.equal(found.fooled, alone[0].fooled | alone[1].fooled | alone[2].fooled)
     assert 0 < int(alone[0].fooled.sum()) < int(found.fooled.sum()) < 20
 

@@ -14,11 +14,15 @@ from vlmdefend.evaluation.plan import make_plan
 
 
 def planned(evaluate: Cli, *options: str) -> list[list[str]]:
-    """The cells that ``--dry-run`` prints, as columns."""
+    """The cells that ``--dry-run`` prints: model, defense, attack, eps, attacker, seed, forwards, backwards."""
     outcome = evaluate(*options, "--dry-run")
     assert outcome.code == 0, outcome.err
-    table, _, summary = outcome.out.partition("\n\n")
-    rows = [re.split(r"\s{2,}", line.strip()) for line in table.splitlines()[2:]]
+    *tables, summary = outcome.out.split("\n\n")
+    rows = []
+    for table in tables:
+        title, header, *lines = table.splitlines()
+        assert header.split() == ["defense", "attack", "eps", "attacker", "seed", "forwards", "backwards"]
+        rows += [[title.partition(" on ")[0], *re.split(r"\s{2,}", line.strip())] for line in lines if line.strip()]
     assert summary.startswith(f"{len(rows)} cells, ")
     return rows
 
@@ -63,11 +67,11 @@ def test_the_default_grid_is_the_embedded_model_on_the_embedded_images_at_the_pr
     ],
 )
 def test_attackers_that_would_do_the_same_are_run_once(defense: str, attackers: list[str], evaluate: Cli) -> None:
-    assert [row[5] for row in planned(evaluate, "-d", defense)] == attackers
+    assert [row[4] for row in planned(evaluate, "-d", defense)] == attackers
 
 
 def test_asking_for_the_adaptive_attacker_of_an_exact_defense_runs_the_white_box_one(evaluate: Cli) -> None:
-    assert [row[5] for row in planned(evaluate, "-d", "low_pass", "--attacker", "adaptive")] == ["whitebox"]
+    assert [row[4] for row in planned(evaluate, "-d", "low_pass", "--attacker", "adaptive")] == ["whitebox"]
 
 
 def test_clean_accuracy_is_one_cell_whatever_the_radii_and_attackers(evaluate: Cli) -> None:
@@ -93,6 +97,22 @@ def test_steps_reach_the_attacks_that_take_steps_and_do_not_say_how_many(evaluat
     assert [int(row[-1]) // 16 for row in rows] == [5, 3, 1]
     rows = planned(evaluate, "-a", "pgd,repeated:n=2:attack=[pgd:steps=3]", "--steps", "5")
     assert [int(row[-1]) // 16 for row in rows] == [5, 6]
+
+
+def test_the_plan_fits_into_80_columns_and_says_each_name_in_full(evaluate: Cli) -> None:
+    outcome = evaluate("-d", "randomized_smoothing+ttc+jpeg", "-a", "torchattacks:DIFGSM", "--dry-run")
+    *tables, summary = outcome.out.split("\n\n")
+    assert max(len(line) for table in tables for line in table.splitlines()) <= 80
+    cells = [line for line in tables[0].splitlines()[2:] if line]
+    column = [line[: tables[0].splitlines()[1].index("attack ")].strip() for line in cells]
+    assert "".join(column).count("randomized_smoothing+ttc+jpeg") == int(summary.split()[0])
+
+
+def test_the_cost_of_a_defense_is_not_called_that_of_its_model(evaluate: Cli) -> None:
+    """A call of a defense is as many of its model as it has views, which only the defense knows."""
+    assert "may run it several times" not in evaluate("-d", "none", "--dry-run").out
+    assert "forwards and" in evaluate("-d", "tte", "--dry-run").out
+    assert "behind its defense, which may run it several times in each" in evaluate("-d", "none,tte", "--dry-run").out
 
 
 def robust(out: Path) -> set[str]:

@@ -37,6 +37,17 @@ Refused = Callable[..., str]
         (["-a", "pgd:loss=hinge"], "pgd:loss='hinge'", "'dlr'"),
         (["-d", "noise:sigma=nan"], "noise:sigma='nan'", "finite number"),
         (["-d", "jpeg:quality=0"], "quality=0", "1 to 100"),
+        (["-d", "ttc:eps=4"], "ttc:eps='4' is as large as the whole pixel range", "did you mean 4/255?"),
+        (["-d", "tecoa"], "unknown defense 'tecoa'", "`vlmdefend train --method tecoa --out FOLDER`"),
+        (["-d", "pmg_aft+jpeg"], "unknown defense 'pmg-aft'", "`vlmdefend train --method pmg-aft"),
+        (["-d", "hpt-gpd"], "unknown defense 'hpt-gpd'", "`vlmdefend distill --proxy P --target T"),
+        (["-d", "ttc:[eps=0.1"], "'ttc:[eps=0.1'", "write [ before and ] after what belongs together"),
+        (["-d", "interpolate:of=none"], "of=none is the bare model", "[jpeg:quality=50]"),
+        (["-d", "tte:crop_seed=99999999999999999999"], "crop_seed=99999999999999999999", "from 0 to 2**63 - 1"),
+        (["-d", "tapt:statistics=/"], "tapt:statistics='/'", "name the file or the folder that it reads"),
+        (["-a", "pgd:alpha=eps/0"], "alpha 'eps/0'", "Write eps/4, 2.5eps/steps, or a number such as 1/255"),
+        (["-a", "co:step=3"], "option of attack co 'step'", "did you mean 'steps'"),
+        (["-a", "co:width=3"], "option of attack co 'width'", "known: alpha, beams"),
         (["--eps", "8"], "eps '8'", "did you mean 8/255?"),
         (["--eps", "nan"], "eps 'nan'", "write it as a fraction (4/255)"),
         (["--eps", "inf"], "eps 'inf'", "write it as a fraction (4/255)"),
@@ -78,6 +89,14 @@ def test_a_wrong_option_is_one_sentence_with_a_next_step(
     assert given in sentence
     assert advice in sentence
     assert not (tmp_path / "runs").exists(), "nothing is left behind by a command that was refused"
+
+
+@pytest.mark.parametrize("function", ["os:getcwd", "sys:exit", "os:sep", "nowhere:prior"])
+def test_a_prior_of_the_users_that_cannot_be_called_is_one_sentence(function: str, evaluate: Cli) -> None:
+    outcome = evaluate("-d", f"clipure_diff:prior=[python:{function}]", "-a", "none", "--limit", "2")
+    assert outcome.code == 2
+    assert f"prior=python:{function}" in outcome.err
+    assert "a function of it that takes the device and returns the prior" in outcome.err
 
 
 def test_a_typing_error_in_the_command_is_met_with_the_nearest_command(cli: Cli) -> None:

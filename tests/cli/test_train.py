@@ -91,13 +91,42 @@ def test_it_says_how_images_are_attacked_and_what_trains(
 
 
 @pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("train", ("--method", "tecoa", *SHORT)),
+        ("distill", ("--proxy", "tiny-vit", "--target", "tiny-rn", "--limit", "60", "--device", "cpu")),
+    ],
+    ids=["train", "distill"],
+)
+def test_it_says_when_fewer_images_are_held_out_than_were_asked_for(
+    command: str, options: tuple[str, ...], cli: Cli, tmp_path: Path
+) -> None:
+    def told(count: int) -> str:
+        found = cli(command, *options, "--held-out", count, "--out", tmp_path / "out", "--dry-run")
+        assert found.code == 0, found
+        return words(found.err)
+
+    assert "12 held out (a fifth of the set, which is fewer than 1000000)" in told(1_000_000)
+    assert "8 held out" in told(8)
+    assert "a fifth of the set" not in told(8)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--method", "tecao"), "did you mean 'tecoa'"),
+        (("--method", "nope"), "unknown method 'nope'; `vlmdefend list methods` shows all"),
+        (("--method", "trades:beta=-1"), "trades: beta=-1.0 must be zero or more"),
+        (("--method", "tga-zsr:adversarial_weight=-1"), "tga-zsr: adversarial_weight=-1.0 and clean_weight=0.05 must"),
+        (("--method", "tga-zsr:clean_weight=-1"), "clean_weight=-1.0 must be zero or more"),
+        (("--method", "agft:softness=-1"), "agft: softness=-1.0 must be zero or more"),
+        (("--method", "adv-lora:ascent=-1"), "adv-lora: ascent=-1.0 must be zero or more"),
+        (("--method", "apt:prompt_alpha=-1"), "apt: prompt_alpha=-1.0 must be zero or more"),
+        (("--method", "tecoa", "--trains", "lora:9999"), "rank 9999 is more than the"),
         (("--method", "hpt-gpd"), "use `vlmdefend distill --proxy P --target T`"),
         (("--method", "tecoa:eps=4/255"), "give eps as --eps instead"),
         (("--method", "pmg-aft:kl_reduction=max"), "kl_reduction='max'"),
-        (("--method", "tecoa:beta=1"), "unknown option of objective tecoa 'beta'"),
+        (("--method", "tecoa:beta=1"), "unknown option of method tecoa 'beta'"),
         (("--method", "tecoa", "--eps", "0"), "--eps and --alpha must be larger than 0"),
         (("--method", "tecoa", "--split", "test"), "--split test: is what models are tested on"),
         (("--method", "tecoa", "--mix", "1.5"), "--mix 1.5: must lie between 0 and 1"),

@@ -11,6 +11,7 @@ from tests.defenses.fashion import TWO_TEMPLATES, fashion_classifier
 from tests.defenses.linear import SIZE
 from vlmdefend.defenses.test_time._token_statistics import known_images
 from vlmdefend.defenses.test_time.tapt import Tapt
+from vlmdefend.models.zero_shot import ZeroShotClassifier
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +24,12 @@ def images() -> torch.Tensor:
 def weights() -> torch.Tensor:
     """Of a :class:`~tests.defenses.linear.Linear` of two classes."""
     return torch.randn(2, 3 * SIZE * SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def classifiers() -> dict[str, ZeroShotClassifier]:
+    """The embedded models, asked for the classes of fashion; a test that changes one changes it back."""
+    return {name: fashion_classifier(name) for name in ("tiny-rn", "tiny-vit")}
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from vlmdefend.defenses._resample import Span
 from vlmdefend.defenses._views import augmented_views, predict_views
 from vlmdefend.defenses.test_time.mta import Mta
 from vlmdefend.defenses.test_time.r_tpt import RTpt
-from vlmdefend.evaluation.diagnostics import Result, sign_test
+from vlmdefend.evaluation.diagnostics import Result
+from vlmdefend.evaluation.paired import sign_test
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 

@@ -2,15 +2,8 @@ from typing import Any
 
 import pytest
 
-from vlmdefend.evaluation.diagnostics import (
-    Reason,
-    Result,
-    attack_label,
-    clearly_lower,
-    reasons,
-    robust_under_all,
-    sign_test,
-)
+from vlmdefend.evaluation.diagnostics import Reason, Result, attack_label, reasons
+from vlmdefend.evaluation.paired import clearly_lower, robust_under_all, sign_test
 from vlmdefend.evaluation.records import Cell, Checks, Cost, Record, Row
 
 CELL: dict[str, Any] = {
@@ -119,6 +112,16 @@ def test_a_gradient_free_attack_is_held_against_all_gradient_attacks_together() 
 def test_a_gradient_free_attack_of_the_white_box_is_held_against_the_adaptive_gradient_too() -> None:
     found = reasons([result(range(30)), result(range(45), attacker="adaptive"), square(range(30))])
     assert only(found).attackers == ("adaptive",)
+
+
+def test_autoattack_far_below_pgd_is_a_reason_and_ten_points_are_none() -> None:
+    pgd, near, far = result(range(60)), *(result(range(n), attack="autoattack", attack_config={}) for n in (50, 49))
+    assert reasons([pgd, near]) == []
+    (reason,) = reasons([pgd, far])
+    assert reason.text.startswith("autoattack leaves 49.0 %, more than 10 points below the 60.0 % of pgd whitebox")
+    assert (reason.word, reason.attackers) == ("MASKED?", ("whitebox",))
+    assert reasons([result(range(60), attack="fgsm"), far]) == []
+    assert reasons([result(range(60), attacker="adaptive"), far]) == []
 
 
 def test_transfer_below_white_box_is_a_reason_with_the_numbers() -> None:

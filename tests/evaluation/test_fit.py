@@ -27,7 +27,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.diagnostics import Result, reasons
 from vlmdefend.evaluation.plan import Planned, attackers_of
 from vlmdefend.evaluation.store import Shard
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Pipeline, Threat
 
 
@@ -44,7 +44,7 @@ class Pupil(Attack):
         return self.count
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        self.seen.append((list(view.rng.ids), len(labels), threat.eps, view(images)))
+        self.seen.append((view.rng.names, len(labels), threat.eps, view(images)))
         return self
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
@@ -66,7 +66,7 @@ def test_it_learns_once_from_images_spread_evenly_over_the_set(verdict: Verdict)
     seen: list[Any] = []
     verdict(attack=Pupil(count=4, seen=seen))
     assert len(seen) == 1
-    assert seen[0][:3] == ([f"image-{i:02d}" for i in (0, 4, 8, 12)], 4, 8 / 255)
+    assert seen[0][:3] == ([opaque(f"image-{i:02d}") for i in (0, 4, 8, 12)], 4, 8 / 255)
     seen.clear()
     verdict(attack=Pupil(count=1000, seen=seen))
     assert seen[0][1] == COUNT

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from vlmdefend.defenses import DEFENSES
+from vlmdefend.errors import UserError
+from vlmdefend.evaluation import fingerprint
 from vlmdefend.evaluation.fingerprint import code_hash
 from vlmdefend.evaluation.grid import Grid
 from vlmdefend.evaluation.listener import Listener
@@ -152,3 +154,37 @@ def test_a_file_that_a_defense_names_is_part_of_the_key(tmp_path: Path) -> None:
     assert code_hash(defense) != first
     assert code_hash(DEFENSES.create("interpolate", of=f"[tapt:statistics={file}]")) != {}
     assert code_hash(DEFENSES.create("tapt", statistics="fashion")) == {}
+
+
+def test_a_folder_that_holds_everything_is_refused_before_a_file_of_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "prior"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.txt").write_text("")
+    defense = {"defense": [f"clipure_diff:prior={folder}"]}
+    monkeypatch.setattr(fingerprint, "FILES", 3)
+    assert len(make_plan(Grid.build({}, {**QUICK, **defense})).cells) == 1
+    monkeypatch.setattr(fingerprint, "FILES", 2)
+    monkeypatch.setattr(Path, "read_bytes", lambda file: pytest.fail("a file was read"))
+    with pytest.raises(UserError, match=r"clipure_diff:prior=.* a folder of more than 2 files; name the"):
+        make_plan(Grid.build({}, {**QUICK, **defense}))
+
+
+def test_a_file_that_may_not_be_read_is_named_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "known.safetensors"
+    file.write_bytes(b"one")
+    monkeypatch.setattr(fingerprint, "access", lambda place, mode: place != file)  # root may read everything
+    expected = f"tapt:statistics='{file}': {file} cannot be read (Permission denied); name a file or a folder that you"
+    for text in (f"tapt:statistics={file}", f"interpolate:of=[tapt:statistics={file}]"):
+        with pytest.raises(UserError) as refused:
+            make_plan(Grid.build({}, {**QUICK, "defense": [text]}))
+        assert str(refused.value) == f"{expected} may read."
+
+
+@pytest.mark.parametrize("written", ["~nobody-of-this-name/known.safetensors", "a/" + "b" * 300, "eps/4"])
+def test_what_no_file_can_be_called_names_no_file(written: str) -> None:
+    assert code_hash(DEFENSES.create("tapt", statistics=written)) == {}

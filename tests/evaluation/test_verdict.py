@@ -15,7 +15,7 @@ from vlmdefend.attacks.none import NoAttack
 from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Pipeline, Threat
 
 EPS = 8 / 255
@@ -172,7 +172,7 @@ def test_a_prediction_that_changes_with_the_batch_mates_is_noticed(verdict: Verd
 def test_logits_that_are_not_numbers_are_one_sentence_with_the_image(verdict: Verdict) -> None:
     def sometimes(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
         logits = model(images, rng).logits
-        logits[[name == "image-06" for name in rng.ids]] = torch.nan
+        logits[[name == opaque("image-06") for name in rng.names]] = torch.nan
         return Outputs(logits)
 
     with pytest.raises(UserError, match="logits for image 'image-06' are not finite") as raised:

@@ -169,3 +169,32 @@ def test_the_real_lists_fit_80_columns(kind: str, expected: str) -> None:
     assert expected in names
     assert len(set(names)) == len(names)
     assert all(one["summary"] for one in told)
+
+
+def test_a_paradigm_lists_its_defenses_and_says_what_makes_each_a_member() -> None:
+    listed = {name: json.loads(run("--paradigm", name, "--json").stdout) for name in ("test-time", "training-free")}
+    assert {entry["paradigm"] for entry in listed["test-time"]} == {"test-time adaptation"}
+    assert {entry["paradigm"] for entry in listed["training-free"]} == {"training-free"}
+    verified = {
+        entry["name"]
+        for entries in listed.values()
+        for entry in entries
+        if entry["membership"] == "verified: the survey 2601.12443 has it"
+    }
+    assert verified == {"ttc", "cola"}
+    assert all("evidence" in entry for entry in listed["training-free"])
+    trained = {entry["name"] for entry in json.loads(run("--paradigm", "training-time", "--json").stdout)}
+    assert {"tecoa", "hpt-gpd", "apt"} <= trained
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        (("--paradigm", "trainingfree"), "did you mean 'training-free'"),
+        (("models", "--paradigm", "test-time"), "models have none"),
+    ],
+)
+def test_a_paradigm_that_is_none_is_refused(asked: tuple[str, ...], says: str) -> None:
+    outcome = run(*asked)
+    assert isinstance(outcome.exception, UserError)
+    assert says in str(outcome.exception)

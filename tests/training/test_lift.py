@@ -17,7 +17,7 @@ from tests.training.test_train_methods import training
 from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time import OBJECTIVES
-from vlmdefend.evaluation.diagnostics import sign_test
+from vlmdefend.evaluation.paired import sign_test
 from vlmdefend.evaluation.run import evaluate
 from vlmdefend.reporting.compare import Paired
 from vlmdefend.rng import ImageRng

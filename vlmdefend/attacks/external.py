@@ -31,7 +31,7 @@ from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.view import View, chunks
 from vlmdefend.errors import UserError, did_you_mean
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Norm, Threat
+from vlmdefend.types import Norm, Threat, parse_eps
 
 FAMILY = "torchattacks"
 LINF = [
@@ -88,7 +88,9 @@ class External(Attack):
         for key, value in self.options:
             if key not in known:
                 raise did_you_mean(f"option of {FAMILY}:{attack}", key, sorted(known) or ["none"])
-            chosen[key] = _coerced(f"{FAMILY}:{attack}:{key}", value, known[key])
+            where = f"{FAMILY}:{attack}:{key}"
+            in_pixels = key == "alpha" and attack in LINF and isinstance(value, str)
+            chosen[key] = parse_eps(value, option=where) if in_pixels else _coerced(where, value, known[key])
         norms: tuple[Norm, ...] = ("linf", "l2") if attack in BOTH else ("linf",) if attack in LINF else ("l2",)
         values = {
             "attack": attack,

@@ -55,7 +55,7 @@ class Patch(SetLevel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        parse_eps(self.alpha)
+        parse_eps(self.alpha, option="patch:alpha")
 
     @property
     def loss_name(self) -> Literal["ce", "cw", "feature"]:

@@ -177,10 +177,11 @@ def step_size(rule: str, eps: float | Tensor, steps: int) -> float | Tensor:
     """
     written = rule.replace(" ", "").lower()
     match = re.fullmatch(r"(\d+\.?\d*|\.\d+)?\*?eps(?:/(steps|\d+\.?\d*))?", written)
-    if match is None:
-        try:
-            return parse_eps(written)
-        except UserError:
-            raise UserError(f"alpha {rule!r}: write eps/4, 2.5eps/steps, or a number such as 1/255.") from None
-    divisor = float(steps) if match[2] == "steps" else float(match[2] or 1)
-    return eps * (float(match[1] or 1) / divisor)
+    divisor = 1.0 if match is None else float(steps) if match[2] == "steps" else float(match[2] or 1)
+    if match is not None and divisor > 0:
+        return eps * (float(match[1] or 1) / divisor)
+    try:
+        return parse_eps(written, option="alpha")
+    except UserError as error:
+        sentence = str(error) if "did you mean" in str(error) else f"alpha {rule!r}: is no step size."
+        raise UserError(f"{sentence} Write eps/4, 2.5eps/steps, or a number such as 1/255.") from None

@@ -16,13 +16,18 @@ if TYPE_CHECKING:
     from vlmdefend.training.train import Trained
 
 
+def held_out_text(count: int, asked: int) -> str:
+    """How many images are held out, and why not so many as were asked for."""
+    return f"{count} held out" + (f" (a fifth of the set, which is fewer than {asked})" if count < asked else "")
+
+
 def print_choices(distillation: Distillation) -> None:
     """Every choice that decides the result, defaults too."""
     settings, scheduled = distillation.settings, distillation.costs()
-    held = len(distillation.held_out)
+    held = held_out_text(len(distillation.held_out), settings.held_out)
     lines = [
         ("models", f"{settings.target} learns from {settings.proxy}; the {trained(settings)} trains"),
-        ("images", f"{settings.dataset} ({settings.split}): {len(distillation.images)} to train on, {held} held out"),
+        ("images", f"{settings.dataset} ({settings.split}): {len(distillation.images)} to train on, {held}"),
         ("prompt", " | ".join(settings.templates)),
         (
             "profile",

@@ -108,21 +108,34 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
 
 
 def print_plan(plan: Plan) -> None:
-    """The cells with the most that each may cost."""
-    from tabulate import tabulate
+    """The cells with the most that each may cost, no wider than the terminal: a table for each model and data set."""
+    from itertools import groupby
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     from vlmdefend.types import format_eps
 
-    rows, total = [], [0, 0]
-    for cell in plan.cells:
-        forwards, backwards = cell.gradients()
-        total = [total[0] + forwards, total[1] + backwards]
-        budget = "–" if cell.attack.name == "none" else format_eps(cell.eps)
-        names = (cell.model, cell.defense.name, cell.images.name, cell.attack.name, budget, cell.attacker)
-        rows.append([*names, cell.seed, len(cell.images), forwards, backwards])
-    headers = ["model", "defense", "dataset", "attack", "eps", "attacker", "seed", "n", "forwards", "backwards"]
-    typer.echo(tabulate(rows, headers=headers, tablefmt="simple"))
+    console, total = Console(highlight=False), [0, 0]
+    for (model, dataset, n), cells in groupby(plan.cells, lambda c: (c.model, c.images.name, len(c.images))):
+        table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+        for header in ("defense", "attack"):
+            table.add_column(header, overflow="fold")
+        for header in ("eps", "attacker"):
+            table.add_column(header, no_wrap=True)
+        for header in ("seed", "forwards", "backwards"):
+            table.add_column(header, no_wrap=True, justify="right")
+        for cell in cells:
+            spent = cell.gradients()
+            total = [before + more for before, more in zip(total, spent, strict=True)]
+            eps = "–" if cell.attack.name == "none" else format_eps(cell.eps)
+            words = (cell.defense.name, cell.attack.name, eps, cell.attacker, cell.seed, *spent)
+            table.add_row(*(Text(str(word)) for word in words))
+        console.print(Text(f"{model} on {dataset}, {n} image{'s' if n > 1 else ''}"), table, "", sep="\n")
+    defended = any(cell.defense.name != "none" for cell in plan.cells)
+    behind = " behind its defense, which may run it several times in each (views, draws, steps of its own)"
     typer.echo(
-        f"\n{len(rows)} cells, at most {total[0]:,} forwards and {total[1]:,} backwards of one image; images that are "
-        "fooled early cost less. Nothing was computed (--dry-run)."
+        f"{len(plan.cells)} cells, at most {total[0]:,} forwards and {total[1]:,} backwards of one image through the "
+        f"model{behind if defended else ''}; images that are fooled early cost less. Nothing was computed (--dry-run)."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from vlmdefend.defenses.training_time.base import StepCost
     from vlmdefend.registry import Registry
 
+PARADIGMS = ("training-time", "test-time", "training-free")
+# Of the survey that the paradigms are from (2601.12443) no list is at hand; these two are known to stand in it.
+SURVEYED = ("cola", "ttc")
 KINDS = ("models", "datasets", "attacks", "defenses", "methods", "adaptations", "protocols")
 
 
@@ -56,6 +59,7 @@ def list_names(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Also every ARCH:TAG of open_clip (models).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="A list of objects in place of a table.")] = False,
+    paradigm: Annotated[str | None, typer.Option(help=f"Only defenses of this one: {', '.join(PARADIGMS)}.")] = None,
     plugin: Annotated[list[str] | None, typer.Option(help="Python file that registers more of them.")] = None,
 ) -> None:
     """List models, datasets, attacks, defenses, methods of `train`, adaptations of `urda-train`, or protocols."""
@@ -64,6 +68,10 @@ def list_names(
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
+    if paradigm is not None:
+        if kind not in (None, "defenses", "methods"):
+            raise UserError(f"--paradigm {paradigm}: {kind} have none; it goes with defenses and methods.")
+        return _show_all("defense", of_paradigm(paradigm), as_json)
     if kind is None:
         raise UserError(f"say what to list: vlmdefend list {'|'.join(KINDS)}.")
     plural = kind.strip().lower()
@@ -79,11 +87,38 @@ def list_names(
         "adaptations": adaptations,
         "protocols": protocols,
     }[plural]()
+    _show_all(plural.removesuffix("s"), listed, as_json)
+
+
+def _show_all(kind: str, listed: Listed, as_json: bool) -> None:
     if as_json:
         headers, entries = listed
         typer.echo(json.dumps([entry.fields(headers) for entry in entries], indent=1, ensure_ascii=False))
     else:
-        show(plural.removesuffix("s"), listed)
+        show(kind, listed)
+
+
+def of_paradigm(paradigm: str) -> Listed:
+    """The defenses of one paradigm, each with what makes it a member: the survey names it, or its definition fits.
+
+    Raises:
+        UnknownName: no such paradigm.
+    """
+    from vlmdefend.errors import did_you_mean
+
+    wanted = paradigm.strip().lower().replace("_", "-").removesuffix(" adaptation")
+    if wanted not in PARADIGMS:
+        raise did_you_mean("paradigm", paradigm, list(PARADIGMS))
+    headers, entries = methods() if wanted == "training-time" else defenses()
+    if wanted != "training-time":
+        entries = [entry for entry in entries if entry.columns[0].startswith(wanted)]
+
+    def member(entry: Entry) -> Entry:
+        known = entry.name in SURVEYED
+        why = "verified: the survey 2601.12443 has it" if known else "reconstruction: by the survey's definition"
+        return replace(entry, facts={**entry.facts, "membership": why})
+
+    return headers, [member(entry) for entry in entries]
 
 
 def attacks() -> Listed:

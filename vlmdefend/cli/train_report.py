@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from vlmdefend.cli.distill_report import print_held_out
+from vlmdefend.cli.distill_report import held_out_text, print_held_out
 
 if TYPE_CHECKING:
     from vlmdefend.training.train import Trained, Training
@@ -19,13 +19,13 @@ def print_choices(training: Training) -> None:
     settings, cost = training.settings, training.cost()
     clip = "no clipping" if settings.clip is None else f"gradient norm at most {settings.clip:g}"
     many = f", {training.processes.count} processes" if training.processes.count > 1 else ""
-    held = len(training.held_out)
+    held = held_out_text(len(training.held_out), settings.held_out)
     parameters = sum(p.numel() for p in training.student.parameters.values())
     seen = "" if settings.augment == "none" else f", augmented by {settings.augment}"
     lines = [
         ("method", f"{settings.objective!r}"),
         ("model", f"{settings.model}; trains: {trained_part(settings.trains)}, {parameters:,} parameters"),
-        ("images", f"{settings.dataset} ({settings.split}): {len(training.images)} to train on{seen}, {held} held out"),
+        ("images", f"{settings.dataset} ({settings.split}): {len(training.images)} to train on{seen}, {held}"),
         ("prompt", " | ".join(settings.templates)),
         (
             "profile",

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Recipe
-from vlmdefend.errors import UserError
-from vlmdefend.registry import split_outside
+from vlmdefend.defenses.training_time import OBJECTIVES
+from vlmdefend.errors import UnknownName, UserError
+from vlmdefend.registry import parse_spec, split_outside
 from vlmdefend.types import Pipeline
 
 
@@ -23,10 +24,25 @@ def create_defense(text: str) -> Defense:
     """
     texts = [part.strip() for part in split_outside(text, "+")]
     if len(texts) == 1:
-        return DEFENSES.create(text)
+        return _create(text)
     if not all(texts):
         raise UserError(f"defense {text!r}: a + has nothing beside it; write it between two defenses, ttc+jpeg.")
-    return compose(tuple(DEFENSES.create(part) for part in texts))
+    return compose(tuple(_create(part) for part in texts))
+
+
+def _create(text: str) -> Defense:
+    """One defense; the name of a method that trains is met with the command that trains."""
+    try:
+        return DEFENSES.create(text)
+    except UnknownName:
+        name = parse_spec(text)[0].strip().lower().replace("_", "-")
+        if name not in OBJECTIVES.names():
+            raise
+        command = f"train --method {name}" if OBJECTIVES.get(name).schedule else "distill --proxy P --target T"
+        raise UnknownName(
+            f"unknown defense {name!r}; it is trained into a model: `vlmdefend {command} --out FOLDER`, then evaluate "
+            "--model local-dir:FOLDER."
+        ) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,21 +7,20 @@ sign that it was (Athalye et al. 2018; Carlini et al. 2019; Croce et al. 2022), 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple, get_args
 
+from vlmdefend.evaluation.paired import MATERIAL, clearly_lower, compared, percent, robust_under_all, share
 from vlmdefend.evaluation.records import Attacker, Cell, Record, Row
 from vlmdefend.registry import split_outside
 from vlmdefend.types import format_eps
 
 ATTACKERS: tuple[Attacker, ...] = get_args(Attacker)
 ZERO_GRADIENTS = 0.01  # more exactly-zero pixel gradients than this
-SIGNIFICANT = 0.05  # p of the paired test
-MATERIAL = 0.01  # one point of accuracy: less is never worth a flag
 UNMOVED = 0.5  # of the survivors
+GAP = 0.10  # between PGD and AutoAttack: more speaks of a gradient that hides
 # options that a reader needs beside an attack's name
 EFFORT = ("source", "version", "plus", "kind", "learn", "target", "steps", "queries", "n_queries", "restarts")
 
@@ -64,7 +63,7 @@ def reasons(results: Iterable[Result]) -> list[Reason]:
         found += [*_outside_budget(result), *_zero_gradients(result), *_not_rising(result)]
     for eps in sorted({r.record.cell.eps for r in attacked}):
         here = [r for r in attacked if r.record.cell.eps == eps]
-        found += [*_gradient_free_wins(eps, here), *_transfer_wins(eps, here)]
+        found += [*_gradient_free_wins(eps, here), *_transfer_wins(eps, here), *_autoattack_wins(eps, here)]
     found += _rising_with_eps(attacked)
     return list(dict.fromkeys(found))
 
@@ -86,34 +85,6 @@ def attack_label(cell: Cell) -> str:
 def _is_said(option: str, value: object) -> bool:
     default = {"restarts": 1, "plus": "", "version": "standard"}
     return value is not None and value != default.get(option)
-
-
-def robust_under_all(results: Iterable[Result]) -> dict[str, bool]:
-    """Image id -> robust under every one of these cells; over the ids that all of them have."""
-    survived: dict[str, bool] | None = None
-    for result in results:
-        rows = {row.id: row.robust for row in result.rows}
-        before = rows if survived is None else survived
-        survived = {i: alive and rows[i] for i, alive in before.items() if i in rows}
-    return survived or {}
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Exact one-sided sign test on discordant pairs (McNemar's exact test): P(at least ``wins``) for a fair coin."""
-    n = wins + losses
-    if n == 0:
-        return 1.0
-    total = math.lgamma(n + 1) - n * math.log(2)
-    terms = [math.exp(total - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(wins, n + 1)]
-    return min(1.0, math.fsum(terms))
-
-
-def clearly_lower(low: Mapping[str, bool], high: Mapping[str, bool]) -> bool:
-    """Whether ``low`` keeps fewer of the shared images than ``high``, by a point and beyond the paired noise."""
-    shared = low.keys() & high.keys()
-    wins = sum(high[i] and not low[i] for i in shared)
-    losses = sum(low[i] and not high[i] for i in shared)
-    return wins - losses >= max(1.0, MATERIAL * len(shared)) and sign_test(wins, losses) < SIGNIFICANT
 
 
 def _broken_pipeline(results: Sequence[Result]) -> Iterator[Reason]:
@@ -154,7 +125,7 @@ def _zero_gradients(result: Result) -> Iterator[Reason]:
         yield Reason(
             "MASKED?",
             f"zero gradients {_who(cell)}",
-            f"{_percent(share)} of the pixel gradients of {_who(cell)} are zero or not finite",
+            f"{percent(share)} of the pixel gradients of {_who(cell)} are zero or not finite",
             cell.eps,
             (cell.attacker,),
         )
@@ -203,8 +174,8 @@ def _gradient_free_wins(eps: float, results: Sequence[Result]) -> Iterator[Reaso
                 yield Reason(
                     "MASKED?",
                     f"gradient-free {label} {attacker}",
-                    f"{label}, which needs no gradient, leaves {_compared(low, high)[0]}, below the "
-                    f"{_compared(low, high)[1]} of the {attacker} gradient attacks: the gradient is masked",
+                    f"{label}, which needs no gradient, leaves {compared(low, high)[0]}, below the "
+                    f"{compared(low, high)[1]} of the {attacker} gradient attacks: the gradient is masked",
                     eps,
                     (attacker,),
                 )
@@ -220,11 +191,32 @@ def _transfer_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
         low = robust_under_all([r for r in transfer if not both or _attack(r) in both])
         high = robust_under_all([r for r in own if not both or _attack(r) in both])
         if clearly_lower(low, high):
-            below, above = _compared(low, high)
+            below, above = compared(low, high)
             yield Reason(
                 "MASKED?",
                 f"transfer {attacker}",
                 f"transfer {below} is below {attacker} {above}: the {_SPELLED[attacker]} gradient is masked",
+                eps,
+                (attacker,),
+            )
+
+
+def _autoattack_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
+    """AutoAttack leaves far less than PGD did: the cross-entropy's gradient, or the logits' scale, may hide the way."""
+    for attacker in ATTACKERS:
+        own = [r for r in results if r.record.cell.attacker == attacker]
+        low, high = (
+            robust_under_all([r for r in own if r.record.cell.attack == name]) for name in ("autoattack", "pgd")
+        )
+        shared = low.keys() & high.keys()
+        gap = sum(high[i] for i in shared) - sum(low[i] for i in shared)
+        if clearly_lower(low, high) and gap > GAP * len(shared):
+            below, above = compared(low, high)
+            yield Reason(
+                "MASKED?",
+                f"autoattack {attacker}",
+                f"autoattack leaves {below}, more than {100 * GAP:.0f} points below the {above} of pgd {attacker}: the "
+                "gradient may be masked",
                 eps,
                 (attacker,),
             )
@@ -251,8 +243,8 @@ def _rising_with_eps(results: Sequence[Result]) -> Iterator[Reason]:
         for position, eps in enumerate(radii):
             smaller = [e for e in radii[:position] if clearly_lower(alive[e], alive[eps])]
             if smaller:
-                least = min(smaller, key=lambda e: _share(alive[e]))
-                below, above = _compared(alive[least], alive[eps])
+                least = min(smaller, key=lambda e: share(alive[e]))
+                below, above = compared(alive[least], alive[eps])
                 yield Reason(
                     "MASKED?",
                     f"rising {_who(cell)}",
@@ -273,17 +265,3 @@ def _attack(result: Result) -> tuple[str, str]:
 
 def _who(cell: Cell) -> str:
     return f"{attack_label(cell)} {cell.attacker}"
-
-
-def _share(alive: Mapping[str, bool]) -> float:
-    return sum(alive.values()) / len(alive) if alive else 0.0
-
-
-def _compared(low: Mapping[str, bool], high: Mapping[str, bool]) -> tuple[str, str]:
-    """Both accuracies over the images they share, as the test saw them."""
-    shared = low.keys() & high.keys()
-    return _percent(_share({i: low[i] for i in shared})), _percent(_share({i: high[i] for i in shared}))
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

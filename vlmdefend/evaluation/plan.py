@@ -15,6 +15,7 @@ from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.attackers import variants
+from vlmdefend.evaluation.fingerprint import check_files
 from vlmdefend.evaluation.grid import Grid, read_class_names
 from vlmdefend.evaluation.machine import choose_device
 from vlmdefend.evaluation.protocol import Protocol, get_protocol
@@ -39,7 +40,10 @@ class Planned:
     seed: int
 
     def gradients(self) -> tuple[int, int]:
-        """The most forwards and backwards of the bare model's pipeline, over all images of the cell."""
+        """The most forwards and backwards of the pipeline that is attacked or scored, over all images of the cell.
+
+        Each is one call of it: how often a defense runs its model in one (views, draws, own steps), only it knows.
+        """
         samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
         tries = len(variants(self.attacker, self.defense))
         forwards, backwards = (tries * spent for spent in self.attack.budget(samples))
@@ -78,6 +82,9 @@ def make_plan(grid: Grid) -> Plan:
         check_name(name, weights=grid.weights)
     defenses = [create_defense(text) for text in grid.defense]
     attacks = [_create_attack(text, grid.steps) for text in grid.attack]
+    named: list[Defense | Attack] = [*defenses, *attacks]
+    for method in named:
+        check_files(method)
     norms = {attack: _norm_of(attack, grid.norm, protocol) for attack in attacks}
     if grid.eps:
         _refuse_several_norms({norm: attack.name for attack, norm in norms.items() if attack.name != "none"}, grid.eps)

@@ -19,7 +19,7 @@ from vlmdefend.evaluation.machine import choose_device
 from vlmdefend.evaluation.plan import Plan, Planned, check_templates
 from vlmdefend.evaluation.protocol import Protocol, get_protocol
 from vlmdefend.evaluation.set_format import IndexRow, clean_hash
-from vlmdefend.rng import ImageRng
+from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import NORMS, Norm, Threat
 
 FIXED = ("attack", "attacker", "eps", "norm", "steps", "limit", "full", "skip_bad")  # what a saved set has decided
@@ -41,8 +41,8 @@ class Saved(Attack):
     source: AdversarialSet
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The saved images with the ids of ``rng``."""
-        rows = [self._by_id[name] for name in rng.ids]
+        """The saved images of those whose streams ``rng`` holds."""
+        rows = [self._by_name[name] for name in rng.names]
         found = self.source.images(rows)
         if found.shape != images.shape:
             raise UserError(
@@ -79,8 +79,8 @@ class Saved(Attack):
         return {"source": manifest.source, "set": self.source.hash, "source_attacked": attacked, **about}
 
     @cached_property
-    def _by_id(self) -> dict[str, IndexRow]:
-        return {row.id: row for row in self.source.rows}
+    def _by_name(self) -> dict[str, IndexRow]:
+        return {opaque(row.id): row for row in self.source.rows}
 
 
 def plan_saved(grid: Grid) -> Plan:

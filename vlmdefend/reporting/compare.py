@@ -8,14 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.diagnostics import (
-    Result,
-    attack_label,
-    is_attacked,
-    reasons,
-    robust_under_all,
-    sign_test,
-)
+from vlmdefend.evaluation.diagnostics import Result, attack_label, is_attacked, reasons
+from vlmdefend.evaluation.paired import robust_under_all, sign_test
 from vlmdefend.evaluation.records import Cell
 from vlmdefend.reporting.verdict import clean_under_all
 from vlmdefend.types import format_eps

@@ -17,8 +17,8 @@ from vlmdefend.evaluation.diagnostics import (
     attack_label,
     is_attacked,
     reasons,
-    robust_under_all,
 )
+from vlmdefend.evaluation.paired import robust_under_all
 from vlmdefend.evaluation.records import Attacker, Cell, Record, Row
 from vlmdefend.reporting.attack_names import attack_names
 from vlmdefend.reporting.certified import abstained, certified_curve

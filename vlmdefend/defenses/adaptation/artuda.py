@@ -26,7 +26,7 @@ from vlmdefend.defenses.adaptation.base import (
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Amplitude, Batch
 
 
 @ADAPTATIONS.register
@@ -51,8 +51,8 @@ class Artuda(Adaptation):
     additive: ClassVar[bool] = True
     trade_off: float = 1.0
     consistency: float = 1.0
-    eps: float = 0.1
-    alpha: float = 0.025
+    eps: Amplitude = 0.1
+    alpha: Amplitude = 0.025
     steps: int = 10
     warm_up: int | None = None
 

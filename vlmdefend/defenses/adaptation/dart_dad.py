@@ -27,7 +27,7 @@ from vlmdefend.defenses.adaptation.base import (
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Amplitude, Batch
 
 
 @ADAPTATIONS.register
@@ -52,8 +52,8 @@ class DartDad(Adaptation):
     additive: ClassVar[bool] = True
     pseudo: float = 1.0
     divergence: float = 1.0
-    eps: float = 0.1
-    alpha: float = 0.025
+    eps: Amplitude = 0.1
+    alpha: Amplitude = 0.025
     steps: int = 10
     warm_up: int | None = None
 

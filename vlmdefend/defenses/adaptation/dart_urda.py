@@ -28,7 +28,7 @@ from vlmdefend.defenses.adaptation.base import (
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch, Outputs
+from vlmdefend.types import Batch, Outputs, PixelUnits
 
 WeightReduction = Literal["released", "sum", "mean"]
 Space = Literal["pixel", "released"]
@@ -73,8 +73,8 @@ class DartUrda(Adaptation):
     weight_reduction: WeightReduction = "mean"
     trade_off: float = 1.8
     temperature: float = 2.0
-    eps: float = 0.1
-    alpha: float = 0.05
+    eps: PixelUnits = 0.1
+    alpha: PixelUnits = 0.05
     steps: int = 10
     space: Space = "pixel"
     defense: bool = True

@@ -26,7 +26,7 @@ from vlmdefend.defenses.adaptation.base import (
 from vlmdefend.defenses.adaptation.self_training import confident_consistency
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Amplitude, Batch
 
 if TYPE_CHECKING:
     from vlmdefend.models.classifier import ImageClassifier
@@ -57,8 +57,8 @@ class Srouda(Adaptation):
     threshold: float = 0.95
     look_ahead: float = 0.01
     teacher_rate: float = 1e-4
-    eps: float = 0.1
-    alpha: float = 0.025
+    eps: Amplitude = 0.1
+    alpha: Amplitude = 0.025
     steps: int = 10
 
     @property

@@ -21,7 +21,7 @@ from vlmdefend.defenses.adaptation.base import (
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Amplitude, Batch
 
 
 @ADAPTATIONS.register
@@ -42,8 +42,8 @@ class TradesPl(Adaptation):
     teacher: ClassVar[TeacherKind] = "proxy"
     additive: ClassVar[bool] = True
     beta: float = 6.0
-    eps: float = 0.1
-    alpha: float = 0.025
+    eps: Amplitude = 0.1
+    alpha: Amplitude = 0.025
     steps: int = 10
 
     @property

@@ -12,7 +12,7 @@ from vlmdefend.defenses.adaptation._attack import ascend, away_from
 from vlmdefend.defenses.adaptation.base import Adaptation, Domains, Role, domains_of, student_of, told, whole
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Batch
+from vlmdefend.types import Amplitude, Batch
 
 
 @ADAPTATIONS.register
@@ -30,8 +30,8 @@ class Vat(Adaptation):
     role: ClassVar[Role] = "robustification"
     domains: ClassVar[Domains] = "source"
     additive: ClassVar[bool] = True
-    eps: float = 0.1
-    alpha: float = 0.025
+    eps: Amplitude = 0.1
+    alpha: Amplitude = 0.025
     steps: int = 10
 
     @property

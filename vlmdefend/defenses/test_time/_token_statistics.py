@@ -75,7 +75,7 @@ class TokenStatistics(NamedTuple):
         try:
             read = load_file(str(Path(file).expanduser()))
             return cls(*(Moments(read[f"{kind}_mean"], read[f"{kind}_variance"]) for kind in cls._fields))
-        except (OSError, SafetensorError, KeyError) as error:
+        except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise UserError(
                 f"tapt: statistics={file} cannot be read ({str(error).splitlines()[0]}); give a file that "
                 "Tapt.measure(...).save(FILE) wrote, or the name of a data set."

@@ -15,7 +15,7 @@ from vlmdefend.defenses.test_time._deep_tuning import DeepTuned
 from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning, Sight
 from vlmdefend.defenses.test_time._token_statistics import Moments, TokenStatistics
 from vlmdefend.errors import UserError
-from vlmdefend.types import Pipeline
+from vlmdefend.types import Amplitude, Pipeline
 
 
 @DEFENSES.register
@@ -78,7 +78,7 @@ class Tapt(PromptTuning):
     depth: int = 9
     statistics: str | None = None
     known: int = 64
-    known_eps: float = 4 / 255
+    known_eps: Amplitude = 4 / 255
     gamma: float = 0.5
     weight: float = 100.0
 

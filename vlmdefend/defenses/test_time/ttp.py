@@ -17,7 +17,7 @@ from vlmdefend.defenses.test_time._prompt_tuning import Adam
 from vlmdefend.defenses.training_free._counter_attack import pixel_gradient
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline
+from vlmdefend.types import Outputs, Pipeline, Shade
 
 SHADES = {"black": 0.0, "white": 1.0}
 
@@ -78,7 +78,7 @@ class Ttp(Defense):
     threshold: float = 0.8
     border: float = 32 / 224
     shade: Literal["black", "white"] = "black"
-    brightest: float = 10 / 255
+    brightest: Shade = 10 / 255
     views: int = 64
     keep: float = 0.1
     lr: float = 5.0

@@ -188,10 +188,10 @@ def _from_python(text: str, device: torch.device) -> DiffusionPrior:
     module, _, function = place.partition(":")
     try:
         made = getattr(importlib.import_module(module), function)(device)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise UserError(
-            f"clipure_diff: prior={text}: {error}; give a module that Python can import and a function of it that "
-            "takes the device and returns the prior."
+            f"clipure_diff: prior={text}: {type(error).__name__}: {error}; give a module that Python can import and a "
+            "function of it that takes the device and returns the prior."
         ) from error
     missing = [name for name in ("signal", "reads_states", "prepared", "noise") if not hasattr(made, name)]
     if missing:

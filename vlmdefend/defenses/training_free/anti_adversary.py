@@ -20,7 +20,7 @@ from vlmdefend.defenses.training_free._counter_attack import (
 )
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline
+from vlmdefend.types import Pipeline, PixelUnits
 
 
 @DEFENSES.register
@@ -52,13 +52,18 @@ class AntiAdversary(CounterAttack):
         "BPDA: step constant, unrolled, or ignored, best per image", surrogates=2, bare=True
     )
     steps: int = 2
-    alpha: float = 0.15
+    alpha: PixelUnits = 0.15
     normalized: bool = True
     clip: bool = False
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.alpha < 0:
             raise UserError(f"anti_adversary: steps={self.steps} and alpha={self.alpha} must be zero or more.")
+        if not self.normalized and self.alpha >= 1:
+            raise UserError(
+                f"anti_adversary: alpha={self.alpha:g} with normalized=False is as large as the whole pixel range "
+                f"[0, 1]; did you mean {self.alpha:g}/255?"
+            )
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """``steps`` gradients; the first one's forward also says what the model thinks of the image."""

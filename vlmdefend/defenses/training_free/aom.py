@@ -13,7 +13,7 @@ from vlmdefend.defenses._views import mean_score, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline
+from vlmdefend.types import Amplitude, Outputs, Pipeline
 
 
 @DEFENSES.register
@@ -43,7 +43,7 @@ class Aom(Defense):
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"kappa": -1.0}
     recipe: ClassVar[Recipe] = Recipe("exact; EOT: fresh noise at every step, mean gradient over 4 draws", samples=4)
-    sigma: float = 8 / 255
+    sigma: Amplitude = 8 / 255
     copies: int = 4
     kappa: float = 1.0
 

@@ -15,7 +15,7 @@ from vlmdefend.defenses.training_free._counter_attack import CounterAttack, Coun
 from vlmdefend.defenses.training_free.low_pass import LowPass
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline
+from vlmdefend.types import Amplitude, Pipeline
 
 
 @DEFENSES.register
@@ -54,8 +54,8 @@ class Csr(CounterAttack):
     )
     threshold: float = 0.85
     radius: float = 40 / 224
-    eps: float = 4 / 255
-    alpha: float = 2 / 255
+    eps: Amplitude = 4 / 255
+    alpha: Amplitude = 2 / 255
     steps: int = 3
 
     def __post_init__(self) -> None:

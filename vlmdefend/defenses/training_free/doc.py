@@ -23,7 +23,7 @@ from vlmdefend.defenses.training_free._counter_attack import (
 from vlmdefend.defenses.training_free.ttc import Ttc
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, Threat, per_image
+from vlmdefend.types import Amplitude, Pipeline, Threat, per_image
 
 
 @DEFENSES.register
@@ -63,8 +63,8 @@ class Doc(CounterAttack):
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
     recipe: ClassVar[Recipe] = Ttc.recipe._replace(detector_weights=(0.0, 50.0))
-    eps: float = 4 / 255
-    alpha: float = 3 / 255
+    eps: Amplitude = 4 / 255
+    alpha: Amplitude = 3 / 255
     steps: int = 4
     aside: float = 0.5
     momentum: float = 0.5

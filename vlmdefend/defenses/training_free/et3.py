@@ -13,7 +13,7 @@ from vlmdefend.defenses.base import Paradigm, Recipe
 from vlmdefend.defenses.training_free._counter_attack import CounterAttack, Countered, Sight, pixel_gradient, shown
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, per_image
+from vlmdefend.types import Pipeline, PixelUnits, per_image
 
 
 @DEFENSES.register
@@ -45,8 +45,8 @@ class Et3(CounterAttack):
     recipe: ClassVar[Recipe] = Recipe(
         "BPDA: step constant, unrolled, or ignored, best per image", surrogates=2, bare=True
     )
-    alpha: float = 0.5
-    radius: float = 2.0
+    alpha: PixelUnits = 0.5
+    radius: PixelUnits = 2.0
     steps: int = 5
     temperature: float = 1.0
     scaled: bool = True

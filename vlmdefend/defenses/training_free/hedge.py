@@ -34,7 +34,7 @@ class Hedge(CounterAttack):
 
     Its perturbation spreads the logits until the loss is flat where it ends, so gradients through it, constant or
     unrolled, mislead. The adaptive attacker leaves the steps out and fools the model all over the ball in which they
-    start: the gradient at the random starts, averaged.
+    start: the gradient at the random starts, averaged. It tries the other two as well.
 
     Options:
         eps: the defender's ball, L-infinity in pixels of [0, 1].
@@ -54,8 +54,10 @@ class Hedge(CounterAttack):
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
     recipe: ClassVar[Recipe] = Recipe(
-        "BPDA: gradient at the random start, the steps left out; EOT over 4 starts; or of the bare model",
+        "BPDA: gradient at the random start, the steps left out; perturbation constant, unrolled, or ignored, best per "
+        "image; EOT over 4 starts",
         samples=4,
+        surrogates=3,
         bare=True,
     )
     eps: Amplitude = 8 / 255
@@ -71,8 +73,8 @@ class Hedge(CounterAttack):
         return _Start(self, model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """The one."""
-        return (self.surrogate(model),)
+        """At the random start; constant; unrolled."""
+        return self.surrogate(model), CounterAttacked(self, model, "constant"), CounterAttacked(self, model, "unrolled")
 
     def started(self, images: Tensor, rng: ImageRng) -> Tensor:
         """Images moved by uniform noise of the ball's size."""

@@ -61,6 +61,11 @@ class Interpolate(Defense):
         if not 0 <= self.weight <= 1:
             raise UserError(f"interpolate: weight={self.weight} must be in [0, 1].")
         other = self.other
+        if other.name == "none":
+            raise UserError(
+                f"interpolate: of={self.of} is the bare model itself; give a defense, jpeg, in brackets with its "
+                "options, [jpeg:quality=50]."
+            )
         if other.certifies or other.rejects:
             raise UserError(
                 f"interpolate: {other.name} certifies or turns away what it judges, and half of that means nothing; "

@@ -15,7 +15,7 @@ from vlmdefend.defenses.base import Defense, Paradigm, Recipe, features_of
 from vlmdefend.defenses.training_free._counter_attack import Sight, departure, noisy, relative, shown, sign_ascent
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline, per_image
+from vlmdefend.types import Amplitude, Outputs, Pipeline, per_image
 
 
 @DEFENSES.register
@@ -60,7 +60,7 @@ class Mac(Defense):
         surrogates=2,
         bare=True,
     )
-    eps: float = 8 / 255
+    eps: Amplitude = 8 / 255
     steps: int = 4
     views: int = 2
     threshold: float = 0.7

@@ -12,7 +12,7 @@ from vlmdefend.defenses._border import framed
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline
+from vlmdefend.types import Pipeline, Shade
 
 
 @DEFENSES.register
@@ -43,7 +43,7 @@ class RandomPad(Defense):
     neutral: ClassVar[dict[str, Any] | None] = {"border": 0.0}
     recipe: ClassVar[Recipe] = Recipe("EOT: mean gradient over 20 draws of the border", samples=20)
     border: float = 32 / 224
-    brightest: float = 10 / 255
+    brightest: Shade = 10 / 255
 
     def __post_init__(self) -> None:
         if not 0 <= self.border <= 1 or not 0 <= self.brightest <= 1:

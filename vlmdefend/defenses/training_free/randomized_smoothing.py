@@ -15,7 +15,7 @@ from vlmdefend.defenses._views import AT_ONCE, mean_score, predict_views
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline
+from vlmdefend.types import Outputs, Pipeline, PixelUnits
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,7 @@ class RandomizedSmoothing(Defense):
     certifies: ClassVar[bool] = True
     recipe: ClassVar[Recipe] = Recipe("EOT: log of the mean probability over 32 fresh draws in place of the vote")
     surrogate_draws: ClassVar[int] = 32
-    sigma: float = 0.1
+    sigma: PixelUnits = 0.1
     draws: int = 100
     selection: int = 20
     alpha: float = 0.001

@@ -13,7 +13,7 @@ from vlmdefend.defenses._resample import Span, axis_weights, resample, whole
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline
+from vlmdefend.types import Pipeline, Shade
 
 
 @DEFENSES.register
@@ -43,7 +43,7 @@ class ResizePad(Defense):
     neutral: ClassVar[dict[str, Any] | None] = {"smallest": 1.0}
     recipe: ClassVar[Recipe] = Recipe("EOT: mean gradient over 20 draws", samples=20)
     smallest: float = 200 / 224
-    fill: float = 0.0
+    fill: Shade = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.smallest <= 1 or not 0 <= self.fill <= 1:

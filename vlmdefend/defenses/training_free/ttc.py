@@ -22,7 +22,7 @@ from vlmdefend.defenses.training_free._counter_attack import (
 )
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Pipeline, per_image
+from vlmdefend.types import Amplitude, Pipeline, per_image
 
 
 @DEFENSES.register
@@ -64,8 +64,8 @@ class Ttc(CounterAttack):
         surrogates=2,
         bare=True,
     )
-    eps: float = 4 / 255
-    alpha: float = 1 / 255
+    eps: Amplitude = 4 / 255
+    alpha: Amplitude = 1 / 255
     steps: int = 2
     beta: float = 2.0
     threshold: float = 0.2

@@ -55,6 +55,8 @@ class Tte(Defense):
     def __post_init__(self) -> None:
         if self.crops < 0 or not 0 <= self.pad <= 1:
             raise UserError(f"tte: crops={self.crops} must be zero or more, pad={self.pad} in [0, 1].")
+        if not 0 <= self.crop_seed < 2**63:
+            raise UserError(f"tte: crop_seed={self.crop_seed} must be a whole number from 0 to 2**63 - 1.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
         """Predict all views, average."""

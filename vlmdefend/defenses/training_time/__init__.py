@@ -9,5 +9,5 @@ from vlmdefend.registry import Registry
 if TYPE_CHECKING:
     from vlmdefend.defenses.training_time.base import Objective
 
-OBJECTIVES: Registry[Objective] = Registry("objective", (__name__,), shared=("base",), separator="-")
+OBJECTIVES: Registry[Objective] = Registry("method", (__name__,), shared=("base",), separator="-")
 __all__ = ["OBJECTIVES"]

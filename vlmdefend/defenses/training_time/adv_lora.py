@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy, cross_entropy
 from vlmdefend.defenses.training_time.base import Schedule, Student, Teacher, Terms
+from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, format_eps
 
@@ -63,6 +64,11 @@ class AdvLora(Adversarial):
     )
     perturbation: Literal["universal", "per-image"] = "universal"
     ascent: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ascent < 0:
+            raise UserError(f"adv-lora: ascent={self.ascent} must be zero or more.")
 
     @property
     def whole_batch(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy
 from vlmdefend.defenses.training_time.base import Schedule, Student, Teacher, TeacherKind, Terms
+from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
@@ -33,6 +34,11 @@ class Agft(Adversarial):
     teacher: ClassVar[TeacherKind] = "original"
     schedule: ClassVar[Schedule | None] = Schedule(rate=4e-4, batch_size=128, epochs=10, logit_scale=180.0)
     softness: float = 0.4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.softness < 0:
+            raise UserError(f"agft: softness={self.softness} must be zero or more.")
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
         """The cross-entropy per image."""

@@ -12,6 +12,7 @@ from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy, cross_entropy
 from vlmdefend.defenses.training_time._attack import train_pgd
 from vlmdefend.defenses.training_time.base import PromptStudent, Schedule, Student, Teacher, Terms
+from vlmdefend.errors import UserError
 from vlmdefend.kernels.linf import linf_step_
 from vlmdefend.kernels.start import noisy
 from vlmdefend.rng import ImageRng
@@ -63,6 +64,11 @@ class Apt(Adversarial):
     alpha: float = 4 / 255 * 2 / 3
     prompting: Literal["on-the-fly", "constant", "perturbed"] = "on-the-fly"
     prompt_alpha: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.prompt_alpha < 0:
+            raise UserError(f"apt: prompt_alpha={self.prompt_alpha} must be zero or more.")
 
     @property
     def whole_batch(self) -> bool:

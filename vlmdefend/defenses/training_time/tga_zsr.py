@@ -21,6 +21,7 @@ from vlmdefend.defenses.training_time.base import (
     TeacherKind,
     Terms,
 )
+from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
@@ -55,6 +56,14 @@ class TgaZsr(Adversarial):
     adversarial_weight: float = 0.08
     clean_weight: float = 0.05
     token_norm: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adversarial_weight < 0 or self.clean_weight < 0:
+            raise UserError(
+                f"tga-zsr: adversarial_weight={self.adversarial_weight} and clean_weight={self.clean_weight} must be "
+                "zero or more."
+            )
 
     @property
     def cost(self) -> StepCost:

@@ -11,6 +11,7 @@ from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time._adversarial import Adversarial, accuracy, cross_entropy, divergence
 from vlmdefend.defenses.training_time._attack import ascend
 from vlmdefend.defenses.training_time.base import Schedule, StepCost, Student, Teacher, Terms
+from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
@@ -33,6 +34,11 @@ class Trades(Adversarial):
     citation: ClassVar[str] = "Zhang et al. 2019"
     schedule: ClassVar[Schedule | None] = Schedule(rate=1e-5, batch_size=256, epochs=10)
     beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 0:
+            raise UserError(f"trades: beta={self.beta} must be zero or more.")
 
     @property
     def cost(self) -> StepCost:
