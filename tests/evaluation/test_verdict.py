@@ -169,6 +169,19 @@ def test_a_prediction_that_changes_with_the_batch_mates_is_noticed(verdict: Verd
     assert record.checks.batch_dependent
 
 
+def test_what_a_rounding_makes_of_another_batch_size_is_not_taken_for_mates(verdict: Verdict) -> None:
+    """A batch of one differs in the last bits; a JPEG behind a sign step turns them into a hundredth of a logit."""
+
+    def rounded(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
+        outputs = model(images, rng)
+        return outputs._replace(
+            logits=outputs.logits + 0.05 * torch.eye(1, outputs.logits.shape[1]) * (len(images) == 1)
+        )
+
+    record, _ = verdict(defense=Around(call=rounded), attack=NoAttack())
+    assert not record.checks.batch_dependent
+
+
 def test_logits_that_are_not_numbers_are_one_sentence_with_the_image(verdict: Verdict) -> None:
     def sometimes(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
         logits = model(images, rng).logits
