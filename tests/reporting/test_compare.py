@@ -8,7 +8,8 @@ import pytest
 
 from vlmdefend.evaluation.diagnostics import Result
 from vlmdefend.evaluation.records import Checks
-from vlmdefend.reporting.compare import Comparison, NotComparable, Paired, compare
+from vlmdefend.reporting.compare import Comparison, NotComparable, Paired, compare, needed
+from vlmdefend.reporting.comparison_table import as_text
 
 Make = Callable[..., Result]
 Write = Callable[[Path, Iterable[Result]], Path]
@@ -56,6 +57,8 @@ def test_a_fall_within_the_tolerance_or_within_chance_is_none(make: Make) -> Non
     assert lost.regressions(0.0, 0.05) == []
     assert lost.regressions(0.4, 0.2) == []
     assert lost.regressions(0.39, 0.2) == ["worst"]
+    exact = one(compare([make(range(100), ids=range(100))], [make(range(29, 100), ids=range(100))]))
+    assert exact.regressions(29 / 100, 0.05) == []
 
 
 def test_worst_is_over_all_attackers_of_a_side(make: Make) -> None:
@@ -89,12 +92,40 @@ def test_one_model_on_each_side_may_be_called_differently(make: Make) -> None:
         ({"attack_config": {"steps": 100}}, "only the .* was attacked by pgd steps=1"),
         ({"attacker": "adaptive"}, "only the .* was attacked by pgd steps=10"),
         ({"status": "error", "error": "no memory"}, "failed .no memory.; run it again"),
-        ({"ids": range(20, 30)}, "share no image"),
+        ({"ids": range(20, 30)}, "different images .10 and 10, 0 in both."),
+        ({"ids": range(5)}, "different images .10 and 5, 5 in both."),
     ],
 )
 def test_what_was_made_differently_is_not_compared(make: Make, other: dict[str, object], says: str) -> None:
     with pytest.raises(NotComparable, match=says):
         compare([make([0])], [make([0], **other)])
+
+
+@pytest.mark.parametrize(
+    "other", [{"weights_hash": "old"}, {"code_hash": "old"}, {"batch_size": 4}, {"device": "cuda"}]
+)
+def test_a_side_that_holds_two_generations_is_not_compared(make: Make, other: dict[str, object]) -> None:
+    """Worst is over all that stands in a folder: an old bad run would hide that a good one became as bad."""
+    side = [make(range(8)), make(range(2), **other)]
+    for pair in (side, [make(range(2))]), ([make(range(2))], side):
+        with pytest.raises(NotComparable, match="holds an attack twice"):
+            compare(*pair)
+
+
+def test_clean_accuracy_is_one_question_at_all_radii(make: Make) -> None:
+    """Asked once more at each radius it would be corrected away."""
+
+    def side(right: range) -> list[Result]:
+        attacked = [make((), right, range(100), eps=eps / 255) for eps in (1, 2, 4, 8, 16)]
+        return [make((), right, range(100), eps=0.0, attack="none", attack_config={}), *attacked]
+
+    found = compare(side(range(100)), side(range(7, 100)))
+    assert len(found) == 6
+    assert [c.clean.p for c in found] == pytest.approx(
+        [6 / 128] * 6
+    )  # one question of clean accuracy, five of robustness
+    assert all(c.regressions(0.0, 0.05) == ["clean"] for c in found)
+    assert needed(found, 0.0, 0.05) == 7
 
 
 def test_settings_that_only_the_second_side_has_are_no_obstacle(make: Make) -> None:
@@ -123,6 +154,11 @@ def test_the_exit_code_is_the_gate(tmp_path: Path, make: Make, write: Write) -> 
     )
     assert max(map(len, fell.stdout.splitlines())) <= 80
     assert command(old, new, "--tolerance", "100").returncode == 0
+    assert "1 comparison: 1 of 1 failed; 6 images lost of 10, and none won, would count as a fall." in fell.stderr
+    few = write(tmp_path / "few", [make(range(4), ids=range(4))])
+    none = write(tmp_path / "none", [make([], ids=range(4), weights_hash="new")])
+    blind = command(few, none)
+    assert (blind.returncode, "4 images cannot show a fall" in blind.stderr) == (3, True)
     apart = command(old, other)
     assert (apart.returncode, apart.stdout) == (3, "")
     assert apart.stderr.startswith("error: ttc 4/255 on fashion: the second set of records has no counterpart")
@@ -152,4 +188,10 @@ def test_json_and_markdown_say_the_same(tmp_path: Path, make: Make, write: Write
     assert row["model"] == ["a|b", "c"]
     page = command(old, new, "-f", "markdown").stdout
     assert page.startswith("### a\\|b → c on fashion")
-    assert "| 100.0 → 0.0 | 10/0" in page
+    assert "| 100.0 → 100.0 | 0/0   | 100.0 → 0.0 | 10/0" in page
+
+
+def test_tables_of_other_images_are_told_apart(make: Make) -> None:
+    side = [make(range(10)), make(range(20), ids=range(20), ids_hash="j")]
+    titles = [line for line in as_text(compare(side, side), 0.0, 0.05).splitlines() if line.startswith("tiny-vit on")]
+    assert ["n = 10" in titles[0], "#i " in titles[0], "n = 20" in titles[1], "#j " in titles[1]] == [True] * 4

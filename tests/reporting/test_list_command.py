@@ -183,6 +183,7 @@ def test_a_paradigm_lists_its_defenses_and_says_what_makes_each_a_member() -> No
     }
     assert verified == {"ttc", "cola"}
     assert all("evidence" in entry for entry in listed["training-free"])
+    assert json.loads(run("Defense", "--paradigm", "test-time", "--json").stdout) == listed["test-time"]
     trained = {entry["name"] for entry in json.loads(run("--paradigm", "training-time", "--json").stdout)}
     assert {"tecoa", "hpt-gpd", "apt"} <= trained
 
@@ -192,6 +193,7 @@ def test_a_paradigm_lists_its_defenses_and_says_what_makes_each_a_member() -> No
     [
         (("--paradigm", "trainingfree"), "did you mean 'training-free'"),
         (("models", "--paradigm", "test-time"), "models have none"),
+        (("methods", "--paradigm", "test-time"), "it goes with defenses"),
     ],
 )
 def test_a_paradigm_that_is_none_is_refused(asked: tuple[str, ...], says: str) -> None:

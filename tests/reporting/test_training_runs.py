@@ -128,3 +128,19 @@ def test_a_damaged_file_is_one_sentence(file: str, damage: str, trained: Path) -
 
 def test_a_folder_with_other_settings_is_looked_through_for_cells(tmp_path: Path) -> None:
     assert "holds no record" in message(folder_of(tmp_path / "out", {"speed": 3}, None))
+
+
+@pytest.mark.parametrize(
+    ("settings", "summary"),
+    [
+        ({"method": "tecoa"}, {"finished": True}),
+        (TRAIN, {"measured": {"result": [1, 2]}, "finished": True}),
+        (DISTILL, {"result": "x", "finished": True}),
+        (URDA, {"before": [1], "finished": True}),
+    ],
+)
+def test_files_that_hold_something_else_are_one_sentence(
+    settings: dict[str, Any], summary: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "run", settings, summary)
+    assert message(folder).startswith(f"{folder / 'training'}: is not whole")

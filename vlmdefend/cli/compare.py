@@ -20,8 +20,10 @@ class ComparisonFormat(StrEnum):
 def compare(
     before: Annotated[Path, typer.Argument(help="Run folder of `evaluate`: what was accepted.")],
     after: Annotated[Path, typer.Argument(help="Run folder of the same command: what is new.")],
-    tolerance: Annotated[float, typer.Option(help="Points of accuracy that may be lost without being asked.")] = 0.0,
-    alpha: Annotated[float, typer.Option(help="A loss counts where chance explains it with less than this.")] = 0.05,
+    tolerance: Annotated[float, typer.Option(help="Points of accuracy that may be lost.")] = 0.0,
+    alpha: Annotated[
+        float, typer.Option(help="A loss counts where chance alone would show one as large with less than this.")
+    ] = 0.05,
     format: Annotated[
         ComparisonFormat, typer.Option("--format", "-f", help="How to write it.")
     ] = ComparisonFormat.TERMINAL,
@@ -38,6 +40,7 @@ def compare(
     Exit code: 0 nothing fell, 1 something did, 2 wrong usage, 3 not comparable.
     """
     from vlmdefend.errors import UserError
+    from vlmdefend.reporting.compare import NotComparable, needed
     from vlmdefend.reporting.compare import compare as pair
     from vlmdefend.reporting.comparison_table import as_json, as_markdown, as_text, verdict
     from vlmdefend.reporting.files import save
@@ -55,6 +58,11 @@ def compare(
             )
     found = pair(load_runs([before]), load_runs([after]))
     limits = tolerance / 100, alpha
+    least, n = needed(found, *limits), min(comparison.clean.n for comparison in found)
+    if least > n and tolerance < 100:
+        raise NotComparable(
+            f"{n} images cannot show a fall at --alpha {alpha:g}: it would take {least}; give more images."
+        )
     write = {"terminal": as_text, "markdown": as_markdown, "json": as_json}[format.value]
     text = write(found, *limits)
     if out is not None:
@@ -62,8 +70,8 @@ def compare(
     else:
         typer.echo(text)
     bad = sum(verdict(comparison, *limits) != "ok" for comparison in found)
-    typer.echo(
-        f"{bad} of {len(found)} comparisons failed." if bad else f"{len(found)} comparisons: none fell.", err=True
-    )
+    said = f"{bad} of {len(found)} failed" if bad else "nothing fell"
+    total = f"{len(found)} comparison{'s' if len(found) > 1 else ''}"
+    typer.echo(f"{total}: {said}; {least} images lost of {n}, and none won, would count as a fall.", err=True)
     if bad:
         raise typer.Exit(1)

@@ -68,16 +68,18 @@ def list_names(
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
-    if paradigm is not None:
-        if kind not in (None, "defenses", "methods"):
-            raise UserError(f"--paradigm {paradigm}: {kind} have none; it goes with defenses and methods.")
-        return _show_all("defense", of_paradigm(paradigm), as_json)
+    if paradigm is not None and kind is None:
+        kind = "defenses"
     if kind is None:
         raise UserError(f"say what to list: vlmdefend list {'|'.join(KINDS)}.")
     plural = kind.strip().lower()
     plural = plural if plural.endswith("s") else f"{plural}s"
     if plural not in KINDS:
         raise did_you_mean("kind of list", kind, list(KINDS))
+    if paradigm is not None:
+        if plural != "defenses":
+            raise UserError(f"--paradigm {paradigm}: {plural} have none; it goes with defenses.")
+        return _show_all("defense", of_paradigm(paradigm), as_json)
     listed: Listed = {
         "models": lambda: models(everything),
         "datasets": datasets,

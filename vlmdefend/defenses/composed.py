@@ -52,7 +52,8 @@ class Composed(Defense):
     A defense that follows the model's gradient itself (a counter-attack) looks through the stand-ins of those behind
     it: they have the same values, and the deployed ones may have no gradient. The adaptive attacker tries every
     stand-in of each with every one of the others, best per image; the draws of a gradient are those of the defense that
-    needs most, for all of them are drawn anew in each. A detector is that of the first.
+    needs most, for all of them are drawn anew in each. A detector is that of the first
+    that has one.
 
     Made by :func:`compose`, which gives every combination a class of its own for what a class says of itself.
 

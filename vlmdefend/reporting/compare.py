@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal, NamedTuple
 
 from vlmdefend.errors import UserError
@@ -15,6 +16,7 @@ from vlmdefend.reporting.verdict import clean_under_all
 from vlmdefend.types import format_eps
 
 Measure = Literal["clean", "worst"]
+ROUNDING = 1e-9  # 29 % of 100 images is 28.999999999999996
 
 
 class NotComparable(UserError):
@@ -67,17 +69,16 @@ class Paired:
     p: float
 
     @classmethod
-    def of(cls, before: Mapping[str, bool], after: Mapping[str, bool]) -> Paired:
-        """Outcomes by image id; only images of both count. ``p`` is not corrected yet."""
-        shared = before.keys() & after.keys()
-        lost = sum(before[i] and not after[i] for i in shared)
-        won = sum(after[i] and not before[i] for i in shared)
-        held = [sum(side[i] for i in shared) for side in (before, after)]
-        return cls(len(shared), held[0], held[1], lost, won, sign_test(lost, won))
+    def of(cls, ids: Set[str], before: Mapping[str, bool], after: Mapping[str, bool]) -> Paired:
+        """Outcomes by image id. ``p`` is not corrected yet."""
+        lost = sum(before[i] and not after[i] for i in ids)
+        won = sum(after[i] and not before[i] for i in ids)
+        held = [sum(side[i] for i in ids) for side in (before, after)]
+        return cls(len(ids), held[0], held[1], lost, won, sign_test(lost, won))
 
     def fell(self, tolerance: float, alpha: float) -> bool:
-        """Whether more than ``tolerance`` (a share, 0..1) was lost, beyond what chance explains."""
-        return self.lost - self.won > tolerance * self.n and self.p < alpha
+        """Whether more than ``tolerance`` (a share, 0..1) was lost, and chance does not explain that any was."""
+        return self.lost - self.won > tolerance * self.n + ROUNDING and self.p < alpha
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> list[Compariso
     may differ too.
 
     Raises:
-        NotComparable: a cell failed, a setting has no counterpart, was attacked differently, or shares no image.
+        NotComparable: a cell failed, a setting has no counterpart, was attacked differently or on other images, or one
+            side has it twice.
     """
     by_model = any(len({r.record.cell.model for r in side}) > 1 for side in (before, after))
     old, new = _by_setting(before, by_model), _by_setting(after, by_model)
@@ -117,11 +119,10 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> list[Compariso
             raise NotComparable(_missing(setting, new))
         sides = own, new[setting]
         _check_attacks(setting, *sides)
-        clean = Paired.of(*map(clean_under_all, sides))
-        if not clean.n:
-            raise NotComparable(f"{setting.defended}: the two sets of records share no image.")
+        ids = _images(setting, *sides)
+        clean = Paired.of(ids, *map(clean_under_all, sides))
         attacked = [[r for r in side if is_attacked(r.record.cell)] for side in sides]
-        worst = Paired.of(*map(robust_under_all, attacked)) if all(attacked) else None
+        worst = Paired.of(ids, *map(robust_under_all, attacked)) if all(attacked) else None
         known = _doubts(old, setting)
         fresh = tuple(text for kind, text in _doubts(new, setting).items() if kind not in known)
         models = (own[0].record.cell.model, new[setting][0].record.cell.model)
@@ -158,6 +159,19 @@ def _missing(setting: Setting, others: Iterable[Setting]) -> str:
     )
 
 
+def _images(setting: Setting, before: Sequence[Result], after: Sequence[Result]) -> Set[str]:
+    """The ids of the images, the same on both sides."""
+    old, new = (
+        frozenset.intersection(*(frozenset(row.id for row in r.rows) for r in side)) for side in (before, after)
+    )
+    if old != new or not old:
+        raise NotComparable(
+            f"{setting.defended}: the runs cover different images ({len(old)} and {len(new)}, {len(old & new)} in "
+            "both); give both the same images, and no --skip-bad."
+        )
+    return old
+
+
 def _check_attacks(setting: Setting, before: Sequence[Result], after: Sequence[Result]) -> None:
     """Robustness against other attacks is another number."""
 
@@ -168,6 +182,12 @@ def _check_attacks(setting: Setting, before: Sequence[Result], after: Sequence[R
             for c in cells
         }
 
+    for side, results in (("first", before), ("second", after)):
+        if len(attacks(results)) < len(results):
+            raise NotComparable(
+                f"{setting.defended}: the {side} set of records holds an attack twice, of other weights, code, batch "
+                "size or machine; give each run a folder of its own (--out)."
+            )
     old, new = attacks(before), attacks(after)
     if apart := old.keys() ^ new.keys():
         side, name = ("first", old) if min(apart) in old else ("second", new)
@@ -184,15 +204,39 @@ def _doubts(groups: Mapping[Setting, Sequence[Result]], setting: Setting) -> dic
     return {reason.kind: f"{reason.word} {reason.text}" for reason in found}
 
 
+def needed(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> int:
+    """How many images must be lost, and none won, for the first of these comparisons to count as a fall."""
+    smallest = min(paired.n for c in comparisons for paired in c.measures.values())
+    tests = len(_hypotheses(comparisons))
+    return next(k for k in count(1) if sign_test(k, 0) * tests < alpha and k > tolerance * smallest + ROUNDING)
+
+
+def _hypotheses(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], list[tuple[int, Measure]]]:
+    """What is asked, with every place where it is asked: clean accuracy is one question at all radii."""
+    asked: dict[tuple[object, ...], list[tuple[int, Measure]]] = {}
+    for i, comparison in enumerate(comparisons):
+        for name, paired in comparison.measures.items():
+            setting = comparison.setting
+            about = setting._replace(eps=0.0, norm="") if name == "clean" else setting
+            asked.setdefault((name, about, replace(paired, p=0.0)), []).append((i, name))
+    return asked
+
+
 def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Holm's step-down correction over all measures: of many comparisons one looks bad by chance."""
-    places = [(i, name) for i, c in enumerate(comparisons) for name in c.measures]
-    ordered = sorted(places, key=lambda place: comparisons[place[0]].measures[place[1]].p)
+    """Holm's step-down correction over all that is asked: of many comparisons one looks bad by chance."""
+
+    def p(places: list[tuple[int, Measure]]) -> float:
+        i, name = places[0]
+        return comparisons[i].measures[name].p
+
+    ordered = sorted(_hypotheses(comparisons).values(), key=p)
     corrected = list(comparisons)
     highest = 0.0
-    for rank, (i, name) in enumerate(ordered):
-        paired = comparisons[i].measures[name]
-        highest = max(highest, min(1.0, (len(ordered) - rank) * paired.p))
-        better = replace(paired, p=highest)
-        corrected[i] = replace(corrected[i], clean=better) if name == "clean" else replace(corrected[i], worst=better)
+    for rank, places in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * p(places)))
+        for i, name in places:
+            better = replace(comparisons[i].measures[name], p=highest)
+            corrected[i] = (
+                replace(corrected[i], clean=better) if name == "clean" else replace(corrected[i], worst=better)
+            )
     return corrected

@@ -24,7 +24,7 @@ def verdict(comparison: Comparison, tolerance: float, alpha: float) -> str:
 
 
 def as_text(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> str:
-    """One table per data set and pair of models, 80 columns where names are short, and a sentence per finding."""
+    """One table per data set and pair of models, 80 columns where names are short (-/+: images lost and won)."""
     return "\n".join(
         f"{plain(title)}\n{tabulate(rows, headers='keys', tablefmt='plain', disable_numparse=True)}\n"
         + "".join(f"{fill(plain(sentence), NARROWEST)}\n" for sentence in sentences)
@@ -67,12 +67,15 @@ def _tables(
     groups: dict[tuple[str, ...], list[Comparison]] = {}
     for comparison in comparisons:
         setting = comparison.setting
-        place = (*comparison.models, setting.dataset, setting.split, setting.protocol, setting.norm)
+        about = (*comparison.models, setting.dataset, setting.split, setting.protocol, setting.norm)
+        place = (*about, setting.ids_hash, setting.images_hash, setting.prompts_hash, setting.protocol_hash)
         groups.setdefault(place, []).append(comparison)
     tables = []
-    for (old, new, dataset, split, protocol, norm), same in groups.items():
+    for (old, new, dataset, split, protocol, norm, *hashes), same in groups.items():
         models = old if old == new else f"{old} → {new}"
-        title = f"{models} on {dataset} ({split}, n = {max(c.clean.n for c in same)}) · {norm} · protocol {protocol}"
+        title = f"{models} on {dataset} ({split}, n = {same[0].clean.n}) · {norm} · protocol {protocol}"
+        if sum(place[:6] == (old, new, dataset, split, protocol, norm) for place in groups) > 1:
+            title += f" · images, prompts and settings #{' #'.join(word[:6] for word in hashes if word)}"
         names = _names(same)
         rows = [_row(names[c.setting], c, tolerance, alpha) for c in same]
         sentences = [line for c in same for line in _sentences(names[c.setting], c, tolerance, alpha)]
@@ -93,14 +96,14 @@ def _names(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], str]:
 
 
 def _row(name: str, comparison: Comparison, tolerance: float, alpha: float) -> dict[str, str]:
-    worst = comparison.worst
+    clean, worst = comparison.clean, comparison.worst
     return {
         "defense": name,
         "eps": format_eps(comparison.setting.eps) if worst else "-",
-        "clean": _change(comparison.clean),
+        "clean": _change(clean),
+        "-/+": f"{clean.lost}/{clean.won}",
         "worst": _change(worst) if worst else "-",
-        "lost/won": f"{worst.lost}/{worst.won}" if worst else f"{comparison.clean.lost}/{comparison.clean.won}",
-        "p": _chance((worst or comparison.clean).p),
+        " -/+": f"{worst.lost}/{worst.won}" if worst else "-",
         "": verdict(comparison, tolerance, alpha),
     }
 
@@ -110,7 +113,7 @@ def _sentences(name: str, comparison: Comparison, tolerance: float, alpha: float
     measures = comparison.measures
     fell = [
         f"REGRESSION {where}: {measure} {_change(measures[measure])} %, {measures[measure].lost} images lost and "
-        f"{measures[measure].won} won of {measures[measure].n}, p = {_chance(measures[measure].p)}"
+        f"{measures[measure].won} won of {measures[measure].n}, p {_chance(measures[measure].p)}"
         for measure in comparison.regressions(tolerance, alpha)
     ]
     return [*fell, *(f"DOUBTFUL {where}: new is {doubt}" for doubt in comparison.doubts)]
@@ -121,4 +124,4 @@ def _change(paired: Paired) -> str:
 
 
 def _chance(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"

@@ -11,6 +11,7 @@ from vlmdefend.reporting.adaptation import result_text
 from vlmdefend.reporting.trained import held_out_text, measured, verdict_command
 
 SETTINGS, SUMMARY = Path("training", "settings.json"), Path("training", "summary.json")
+NOT_WHOLE = "is not whole; run the same command that made the folder again."
 Command = Literal["distill", "train", "urda-train"]
 TELLTALE: dict[str, Command] = {"robustify": "urda-train", "proxy": "distill", "method": "train"}
 
@@ -43,7 +44,18 @@ def training_run(folder: Path) -> TrainingRun | None:
 
 
 def training_text(run: TrainingRun) -> str:
-    """What the command printed at its end, once more."""
+    """What the command printed at its end, once more.
+
+    Raises:
+        UserError: its files hold something else than the command writes.
+    """
+    try:
+        return _text(run)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{run.folder / SETTINGS.parent}: {NOT_WHOLE}") from None
+
+
+def _text(run: TrainingRun) -> str:
     folder, command, settings, summary = run
     if command == "urda-train":
         return f"{folder}\n\n{result_text(settings, summary, folder)}\n"
@@ -63,5 +75,5 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
-        raise UserError(f"{file}: is not whole; run the same command that made the folder again.") from None
+        raise UserError(f"{file}: {NOT_WHOLE}") from None
     return found
