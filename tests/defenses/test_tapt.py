@@ -107,9 +107,9 @@ def test_a_batch_is_as_good_as_one_image_at_a_time(
     pipeline = Tapt(views=VIEWS, statistics=str(statistics_file)).wrap(classifier)
     together = pipeline(batch.images, streams(batch)).logits
     alone = [pipeline(batch.images[i : i + 1], streams(batch, slice(i, i + 1))).logits for i in range(6)]
-    assert torch.allclose(together, torch.cat(alone), atol=1e-4, rtol=1e-5)
+    assert torch.allclose(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(_deep_tuning, "AT_ONCE", 7)
-    assert torch.allclose(pipeline(batch.images, streams(batch)).logits, together, atol=1e-4, rtol=1e-5)
+    assert torch.allclose(pipeline(batch.images, streams(batch)).logits, together, atol=1e-5, rtol=1e-5)
 
 
 def hooks(classifier: ZeroShotClassifier) -> int:

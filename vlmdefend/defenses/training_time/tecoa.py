@@ -19,7 +19,8 @@ class Tecoa(Adversarial):
 
     The cross-entropy of the class prompts at PGD's images. For a zero-shot classifier this is Madry's adversarial
     training; what is special is that the last layer is text, which stays as it was. Which weights move is the run's
-    choice: the image tower, or a visual prompt (``--trains prompt:30``).
+    choice: the image tower, or a visual prompt (``--trains prompt:30``, the border; the tokens behind the patches that
+    the authors' code may add to it, ``add_prompt_size``, load with ``--weights`` and are not trained here).
 
     Published: 10 epochs of SGD, batch 256, PGD-2 at 1/255. The rate is 1e-5, at which others re-ran it: the authors'
     file has 1e-7, and what the released weights were made with is not known.
