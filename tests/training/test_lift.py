@@ -62,7 +62,7 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
 
 def points_won(before: dict[str, bool], after: dict[str, bool]) -> float:
     """In points of all images; chance would win so many more than it loses in one of a hundred runs at most."""
-    found = Paired.of(before, after)
+    found = Paired.of(before.keys() & after.keys(), before, after)
     assert found.n == len(before) == len(after)
     assert sign_test(found.won, found.lost) < 0.01, found
     return 100 * (found.won - found.lost) / found.n
