@@ -71,3 +71,14 @@ def labelled(model: Wrapped, shape: tuple[int, ...], count: int, seed: int = 1) 
 @pytest.fixture
 def conv() -> Wrapped:
     return convolutional()
+
+
+class Noisy(Wrapped):
+    """Adds a draw per image to the pixels, and counts how often it was asked."""
+
+    stochastic = True
+
+    def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
+        assert rng is not None
+        self.asked = getattr(self, "asked", 0) + len(images)
+        return Wrapped.forward(self, images + 0.05 * rng.normal(images.shape[1:]), rng)

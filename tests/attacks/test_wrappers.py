@@ -1,4 +1,4 @@
-"""Attacks around attacks, what is written in brackets, and pipelines around pipelines."""
+"""Attacks around attacks, and what is written in brackets."""
 
 from __future__ import annotations
 
@@ -9,14 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
+from tests.attacks.conftest import Noisy, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.adaptive import Bpda
 from vlmdefend.attacks.apgd_ce import ApgdCe
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.eot import Eot
-from vlmdefend.attacks.goal import Goal
-from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.mi import Mi
 from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.repeated import Repeated
@@ -27,20 +24,9 @@ from vlmdefend.attacks.view import View
 from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque
-from vlmdefend.types import Outputs, Threat
+from vlmdefend.types import Threat
 
 SHAPE = (3, 8, 8)
-
-
-class Noisy(Wrapped):
-    """Adds a draw per image to the pixels, and counts how often it was asked."""
-
-    stochastic = True
-
-    def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
-        assert rng is not None
-        self.asked = getattr(self, "asked", 0) + len(images)
-        return Wrapped.forward(self, images + 0.05 * rng.normal(images.shape[1:]), rng)
 
 
 # text
@@ -243,114 +229,3 @@ def test_eot_learns_from_as_many_draws_as_it_attacks_with() -> None:
     assert isinstance(learned, Universal)
     assert isinstance(expected, Universal)
     assert torch.equal(learned._lesson(), expected._lesson())
-
-
-# what is inside counts
-
-
-class Careless(Pgd):
-    """Leaves the ball on every image."""
-
-    def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        return images + 0.1
-
-
-@pytest.mark.parametrize(
-    ("attack", "expected"),
-    [
-        (WorstOf(attacks=[Pgd(steps=2), Careless()]), 3),
-        (Repeated(attack=Careless(), n=2), 6),
-        (Eot(attack=Repeated(attack=Careless(), n=2)), 6),
-        (Careless(), 3),
-    ],
-    ids=["worst-of", "repeated", "nested", "alone"],
-)
-def test_images_that_an_attack_inside_of_another_puts_outside_the_budget_are_counted(
-    attack: Attack, expected: int
-) -> None:
-    model = convolutional()
-    images, labels, ids = labelled(model, SHAPE, 3)
-    view = View(model, ImageRng(0, ids), stop=False)
-    assert attack(view, images, labels, Threat("linf", 0.01)).outside == expected
-    assert attack(view, images, labels, Threat("linf", 0.01)).outside == expected  # of this call, not of both
-
-
-# budgets
-
-
-@pytest.mark.parametrize(
-    "attack",
-    [
-        WorstOf(attacks="[pgd:steps=3]+[mi:steps=4]"),
-        Repeated(attack=Pgd(steps=3), n=3),
-        Targeted(attack=Pgd(steps=3), target="least"),
-        Targeted(attack=Mi(steps=3), target="random"),
-        Eot(attack=Pgd(steps=3), samples=4),
-        ATTACKS.create("si:steps=3:copies=2:plus=di"),
-        ATTACKS.create("feature:steps=3:restarts=2"),
-        ATTACKS.create("cw:steps=5:searches=3", c=0.1),
-        ATTACKS.create("fgsm:target=second"),
-    ],
-    ids=lambda a: a.name,
-)
-@pytest.mark.parametrize("samples", [1, 2])
-def test_no_more_is_spent_than_the_budget_says(attack: Attack, samples: int) -> None:
-    model = convolutional()
-    images, labels, ids = labelled(model, SHAPE, 3)
-    model.__class__ = Noisy
-    view = View(model, ImageRng(0, ids), samples=samples, stop=False)
-    norm = "linf" if "linf" in attack.norms else "l2"
-    attack(view, images, labels, Threat(norm, 0.01))
-    forwards, backwards = attack.budget(samples)
-    backwards_spent = int(view.ledger.backwards.max())
-    # the ledger counts the forwards of gradients too, and the contract's own two
-    assert backwards_spent <= backwards
-    assert int(view.ledger.forwards.max()) <= forwards + 2 * samples
-
-
-# BPDA
-
-
-def test_bpda_has_the_outputs_of_one_pipeline_and_the_gradient_of_the_other(conv: Wrapped) -> None:
-    other = convolutional(seed=4)
-    images, _, ids = labelled(conv, SHAPE, 4)
-    pipeline = Bpda(conv, other)
-    rng = ImageRng(0, ids)
-    pixels = images.clone().requires_grad_(True)
-    outputs = pipeline(pixels, rng)
-    assert torch.equal(outputs.logits, conv(images).logits)
-    assert outputs.features is not None
-    assert torch.equal(outputs.features, conv(images).features)
-    weights = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
-    found = torch.autograd.grad((outputs.logits * weights).sum(), pixels)[0]
-    pixels = images.clone().requires_grad_(True)
-    assert torch.equal(found, torch.autograd.grad((other(pixels).logits * weights).sum(), pixels)[0])
-    assert outputs.detector_score is None
-    assert pipeline.num_classes == 5
-    assert not pipeline.stochastic
-
-
-def test_bpda_sees_through_a_pipeline_that_cuts_the_gradient(conv: Wrapped) -> None:
-    class Cut(Wrapped):
-        def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
-            with torch.no_grad():
-                return Wrapped.forward(self, (images * 255).round() / 255, rng)
-
-    images, labels, ids = labelled(conv, SHAPE, 12)
-    deployed = Cut(conv.body, conv.head).eval()
-    threat = Threat("linf", 8 / 255)
-    blind = Pgd(random_start=False)(View(deployed, ImageRng(0, ids)), images, labels, threat)
-    seeing = Pgd(random_start=False)(View(Bpda(deployed, conv), ImageRng(0, ids)), images, labels, threat)
-    assert not blind.fooled.any()
-    assert seeing.fooled.any()
-
-
-def test_bpda_shows_both_pipelines_the_same_draws(conv: Wrapped) -> None:
-    conv.__class__ = Noisy
-    images, labels, ids = labelled(convolutional(), SHAPE, 3)
-    own = View(conv, ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["cw"])
-    both = View(Bpda(conv, conv), ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["cw"])
-    assert torch.equal(own.logits, both.logits)
-    assert torch.equal(own.pixels, both.pixels)
-    view = View(Bpda(conv, conv), ImageRng(0, ids))
-    assert not torch.equal(view(images), view(images))
