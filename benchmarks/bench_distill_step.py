@@ -15,12 +15,12 @@ from bench_subjects import _random_weights
 from torch import Tensor
 
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.classifier import TrainedClassifier, choose_trained
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
+from vlmdefend.training.clip.classifier import TrainedClassifier, choose_trained
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
 from vlmdefend.types import Batch
 
 PAIRS = (("ViT-B-32", "RN50"), ("RN50", "ViT-B-32"))  # proxy, target

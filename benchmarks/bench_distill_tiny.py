@@ -10,14 +10,14 @@ from bench_fixed import Row
 from vlmdefend.data import load_dataset
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.transforms import PixelTransform
-from vlmdefend.evaluation.run import evaluate
-from vlmdefend.evaluation.statistics import wilson
+from vlmdefend.evaluation.launchers.inline import evaluate
+from vlmdefend.evaluation.statistics.intervals import wilson
 from vlmdefend.models import load_model
-from vlmdefend.training.data import TrainingImages
-from vlmdefend.training.distill import Distillation
-from vlmdefend.training.distill_settings import make_distill_settings
-from vlmdefend.training.held_out import correct
-from vlmdefend.training.listener import Counted, Listener
+from vlmdefend.training.clip.distill import Distillation
+from vlmdefend.training.clip.distill_settings import make_distill_settings
+from vlmdefend.training.clip.held_out import correct
+from vlmdefend.training.loop.data import TrainingImages
+from vlmdefend.training.loop.listener import Counted, Listener
 
 EPS, IMAGES = "8/255", 200
 ATTACKS = ("pgd:steps=100", "autoattack")

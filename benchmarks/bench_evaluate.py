@@ -13,13 +13,13 @@ from bench_subjects import Wrapped, as_plain, pixels_of
 from torch import Tensor
 
 from vlmdefend.data.loader import load_batch
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.plan import Plan, make_plan
-from vlmdefend.evaluation.protocol import get_protocol
-from vlmdefend.evaluation.records import Cell, Record
-from vlmdefend.evaluation.run import run_plan
-from vlmdefend.evaluation.store import Store
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import Plan, make_plan
+from vlmdefend.evaluation.grid.protocol import get_protocol
+from vlmdefend.evaluation.launchers.inline import run_plan
+from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.evaluation.store.records import Cell, Record
+from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
 
 IMAGES, STEPS, BATCH, ROUNDS = 500, 100, 64, 3

@@ -16,7 +16,7 @@ from bench_subjects import Subject, fixed_subjects
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vlmdefend.attacks.view import View
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch
-from vlmdefend.evaluation.protocol import get_protocol
+from vlmdefend.evaluation.grid.protocol import get_protocol
 from vlmdefend.models import load_model
-from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 
 BATCH = 64

@@ -11,8 +11,9 @@ from bench_fixed import Row, verdict
 from bench_labelled import BATCH, Asked, Labelled, labelled
 from torch import Tensor
 
-from vlmdefend.attacks import ATTACKS, _apgd
+from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attacked
+from vlmdefend.attacks.gradient import _apgd
 from vlmdefend.rng import opaque
 from vlmdefend.types import Threat, format_eps
 

@@ -11,11 +11,11 @@ from bench_subjects import pixels_of
 
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch
-from vlmdefend.evaluation.protocol import get_protocol
+from vlmdefend.evaluation.grid.protocol import get_protocol
 from vlmdefend.kernels.linf import linf_step_
 from vlmdefend.models import load_model
-from vlmdefend.models.checkpoint import save_folder
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.weights.checkpoint import save_folder
 
 EPS, ATTACK_STEPS, STEPS, BATCH, RATE = 8 / 255, 3, 1500, 64, 3e-4
 CACHE = Path("~/.cache/vlmdefend/bench-robust-vit").expanduser()

@@ -16,19 +16,19 @@ from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation.base import UNKNOWN
 from vlmdefend.defenses.adaptation.dart_urda import DartUrda
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.statistics import wilson
-from vlmdefend.models.backbones import load_backbone
-from vlmdefend.models.classifier import ClassifierModel, ImageClassifier
+from vlmdefend.evaluation.statistics.intervals import wilson
+from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.listener import Counted, Listener
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.student import Accumulator, make_optimizer, update
-from vlmdefend.training.urda import Adapted, RobustAdaptation
-from vlmdefend.training.urda_measure import TargetNumbers
-from vlmdefend.training.urda_settings import make_urda_settings
-from vlmdefend.training.urda_student import AdaptedStudent, copy_of
-from vlmdefend.training.urda_teacher import as_teacher
+from vlmdefend.training.adaptation.measure import TargetNumbers
+from vlmdefend.training.adaptation.settings import make_urda_settings
+from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
+from vlmdefend.training.adaptation.teacher import as_teacher
+from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
+from vlmdefend.training.loop.listener import Counted, Listener
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
 from vlmdefend.types import Batch
 
 Row = dict[str, str]

@@ -34,17 +34,17 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.open import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import augmented_views, most_confident
 from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.test_time.r_tpt import RTpt
 from vlmdefend.defenses.training_free.ttc import Ttc
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.evaluation.grid import ATTACKERS
+from vlmdefend.defenses.views.views import augmented_views, most_confident
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.grid.grid import ATTACKERS
 from vlmdefend.models import load_model
-from vlmdefend.models.prompt_tower import PromptTower
-from vlmdefend.models.zero_shot import ZeroShotClassifier
-from vlmdefend.reporting.groups import attacker_text, clean_text, passes_text, worst_text
-from vlmdefend.reporting.verdict import verdict_lines
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.reporting.tables.groups import attacker_text, clean_text, passes_text, worst_text
+from vlmdefend.reporting.verdicts.verdict import verdict_lines
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline
 

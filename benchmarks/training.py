@@ -69,8 +69,8 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
     from vlmdefend.data.transforms import PixelTransform
     from vlmdefend.errors import UserError
     from vlmdefend.rng import ImageRng
-    from vlmdefend.training.data import TrainingImages
-    from vlmdefend.training.student import Accumulator, make_optimizer, update
+    from vlmdefend.training.loop.data import TrainingImages
+    from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
 
     for model in asked.models.split(","):
         for method in methods:
@@ -131,7 +131,7 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
 def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, str]]:
     """The vanilla model and each method: clean, PGD-100 and AutoAttack."""
     from vlmdefend.errors import UserError
-    from vlmdefend.training.listener import Listener
+    from vlmdefend.training.loop.listener import Listener
 
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     for model in asked.models.split(","):
@@ -162,8 +162,8 @@ def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
 
 def made(asked: argparse.Namespace, method: str, model: str, seed: int) -> Any:
     """A run of the command's own defaults, all methods with the same images and epochs."""
-    from vlmdefend.training.train import Training
-    from vlmdefend.training.train_settings import make_train_settings
+    from vlmdefend.training.clip.train import Training
+    from vlmdefend.training.clip.train_settings import make_train_settings
 
     given = {"method": method, "model": model, "seed": seed, "eps": EPS[model], "epochs": asked.epochs}
     out = asked.out / f"{model}-{method.replace(':', '-')}-{seed}-{asked.epochs}-{asked.limit}"
@@ -177,9 +177,9 @@ def measured(spec: str, asked: argparse.Namespace, name: str, kept: Path) -> dic
     from vlmdefend.data import load_dataset
     from vlmdefend.data.transforms import PixelTransform
     from vlmdefend.models import load_model
-    from vlmdefend.training.data import TrainingImages
-    from vlmdefend.training.held_out import accuracies
-    from vlmdefend.training.processes import Processes
+    from vlmdefend.training.clip.held_out import accuracies
+    from vlmdefend.training.loop.data import TrainingImages
+    from vlmdefend.training.loop.processes import Processes
     from vlmdefend.types import parse_eps
 
     kept.mkdir(parents=True, exist_ok=True)
@@ -207,7 +207,7 @@ def measured(spec: str, asked: argparse.Namespace, name: str, kept: Path) -> dic
 
 def shown(found: list[dict[str, list[int]]]) -> dict[str, str]:
     """Mean and range over seeds, or the interval of one."""
-    from vlmdefend.evaluation.statistics import wilson
+    from vlmdefend.evaluation.statistics.intervals import wilson
 
     cells = {}
     for column in found[0]:

@@ -32,7 +32,8 @@ except SystemExit as ended:
         "import vlmdefend",
         "import vlmdefend.cli.main",
         "import vlmdefend.evaluation, vlmdefend.attacks, vlmdefend.defenses, vlmdefend.data, vlmdefend.models",
-        "import vlmdefend.evaluation.records, vlmdefend.evaluation.store, vlmdefend.evaluation.grid",
+        "import vlmdefend.evaluation.store.records, vlmdefend.evaluation.store.run_folder\n"
+        "import vlmdefend.evaluation.grid.grid",
         HELP.format(args=["--help"]),
         HELP.format(args=["evaluate", "--help"]),
         HELP.format(args=["--version"]),

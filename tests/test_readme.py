@@ -14,7 +14,7 @@ import pytest
 import vlmdefend
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
-from vlmdefend.models.checkpoint import save_folder
+from vlmdefend.models.weights.checkpoint import save_folder
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = sorted((README.parent / "docs").glob("*.md"))

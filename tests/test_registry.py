@@ -17,7 +17,7 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.errors import UnknownName, UserError, did_you_mean
 from vlmdefend.registry import Registry, check_options, load_plugin, parse_spec
 
-EMPTY_ROOM = "vlmdefend.evaluation.protocols"  # a package without Python files
+EMPTY_ROOM = "vlmdefend.evaluation.grid.protocols"  # a package without Python files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +106,8 @@ def test_a_module_may_be_loaded_again(widgets: Registry[Any]) -> None:
 
 @pytest.mark.parametrize("name", ["pgd", "PGD"])
 def test_a_built_in_name_cannot_be_taken_even_before_its_file_is_imported(name: str) -> None:
-    fresh = Registry[Any]("attack", ("vlmdefend.attacks",), shared=("base",))
-    with pytest.raises(UserError, match=r"is defined twice, in vlmdefend.attacks.pgd and mine"):
+    fresh = Registry[Any]("attack", ("vlmdefend.attacks.gradient",), group="vlmdefend.attacks")
+    with pytest.raises(UserError, match=r"is defined twice, in vlmdefend.attacks.gradient.pgd and mine"):
         fresh.register(named(name, "mine"))
 
 
@@ -130,8 +130,8 @@ def test_a_package_adds_a_method_through_an_entry_point(tmp_path: Path, monkeypa
 def test_an_entry_point_does_not_replace_a_built_in(monkeypatch: Any) -> None:
     points = (EntryPoint("pgd", "their_package:Pgd", "vlmdefend.attacks"),)
     monkeypatch.setattr(registry_module, "entry_points", lambda group: points)
-    fresh = Registry[Any]("attack", ("vlmdefend.attacks",), shared=("base",))
-    assert fresh._files()["pgd"] == "vlmdefend.attacks.pgd"
+    fresh = Registry[Any]("attack", ("vlmdefend.attacks.gradient",), group="vlmdefend.attacks")
+    assert fresh._files()["pgd"] == "vlmdefend.attacks.gradient.pgd"
 
 
 # what is written after a name

@@ -1,8 +1,9 @@
-"""Find a method by its name: the file name in its room, an entry point, or a plugin file.
+"""Finds a method (attack, defense, dataset source ...) by its name: a file of the package, an entry point or a plugin.
 
-A room's ``__init__`` owns one :class:`Registry`. A built-in method is a file of that room; its name is the
-file's name, so listing and completing names imports nothing heavy. Packages can add methods through the entry
-point group ``vlmdefend.<room>``, a user through ``--plugin FILE``.
+A package such as ``vlmdefend.attacks`` owns one :class:`Registry`. A built-in method is one file in one of its family
+packages (``vlmdefend.attacks.gradient`` ...); the file's name is the method's name, so listing and completing names
+imports nothing heavy. Other distributions add methods through the entry point group ``vlmdefend.<package>``, a user
+through ``--plugin FILE``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ class Registry(Generic[T]):
 
     Args:
         kind: the singular noun used in messages, ``"attack"``.
-        packages: dotted names of the packages whose modules each hold one class.
-        shared: module names in those packages that hold no method (the contract, shared losses).
+        families: dotted names of the packages in which every file holds one class (files whose names begin with an
+            underscore hold none), or of single modules that hold one.
+        group: the entry point group; default: the first family.
+        shared: module names in those packages that hold no method (the contract).
         separator: ``"-"`` or ``"_"``: how a name is spelled where its file has an underscore.
-        families: modules that answer for every name ``prefix:NAME``, by prefix; each has ``create(NAME, options)`` and
+        prefixes: modules that answer for every name ``prefix:NAME``, by prefix; each has ``create(NAME, options)`` and
             ``names()``.
     """
 
@@ -46,16 +49,18 @@ class Registry(Generic[T]):
     def __init__(
         self,
         kind: str,
-        packages: tuple[str, ...],
+        families: tuple[str, ...],
         *,
+        group: str | None = None,
         shared: tuple[str, ...] = (),
         separator: str = "-",
-        families: Mapping[str, str] | None = None,
+        prefixes: Mapping[str, str] | None = None,
     ) -> None:
         self.kind = kind
-        self._packages = packages
+        self._families = families
+        self._group = group or families[0]
         self._shared = frozenset(shared)
-        self.families = dict(families or {})
+        self.prefixes = dict(prefixes or {})
         self._separator = separator
         self._classes: dict[str, type[Any]] = {}
         Registry._all.append(self)
@@ -105,9 +110,9 @@ class Registry(Generic[T]):
     def create(self, text: str, **options: Any) -> T:
         """Build one from ``name`` or ``name:option=value:option=value``; ``options`` come on top."""
         name, written = parse_spec(text)
-        family, _, member = name.partition(":")
-        if self._key(family) in self.families:
-            made: T = importlib.import_module(self.families[self._key(family)]).create(member, {**written, **options})
+        prefix, _, member = name.partition(":")
+        if self._key(prefix) in self.prefixes:
+            made: T = importlib.import_module(self.prefixes[self._key(prefix)]).create(member, {**written, **options})
             return made
         try:
             cls = self.get(name)
@@ -128,23 +133,26 @@ class Registry(Generic[T]):
         return name.strip().lower().replace("-", "_")
 
     def _built_in(self, key: str) -> str | None:
-        """The module of this house that owns a name, imported or not."""
+        """The module of this package that holds the method, imported or not; None: not built in."""
         module = self._files().get(key)
-        return module if module is not None and module.rpartition(".")[0] in self._packages else None
+        return module if module is not None and {module, module.rpartition(".")[0]} & {*self._families} else None
 
     def _spelled(self, key: str) -> str:
         return key.replace("_", self._separator)
 
     def _files(self) -> dict[str, str]:
+        """The dotted name of every method's module, by key; nothing is imported."""
         if self._modules is None:
             self._modules = {}
-            for package in self._packages:
-                spec = importlib.util.find_spec(package)
+            for family in self._families:
+                spec = importlib.util.find_spec(family)
+                if spec is not None and spec.submodule_search_locations is None:
+                    self._modules[family.rpartition(".")[2]] = family
                 for folder in (spec.submodule_search_locations or []) if spec else []:
                     for file in sorted(Path(folder).glob("*.py")):
                         if not file.stem.startswith("_") and file.stem not in self._shared:
-                            self._modules[file.stem] = f"{package}.{file.stem}"
-            for point in entry_points(group=self._packages[0]):
+                            self._modules[file.stem] = f"{family}.{file.stem}"
+            for point in entry_points(group=self._group):
                 self._modules.setdefault(self._key(point.name), point.module)
         return self._modules
 

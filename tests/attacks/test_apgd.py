@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from tests.attacks.test_pgd import minimal_radius
-from vlmdefend.attacks import ATTACKS, _apgd
-from vlmdefend.attacks._apgd import checkpoints
-from vlmdefend.attacks._runs import likely_wrong
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks.best_iterates import likely_wrong
+from vlmdefend.attacks.gradient import _apgd
+from vlmdefend.attacks.gradient._apgd import checkpoints
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque

@@ -7,8 +7,8 @@ import torch
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.autoattack import AutoAttack
 from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.composite.autoattack import AutoAttack
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque

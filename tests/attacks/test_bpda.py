@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from tests.attacks.conftest import Noisy, Wrapped, convolutional, labelled
-from vlmdefend.attacks.adaptive import Bpda
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.bpda import Bpda
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Threat

@@ -14,11 +14,18 @@ from PIL import Image
 from torch import Tensor
 
 from tests.attacks.conftest import convolutional, labelled
-from vlmdefend.attacks._corruptions import CORRUPTIONS, LARGE_IMAGES, SMALL_IMAGES, brightness, contrast, corrupt
-from vlmdefend.attacks._corruptions_blur import disk, sources
-from vlmdefend.attacks._corruptions_filters import blurred, box_matrix, inside, motion_blurred, zoomed
-from vlmdefend.attacks._corruptions_weather import fog, plasma
-from vlmdefend.attacks.corruption import KINDS, Corruption
+from vlmdefend.attacks.corruptions._blur import disk, sources
+from vlmdefend.attacks.corruptions._digital import (
+    CORRUPTIONS,
+    LARGE_IMAGES,
+    SMALL_IMAGES,
+    brightness,
+    contrast,
+    corrupt,
+)
+from vlmdefend.attacks.corruptions._filters import blurred, box_matrix, inside, motion_blurred, zoomed
+from vlmdefend.attacks.corruptions._weather import fog, plasma
+from vlmdefend.attacks.corruptions.corruption import KINDS, Corruption
 from vlmdefend.attacks.view import View
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch

@@ -7,8 +7,8 @@ import torch
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from tests.attacks.test_pgd import minimal_radius
-from vlmdefend.attacks._cw import into_tanh_space, out_of_tanh_space
-from vlmdefend.attacks.cw import Cw
+from vlmdefend.attacks.minimum_norm._cw import into_tanh_space, out_of_tanh_space
+from vlmdefend.attacks.minimum_norm.cw import Cw
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng

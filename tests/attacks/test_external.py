@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS, external
+from vlmdefend.attacks.composite.worst_of import WorstOf
 from vlmdefend.attacks.external import External
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
-from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Threat

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from tests.attacks.test_pgd import minimal_radius
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks._fab import onto_plane
+from vlmdefend.attacks.minimum_norm._fab import onto_plane
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.feature import Feature
-from vlmdefend.attacks.feature_kl import FeatureKl
+from vlmdefend.attacks.gradient.feature import Feature
+from vlmdefend.attacks.gradient.feature_kl import FeatureKl
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng

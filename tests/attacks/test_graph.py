@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tests.attacks.conftest import Wrapped, labelled
-from vlmdefend.attacks import ATTACKS, _graph
-from vlmdefend.attacks._graph import WARM, WORTH, ReplayedGradient, replayable
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks import ATTACKS, cuda_graph
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.cuda_graph import WARM, WORTH, ReplayedGradient, replayable
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
@@ -41,7 +41,7 @@ class Tape:
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_graph, "replayable", lambda view, images, goal: len(images) == view.width)
+    monkeypatch.setattr(cuda_graph, "replayable", lambda view, images, goal: len(images) == view.width)
 
 
 def views(conv: Wrapped) -> tuple[View, View, Tensor, Tensor]:

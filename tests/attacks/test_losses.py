@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.errors import UserError
 from vlmdefend.types import Outputs

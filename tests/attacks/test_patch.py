@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled
-from vlmdefend.attacks._patch import corners, cut, paste, resized, window
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.patch import Patch
+from vlmdefend.attacks.set_level._patch import corners, cut, paste, resized, window
+from vlmdefend.attacks.set_level.patch import Patch
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
-from vlmdefend.attacks.goal import Goal
-from vlmdefend.attacks.pgd import Pgd, choose_targets, step_size
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.gradient.pgd import Pgd, choose_targets, step_size
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque

@@ -8,8 +8,16 @@ import pytest
 import torch
 
 from tests.attacks.conftest import convolutional, labelled, linear
-from vlmdefend.attacks._square import bump, grid_of_tiles, patterns, put_square, put_stripes, shift_energy, window_sides
-from vlmdefend.attacks.square import Square
+from vlmdefend.attacks.query._square import (
+    bump,
+    grid_of_tiles,
+    patterns,
+    put_square,
+    put_stripes,
+    shift_energy,
+    window_sides,
+)
+from vlmdefend.attacks.query.square import Square
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng

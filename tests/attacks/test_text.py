@@ -13,22 +13,22 @@ from torch import Tensor
 from tests.attacks.conftest import Wrapped, convolutional, labelled
 from tests.attacks.spoken import WORDS, Spoken
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks._answers import Answers
-from vlmdefend.attacks._prompts import first_order_gains
-from vlmdefend.attacks._text_level import TextLevel
-from vlmdefend.attacks.co import Co
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.attacks.text import Text
+from vlmdefend.attacks.text_level._answers import Answers
+from vlmdefend.attacks.text_level._prompts import first_order_gains
+from vlmdefend.attacks.text_level._text_level import TextLevel
+from vlmdefend.attacks.text_level.co import Co
+from vlmdefend.attacks.text_level.text import Text
 from vlmdefend.attacks.view import View
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.text_side import TextSide, ensembled
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.models.clip.text_side import TextSide, ensembled
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat
 

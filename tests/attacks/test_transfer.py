@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks._targets import choose_targets
-from vlmdefend.attacks.di import Di, placement
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.gradient.di import Di, placement
+from vlmdefend.attacks.gradient.mi import Mi
+from vlmdefend.attacks.gradient.ni import Ni
+from vlmdefend.attacks.gradient.si import Si
+from vlmdefend.attacks.gradient.ti import Ti, gaussian
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.mi import Mi
-from vlmdefend.attacks.ni import Ni
-from vlmdefend.attacks.si import Si
-from vlmdefend.attacks.ti import Ti, gaussian
+from vlmdefend.attacks.target_classes import choose_targets
 from vlmdefend.attacks.view import View
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch

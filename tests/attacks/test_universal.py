@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.universal import Universal
+from vlmdefend.attacks.set_level.universal import Universal
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque

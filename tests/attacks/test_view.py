@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.attacks.conftest import Wrapped, labelled
-from vlmdefend.attacks.adaptive import bpda
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.active_set import State, run_in_slots
+from vlmdefend.attacks.bpda import bpda
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.attacks.slots import State, run_in_slots
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Threat

@@ -8,13 +8,13 @@ from torch import Tensor
 from tests.attacks.conftest import Noisy, convolutional, labelled
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.eot import Eot
-from vlmdefend.attacks.mi import Mi
-from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.attacks.repeated import Repeated
-from vlmdefend.attacks.targeted import Targeted
+from vlmdefend.attacks.composite.eot import Eot
+from vlmdefend.attacks.composite.repeated import Repeated
+from vlmdefend.attacks.composite.targeted import Targeted
+from vlmdefend.attacks.composite.worst_of import WorstOf
+from vlmdefend.attacks.gradient.mi import Mi
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
-from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 

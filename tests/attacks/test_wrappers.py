@@ -11,17 +11,17 @@ from torch import Tensor
 
 from tests.attacks.conftest import Noisy, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.apgd_ce import ApgdCe
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.eot import Eot
-from vlmdefend.attacks.mi import Mi
-from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.attacks.repeated import Repeated
-from vlmdefend.attacks.square import Square
-from vlmdefend.attacks.targeted import Targeted
-from vlmdefend.attacks.universal import Universal
+from vlmdefend.attacks.composite.eot import Eot
+from vlmdefend.attacks.composite.repeated import Repeated
+from vlmdefend.attacks.composite.targeted import Targeted
+from vlmdefend.attacks.composite.worst_of import WorstOf
+from vlmdefend.attacks.gradient.apgd_ce import ApgdCe
+from vlmdefend.attacks.gradient.mi import Mi
+from vlmdefend.attacks.gradient.pgd import Pgd
+from vlmdefend.attacks.query.square import Square
+from vlmdefend.attacks.set_level.universal import Universal
 from vlmdefend.attacks.view import View
-from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Threat

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.cli.conftest import SET, Cli, error_line, files_of, one_sentence
-from vlmdefend.evaluation.set_format import INDEX, MANIFEST
+from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Cli, one_sentence
-from vlmdefend.evaluation.set_format import MANIFEST
+from vlmdefend.evaluation.adversarial_sets.set_format import MANIFEST
 
 Put = Callable[[str, str], Path]
 FILE = "limit: 8\nbatch-size: 4\ndevice: cpu\neps: 8/255\nattack: fgsm\nseed: 3\n"

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli, files_of, one_sentence
-from vlmdefend.evaluation.deployed import Deployed
-from vlmdefend.evaluation.set_format import INDEX, MANIFEST
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST
+from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.cell.evaluator import Judge
 
 LONG = ("--limit", "120", "--batch-size", "8", "-a", "pgd:steps=20", "--eps", "8/255", "--threads", "1", "--png")
 LONG = (*LONG, "--device", "cpu")
@@ -131,7 +131,7 @@ def test_png_files_can_be_added_to_a_finished_set(attack: Cli, tmp_path: Path) -
 def test_a_disk_that_fills_up_is_one_sentence_and_the_same_command_goes_on(
     attack: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import vlmdefend.evaluation.crafting as crafting
+    import vlmdefend.evaluation.adversarial_sets.crafting as crafting
 
     write = crafting.write_whole
 

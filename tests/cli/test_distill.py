@@ -15,7 +15,7 @@ from tests.cli.distillation import PAIR, WEIGHTS, same_weights
 from vlmdefend.data import load_dataset
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models import load_model
-from vlmdefend.training.loop import Run
+from vlmdefend.training.loop.trainer import Run
 from vlmdefend.types import Batch
 
 # what it makes

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Cli
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.plan import make_plan
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import make_plan
 
 
 def planned(evaluate: Cli, *options: str) -> list[list[str]]:
@@ -30,8 +30,10 @@ def planned(evaluate: Cli, *options: str) -> list[list[str]]:
 def test_a_dry_run_computes_nothing_loads_no_weights_and_writes_nothing(
     evaluate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmdefend.models.build.read_weights", lambda *args: pytest.fail("weights were read"))
-    monkeypatch.setattr("vlmdefend.evaluation.run.load_model", lambda *args, **options: pytest.fail("loaded"))
+    monkeypatch.setattr("vlmdefend.models.clip.build.read_weights", lambda *args: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "vlmdefend.evaluation.launchers.inline.load_model", lambda *args, **options: pytest.fail("loaded")
+    )
     outcome = evaluate("-d", "none,jpeg", "-a", "none,pgd", "--eps", "4/255,8/255", "--dry-run")
     assert outcome.code == 0, outcome.err
     assert "Nothing was computed" in outcome.out
@@ -41,7 +43,7 @@ def test_a_dry_run_computes_nothing_loads_no_weights_and_writes_nothing(
 def test_a_dry_run_of_a_model_that_must_be_downloaded_downloads_nothing(
     evaluate: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmdefend.models.fetch.Repository.file", lambda *args: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("vlmdefend.models.weights.fetch.Repository.file", lambda *a: pytest.fail("the hub was asked"))
     assert [row[0] for row in planned(evaluate, "-m", "ViT-B/32", "-a", "none")] == ["ViT-B/32"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import BROKEN, GRAY, SIGNS, Cli, error_line
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.cell.evaluator import Judge
 
 Put = Callable[[str, str], Path]
 

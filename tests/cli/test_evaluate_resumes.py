@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Cli, error_line, rows_of
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.cell.evaluator import Judge
 
 LONG = ("--limit", "200", "--batch-size", "16", "-a", "pgd:steps=20", "--eps", "4/255,8/255", "--threads", "1")
 LONG = (*LONG, "--device", "cpu")

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.conftest import Cli, Outcome, one_sentence
 from vlmdefend.defenses.adaptation import ADAPTATIONS
-from vlmdefend.training.urda import RobustAdaptation
+from vlmdefend.training.adaptation.urda import RobustAdaptation
 
 SMALL = ("--limit", "72", "--eval-limit", "20", "--batch-size", "18", "--batch-size-student", "18", "--device", "cpu")
 SHORT = (

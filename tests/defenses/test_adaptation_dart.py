@@ -18,7 +18,7 @@ from vlmdefend.defenses.adaptation.dart_urda import (
     feature_loss,
 )
 from vlmdefend.errors import UserError
-from vlmdefend.training.schedule import Decay
+from vlmdefend.training.loop.schedule import Decay
 from vlmdefend.types import Outputs
 
 TEACHER = tensor([[2.0, 1, 0, -1], [0, 0, 0, 0], [5, -1, -1, -1]])

@@ -12,8 +12,8 @@ from torch import Tensor, nn, tensor
 
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation.base import UNKNOWN
-from vlmdefend.models.backbones import Backbone
-from vlmdefend.models.classifier import ImageClassifier
+from vlmdefend.models.classifier.backbones import Backbone
+from vlmdefend.models.classifier.classifier import ImageClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from tests.defenses.fashion import fashion_classifier
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._augmix import (
+from vlmdefend.defenses.views.augmix import (
     DRAWS,
     OPERATIONS,
     Operation,
@@ -27,7 +27,7 @@ from vlmdefend.defenses._augmix import (
     translated,
     upright,
 )
-from vlmdefend.defenses._views import augmented_views
+from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.rng import ImageRng
 
 

@@ -15,9 +15,9 @@ from tests.defenses.fashion import fashion_batch, fashion_classifier
 from vlmdefend.data.prompts import templates_for
 from vlmdefend.defenses.training_free.clipure_cos import ClipureCos
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.evaluation.diagnostics import Result, reasons
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.statistics.diagnostics import Result, reasons
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline
 

@@ -12,8 +12,8 @@ from tests.defenses.fashion import fashion_batch, fashion_classifier, streams
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import variants
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.attackers import variants
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline
 

@@ -9,8 +9,8 @@ import torch
 
 from tests.defenses.cases import Case, every
 from tests.defenses.fashion import fashion_batch, fingerprint
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.defenses.linear import Linear, rng
 from vlmdefend.defenses.training_free.csr import Csr
 from vlmdefend.defenses.training_free.low_pass import LowPass
-from vlmdefend.evaluation.counting import Counted
+from vlmdefend.evaluation.cell.query_count import Counted
 
 
 def test_csr_steps_from_the_image_towards_its_low_pass_version(images: torch.Tensor, weights: torch.Tensor) -> None:

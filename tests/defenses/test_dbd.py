@@ -10,12 +10,12 @@ from torch import Tensor
 
 from tests.defenses.fashion import fashion_batch, fashion_classifier
 from tests.defenses.linear import Embedding, rng
-from vlmdefend.attacks.goal import Goal
-from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.defenses._views import augmented_views
+from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.defenses.training_free.dbd import Dbd
-from vlmdefend.evaluation.attackers import craft, variants
-from vlmdefend.evaluation.records import Attacker
+from vlmdefend.defenses.views.views import augmented_views
+from vlmdefend.evaluation.cell.attackers import craft, variants
+from vlmdefend.evaluation.store.records import Attacker
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 

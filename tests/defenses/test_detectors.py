@@ -10,13 +10,13 @@ import torch
 import vlmdefend
 from tests.defenses.fashion import fashion_batch, fashion_classifier
 from tests.defenses.linear import Linear
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.defenses.training_free.agreement import Agreement
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import craft, variants
-from vlmdefend.evaluation.records import Row
-from vlmdefend.evaluation.rejection import accuracy_against_rejection, rejection_text
-from vlmdefend.reporting.verdict import verdict_lines
+from vlmdefend.evaluation.cell.attackers import craft, variants
+from vlmdefend.evaluation.statistics.rejection import accuracy_against_rejection, rejection_text
+from vlmdefend.evaluation.store.records import Row
+from vlmdefend.reporting.verdicts.verdict import verdict_lines
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 

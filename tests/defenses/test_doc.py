@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.defenses.linear import SIZE, Linear, rng
 from vlmdefend.defenses.training_free.doc import Doc
-from vlmdefend.evaluation.counting import Counted
+from vlmdefend.evaluation.cell.query_count import Counted
 
 
 def test_doc_widens_the_gradient_by_a_random_direction_at_right_angles(images: torch.Tensor) -> None:

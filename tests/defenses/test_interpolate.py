@@ -12,8 +12,8 @@ from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.composed import create_defense
 from vlmdefend.defenses.training_free.interpolate import Interpolate
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import variants
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.attackers import variants
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline
 

@@ -9,13 +9,13 @@ import torch
 
 import vlmdefend
 from tests.defenses.fashion import fashion_batch, fashion_classifier
-from vlmdefend.defenses import _views
-from vlmdefend.defenses._resample import Span
-from vlmdefend.defenses._views import augmented_views, predict_views
 from vlmdefend.defenses.test_time.mta import Mta
 from vlmdefend.defenses.test_time.r_tpt import RTpt
-from vlmdefend.evaluation.diagnostics import Result
-from vlmdefend.evaluation.paired import sign_test
+from vlmdefend.defenses.views import views
+from vlmdefend.defenses.views.resample import Span
+from vlmdefend.defenses.views.views import augmented_views, predict_views
+from vlmdefend.evaluation.statistics.diagnostics import Result
+from vlmdefend.evaluation.statistics.paired import sign_test
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
@@ -51,7 +51,7 @@ def test_transfer_accuracy_is_clearly_above_adaptive(model: str, defense: str, e
 
 
 def test_plain_white_box_on_a_cut_gradient_is_flagged(tmp_path: Path) -> None:
-    from vlmdefend.evaluation.diagnostics import reasons
+    from vlmdefend.evaluation.statistics.diagnostics import reasons
 
     found = vlmdefend.evaluate(tmp_path, defense="jpeg", eps="16/255", limit=60, threads=1)
     said = reasons([Result(*result) for result in found.results])
@@ -103,4 +103,4 @@ def streams(batch: Batch) -> ImageRng:
 
 
 def boxes(batch: Batch) -> tuple[Span, Span]:
-    return _views._boxes(streams(batch).uniform((63, 2 * _views.ATTEMPTS + 3)), 32, 32, (0.08, 1.0))
+    return views._boxes(streams(batch).uniform((63, 2 * views.ATTEMPTS + 3)), 32, 32, (0.08, 1.0))

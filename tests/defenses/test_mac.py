@@ -8,9 +8,9 @@ import torch
 import torchvision.transforms.functional as TF
 
 from tests.defenses.linear import SIZE, Linear, rng
-from vlmdefend.defenses._mild_changes import _blurred, _moved, _recoloured, _turned, mildly_changed
 from vlmdefend.defenses.training_free.mac import Mac
-from vlmdefend.evaluation.counting import Counted
+from vlmdefend.defenses.views.mild_changes import _blurred, _moved, _recoloured, _turned, mildly_changed
+from vlmdefend.evaluation.cell.query_count import Counted
 from vlmdefend.rng import ImageRng
 
 

@@ -18,16 +18,16 @@ from tests.defenses.fashion import (
     fingerprint,
     streams,
 )
-from vlmdefend.defenses._views import augmented_views, marginal_entropy, most_confident
 from vlmdefend.defenses.test_time import _prompt_tuning
 from vlmdefend.defenses.test_time._prompt_tuning import Adam, PromptTuning, Tuned
 from vlmdefend.defenses.test_time.c_tpt import CTpt, spread
 from vlmdefend.defenses.test_time.r_tpt import RTpt
 from vlmdefend.defenses.test_time.tpt import Tpt
+from vlmdefend.defenses.views.views import augmented_views, marginal_entropy, most_confident
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.models.prompt_tower import PromptTower
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.prompts.prompt_tower import PromptTower
 from vlmdefend.types import Batch
 
 VIEWS = 24

@@ -13,7 +13,7 @@ from vlmdefend.defenses.training_free.clipure_cos import ClipureCos
 from vlmdefend.defenses.training_free.cola import Cola
 from vlmdefend.defenses.training_free.dbd import Dbd
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.counting import Counted
+from vlmdefend.evaluation.cell.query_count import Counted
 
 
 @pytest.mark.parametrize("defense", [ClipureCos(), Dbd(), Cola(), Aom()])

@@ -10,13 +10,13 @@ import torch
 from scipy.stats import binom, norm
 
 import vlmdefend
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.defenses.training_free import randomized_smoothing
 from vlmdefend.defenses.training_free.randomized_smoothing import RandomizedSmoothing, lower_bound
-from vlmdefend.evaluation.records import Row
+from vlmdefend.evaluation.store.records import Row
 from vlmdefend.reporting import render, verdict_lines
-from vlmdefend.reporting.certified import abstained, certified_curve, certified_text, mean_curve
+from vlmdefend.reporting.verdicts.certified import abstained, certified_curve, certified_text, mean_curve
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import ABSTAINED, Outputs, Threat
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from tests.defenses.fashion import fashion_batch, fashion_classifier
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.defenses.training_free.anti_adversary import AntiAdversary
 from vlmdefend.defenses.training_free.noise import Noise
-from vlmdefend.evaluation.attackers import Variant, craft, variants
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.attackers import Variant, craft, variants
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline, Threat
 

@@ -13,16 +13,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import vlmdefend
 from tests.defenses.fashion import TWO_TEMPLATES, fashion_batch, fashion_classifier, fingerprint, streams
-from vlmdefend.defenses._views import augmented_views, marginal_entropy
 from vlmdefend.defenses.base import features_of
 from vlmdefend.defenses.test_time import _deep_tuning
 from vlmdefend.defenses.test_time._deep_tuning import DeepTuned
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics
 from vlmdefend.defenses.test_time.tapt import Tapt
+from vlmdefend.defenses.views.views import augmented_views, marginal_entropy
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.models.image_prompts import DeepPromptTower, ImagePrompts, first_image_tokens, reading
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, first_image_tokens, reading
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 

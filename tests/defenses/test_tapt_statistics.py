@@ -11,9 +11,9 @@ from tests.defenses.fashion import TWO_TEMPLATES, fashion_batch, fashion_classif
 from vlmdefend.defenses.test_time._token_statistics import Moments, TokenStatistics
 from vlmdefend.defenses.test_time.tapt import Tapt
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.models.image_prompts import block_inputs
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.prompts.image_prompts import block_inputs
 from vlmdefend.types import Batch
 
 VIEWS = 24

@@ -13,11 +13,11 @@ from tests.training.test_train_methods import training
 from vlmdefend.defenses.base import features_of
 from vlmdefend.defenses.test_time._deep_tuning import DeepTuned
 from vlmdefend.defenses.test_time.tapt import Tapt
-from vlmdefend.models.image_prompts import DeepPromptTower, ImagePrompts, reading
-from vlmdefend.models.learned_prompts import LearnedPrompts
-from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.models.zero_shot import ZeroShotClassifier
-from vlmdefend.training.listener import Listener
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, reading
+from vlmdefend.models.prompts.learned_prompts import LearnedPrompts
+from vlmdefend.training.loop.listener import Listener
 from vlmdefend.types import Batch
 
 VIEWS = 24

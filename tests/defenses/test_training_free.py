@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import vlmdefend
-from vlmdefend.attacks.adaptive import bpda
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.bpda import bpda
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._resample import Span, axis_weights, resample, whole
 from vlmdefend.defenses.training_free.bit_depth import BitDepth
 from vlmdefend.defenses.training_free.blur import Blur
 from vlmdefend.defenses.training_free.median import Median
@@ -17,6 +16,7 @@ from vlmdefend.defenses.training_free.random_pad import RandomPad
 from vlmdefend.defenses.training_free.resize_pad import ResizePad
 from vlmdefend.defenses.training_free.total_variation import TotalVariation
 from vlmdefend.defenses.training_free.tte import Tte
+from vlmdefend.defenses.views.resample import Span, axis_weights, resample, whole
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs

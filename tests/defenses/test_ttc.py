@@ -7,7 +7,7 @@ import torch
 
 from tests.defenses.linear import SIZE, Linear, rng
 from vlmdefend.defenses.training_free.ttc import Ttc
-from vlmdefend.evaluation.counting import Counted
+from vlmdefend.evaluation.cell.query_count import Counted
 
 
 @pytest.mark.parametrize("threshold", [0.0, torch.inf])

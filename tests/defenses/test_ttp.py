@@ -12,13 +12,13 @@ from torch import Tensor
 import vlmdefend
 from tests.defenses.fashion import Blind, fashion_batch, fashion_classifier, fingerprint, streams
 from tests.defenses.linear import Linear
-from vlmdefend.defenses._border import framed
-from vlmdefend.defenses._views import augmented_views
 from vlmdefend.defenses.test_time import ttp
 from vlmdefend.defenses.test_time.ttp import Ttp
+from vlmdefend.defenses.views.border import framed
+from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.counting import Counted
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs
 

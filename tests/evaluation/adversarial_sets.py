@@ -12,11 +12,11 @@ from torch import Tensor
 import vlmdefend
 from vlmdefend.data.loader import load_batch
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.crafting import Crafted, craft_set
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.plan import make_plan
-from vlmdefend.evaluation.set_format import INDEX
+from vlmdefend.evaluation.adversarial_sets.crafting import Crafted, craft_set
+from vlmdefend.evaluation.adversarial_sets.set_format import INDEX
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.launchers.listener import Listener
 
 COUNT = 20
 OPTIONS: dict[str, Any] = {"limit": COUNT, "batch_size": 8, "device": "cpu"}

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from tests.evaluation.adversarial_sets import craft
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.data.base import BadImage, ImageSet
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.defenses.none import NoDefense
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.records import Cell, Record, Row
-from vlmdefend.evaluation.store import CellWriter, Store
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.run_folder import CellWriter, Store
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 

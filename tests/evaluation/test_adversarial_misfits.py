@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tests.evaluation.adversarial_sets import OPTIONS, craft, photos, rows_of, score
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.adversarial_set import AdversarialSet
-from vlmdefend.evaluation.crafting import craft_set
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.plan import make_plan
-from vlmdefend.evaluation.set_format import INDEX, MANIFEST, digest
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
+from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
+from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST, digest
+from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.launchers.listener import Listener
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from torch import Tensor
 import vlmdefend
 from tests.evaluation.adversarial_sets import clean_of, craft
 from vlmdefend.data.transforms import PixelTransform
-from vlmdefend.evaluation.png import to_levels, to_pixels
-from vlmdefend.evaluation.set_format import INDEX
+from vlmdefend.evaluation.adversarial_sets.png import to_levels, to_pixels
+from vlmdefend.evaluation.adversarial_sets.set_format import INDEX
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 

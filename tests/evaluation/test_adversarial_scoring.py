@@ -8,12 +8,12 @@ import pytest
 
 import vlmdefend
 from tests.evaluation.adversarial_sets import OPTIONS, craft, score
-from vlmdefend.evaluation.adversarial_set import AdversarialSet
-from vlmdefend.evaluation.crafting import craft_set
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.plan import make_plan
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
+from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
+from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.rng import ImageRng
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import vlmdefend
 from tests.evaluation.adversarial_sets import COUNT, clean_of, craft, photos, rows_of, score
-from vlmdefend.evaluation.adversarial_set import AdversarialSet
-from vlmdefend.evaluation.deployed import Deployed
-from vlmdefend.evaluation.set_format import INDEX, MANIFEST
+from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
+from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST
+from vlmdefend.evaluation.cell.defended_model import Deployed
 from vlmdefend.rng import ImageRng
 
 EVIL = ("../../escaped", "<script>alert(1)</script>", "two\nlines", 'a,b\t"c"', "/absolute", "\u30b7\u30e3\u30c4")

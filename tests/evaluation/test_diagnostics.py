@@ -2,9 +2,9 @@ from typing import Any
 
 import pytest
 
-from vlmdefend.evaluation.diagnostics import Reason, Result, attack_label, reasons
-from vlmdefend.evaluation.paired import clearly_lower, robust_under_all, sign_test
-from vlmdefend.evaluation.records import Cell, Checks, Cost, Record, Row
+from vlmdefend.evaluation.statistics.diagnostics import Reason, Result, attack_label, reasons
+from vlmdefend.evaluation.statistics.paired import clearly_lower, robust_under_all, sign_test
+from vlmdefend.evaluation.store.records import Cell, Checks, Cost, Record, Row
 
 CELL: dict[str, Any] = {
     "protocol": "unified",

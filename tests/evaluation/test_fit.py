@@ -13,20 +13,20 @@ from torch import Tensor
 from tests.evaluation.conftest import COUNT, Around, CellWriter, Linear, Notes, Random, Verdict, bench, pictures
 from tests.evaluation.test_verdict import noisy
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.corruption import Corruption
-from vlmdefend.attacks.patch import Patch
-from vlmdefend.attacks.pgd import Pgd
-from vlmdefend.attacks.square import Square
-from vlmdefend.attacks.universal import Universal
+from vlmdefend.attacks.composite.worst_of import WorstOf
+from vlmdefend.attacks.corruptions.corruption import Corruption
+from vlmdefend.attacks.gradient.pgd import Pgd
+from vlmdefend.attacks.query.square import Square
+from vlmdefend.attacks.set_level.patch import Patch
+from vlmdefend.attacks.set_level.universal import Universal
 from vlmdefend.attacks.view import View
-from vlmdefend.attacks.worst_of import WorstOf
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.none import NoDefense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.diagnostics import Result, reasons
-from vlmdefend.evaluation.plan import Planned, attackers_of
-from vlmdefend.evaluation.store import Shard
+from vlmdefend.evaluation.grid.plan import Planned, attackers_of
+from vlmdefend.evaluation.statistics.diagnostics import Result, reasons
+from vlmdefend.evaluation.store.run_folder import Shard
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Pipeline, Threat
 

@@ -14,14 +14,14 @@ from torch import Tensor
 
 import vlmdefend
 from tests.evaluation.conftest import Verdict, cell
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
-from vlmdefend.evaluation import run as run_module
-from vlmdefend.evaluation import stand_ins
-from vlmdefend.evaluation.attackers import BARE, Variant, Watched, craft
-from vlmdefend.evaluation.deployed import Deployed
+from vlmdefend.evaluation.cell import surrogates
+from vlmdefend.evaluation.cell.attackers import BARE, Variant, Watched, craft
+from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.launchers import inline as run_module
 from vlmdefend.reporting import load_runs
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat
@@ -55,8 +55,8 @@ def test_a_surrogate_with_other_values_does_not_spare_the_images_it_misclassifie
     assert (craft(*arguments).steps == 0).any()  # believed, it lets images go that the deployed model gets right
     assert (craft(*arguments, stop=False).steps == 3).all()
 
-    assert not stand_ins.agree(Deployed(cell(attacker="adaptive", batch_size=16), classifier, Rolled()), batch)
-    assert stand_ins.agree(Deployed(cell(attacker="transfer", batch_size=16), classifier, Rolled()), batch)
+    assert not surrogates.agree(Deployed(cell(attacker="adaptive", batch_size=16), classifier, Rolled()), batch)
+    assert surrogates.agree(Deployed(cell(attacker="transfer", batch_size=16), classifier, Rolled()), batch)
 
 
 @dataclass(frozen=True, kw_only=True)

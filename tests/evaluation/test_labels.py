@@ -13,8 +13,9 @@ from torch import Tensor
 import vlmdefend
 from tests.defenses.cases import CASES, Case
 from vlmdefend.data.base import ImageSet
-from vlmdefend.evaluation import deployed, plan
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.cell import defended_model
+from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.grid import plan
 from vlmdefend.types import Batch, Outputs
 
 ACTING = {case.name: case for case in CASES}.values()  # of each defense the last, with settings under which it acts
@@ -46,7 +47,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, 
         return {row.id: (heard[row.id].tolist(), row.clean_prediction) for row in recorded}
 
     monkeypatch.setattr(Judge, "_rows", listening)
-    monkeypatch.setattr(deployed, "FEW", 1)
+    monkeypatch.setattr(defended_model, "FEW", 1)
     return evaluated
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.evaluation.conftest import FIELDS, cell
-from vlmdefend.evaluation.records import Cell, Checks, Cost, Record, Row
+from vlmdefend.evaluation.store.records import Cell, Checks, Cost, Record, Row
 
 
 def other(value: Any) -> Any:

@@ -12,13 +12,13 @@ from PIL import Image
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation import fingerprint
-from vlmdefend.evaluation.fingerprint import code_hash
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.plan import make_plan
-from vlmdefend.evaluation.run import evaluate, run_plan
-from vlmdefend.evaluation.store import Store
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
+from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.evaluation.store import fingerprint
+from vlmdefend.evaluation.store.fingerprint import code_hash
+from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models.names import ASSETS
 
 QUICK: dict[str, Any] = {"attack": "none", "limit": 8, "device": "cpu", "batch_size": 8}
@@ -106,16 +106,16 @@ def test_how_it_is_run_is_not_part_of_the_cell(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlmdefend.evaluation import run
+    from vlmdefend.evaluation.launchers import inline
 
-    load = run.load_model
+    load = inline.load_model
 
     def broken(name: str, **options: Any) -> Any:
         if name == "tiny-rn":
             raise RuntimeError("a defect\nof the loader")
         return load(name, **options)
 
-    monkeypatch.setattr(run, "load_model", broken)
+    monkeypatch.setattr(inline, "load_model", broken)
     found = evaluate(out=tmp_path, **{**QUICK, "model": ["tiny-rn", "tiny-vit"]})
     assert [record.cell.model for record, _ in found.results] == ["tiny-vit"]
     (failure,) = found.failures

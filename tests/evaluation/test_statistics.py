@@ -1,6 +1,6 @@
 import pytest
 
-from vlmdefend.evaluation.statistics import mean_and_spread, wilson
+from vlmdefend.evaluation.statistics.intervals import mean_and_spread, wilson
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ import pytest
 
 from tests.evaluation.conftest import Notes, bench, cell
 from vlmdefend.errors import Busy, StorageError, UserError
-from vlmdefend.evaluation.records import Checks, Cost, Row
-from vlmdefend.evaluation.store import Shard, Store, read_record, read_rows, write_atomically
-from vlmdefend.evaluation.verdict import Judge
+from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.store.records import Checks, Cost, Row
+from vlmdefend.evaluation.store.run_folder import Shard, Store, read_record, read_rows, write_atomically
 
 ROW = Row(
     id="zürich\u2028\n.png",
@@ -108,7 +108,7 @@ def test_a_kill_between_rows_and_record_finishes_without_computing(tmp_path: Pat
                     raise KeyboardInterrupt
                 write(file, text)
 
-            patch.setattr("vlmdefend.evaluation.store.write_atomically", killed)
+            patch.setattr("vlmdefend.evaluation.store.run_folder.write_atomically", killed)
             with pytest.raises(KeyboardInterrupt):
                 judge.run(writer, listener)
         rows = (writer.folder / "rows.jsonl").read_bytes()

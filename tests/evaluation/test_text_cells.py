@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.text import Text
+from vlmdefend.attacks.text_level.text import Text
 from vlmdefend.attacks.view import View
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.attackers import Variant, fit
-from vlmdefend.evaluation.crafting import check_plan
-from vlmdefend.evaluation.grid import Grid
-from vlmdefend.evaluation.listener import Listener
-from vlmdefend.evaluation.plan import make_plan
-from vlmdefend.evaluation.records import Cell, Record, Row
-from vlmdefend.evaluation.run import evaluate, run_plan
-from vlmdefend.evaluation.store import Store
+from vlmdefend.evaluation.adversarial_sets.crafting import check_plan
+from vlmdefend.evaluation.cell.attackers import Variant, fit
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
+from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
-from vlmdefend.reporting.verdict import verdict_lines
+from vlmdefend.reporting.verdicts.verdict import verdict_lines
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.evaluation.conftest import COUNT, Around, Notes, Random, Verdict
 from vlmdefend.attacks.base import Attack, Attacked
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.none import NoAttack
-from vlmdefend.attacks.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque

@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.attacks.conftest import convolutional, labelled
 from tests.kernels.conftest import LAYOUTS, SHAPES, images_around, scales
 from tests.kernels.test_margin import lowest_class_first, margin_and_gradient
-from vlmdefend.attacks import ATTACKS, _graph
+from vlmdefend.attacks import ATTACKS, cuda_graph
 from vlmdefend.attacks.view import Gradient, View
 from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, start
 from vlmdefend.kernels.dispatch import uses_triton
@@ -94,16 +94,16 @@ def test_pixels_to_network_input_equal_the_specification(layout: str) -> None:
 def test_a_captured_run_ends_where_an_uncaptured_one_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = convolutional().cuda()
     images, labels, ids = labelled(convolutional(), (3, 8, 8), 16)
-    repeat, replays = _graph.ReplayedGradient._repeat, []
+    repeat, replays = cuda_graph.ReplayedGradient._repeat, []
 
-    def counted(ask: _graph.ReplayedGradient, *arguments: Any) -> Gradient:
+    def counted(ask: cuda_graph.ReplayedGradient, *arguments: Any) -> Gradient:
         replays.append(1)
         return repeat(ask, *arguments)
 
-    monkeypatch.setattr(_graph.ReplayedGradient, "_repeat", counted)
+    monkeypatch.setattr(cuda_graph.ReplayedGradient, "_repeat", counted)
 
     def run(worth: int) -> Tensor:
-        monkeypatch.setattr(_graph, "WORTH", worth)
+        monkeypatch.setattr(cuda_graph, "WORTH", worth)
         view = View(model, ImageRng(0, ids), width=16, stop=False)
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True):
             return ATTACKS.create(name, steps=20)(view, images.cuda(), labels.cuda(), Threat("linf", 0.02)).images
@@ -111,4 +111,4 @@ def test_a_captured_run_ends_where_an_uncaptured_one_does(name: str, monkeypatch
     expected = run(worth=10**6)
     assert not replays
     assert torch.equal(run(worth=1), expected)
-    assert len(replays) == 20 - _graph.WARM
+    assert len(replays) == 20 - cuda_graph.WARM

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.kernels import margin
 from vlmdefend.types import Outputs

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from vlmdefend.errors import UserError
-from vlmdefend.models import checkpoint, load_model
-from vlmdefend.models.checkpoint import CONFIG, METADATA, WEIGHTS, read_weights, save_folder
+from vlmdefend.models import load_model
+from vlmdefend.models.weights import checkpoint
+from vlmdefend.models.weights.checkpoint import CONFIG, METADATA, WEIGHTS, read_weights, save_folder
 
 from .conftest import is_one_sentence, write_folder
 

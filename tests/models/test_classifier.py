@@ -10,9 +10,9 @@ import torch
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.backbones import TinyCnn, load_backbone
-from vlmdefend.models.classifier import ClassifierModel, ImageClassifier
-from vlmdefend.models.classifier_folder import CLASSIFIER_CONFIG, CLASSIFIER_WEIGHTS, save_classifier
+from vlmdefend.models.classifier.backbones import TinyCnn, load_backbone
+from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
+from vlmdefend.models.classifier.folder import CLASSIFIER_CONFIG, CLASSIFIER_WEIGHTS, save_classifier
 from vlmdefend.models.names import check_name
 
 NAMES = ("cat", "dog", "ship")
@@ -125,7 +125,7 @@ def test_another_size_is_refused_or_resized_inside() -> None:
 def test_a_protocols_normalisation_replaces_the_classifiers_own() -> None:
     network = classifier()
     model = ClassifierModel("made", network, NAMES)
-    from vlmdefend.models.vision_language import IMAGENET_MEAN, IMAGENET_STD
+    from vlmdefend.models.clip.vision_language import IMAGENET_MEAN, IMAGENET_STD
 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     expected = network.head(network.bottleneck(network.backbone((pixels() - mean) / std)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from vlmdefend.models import load_model
-from vlmdefend.models.contiguous import BatchFirstAttention, FirstTokenPool, use_contiguous_attention
+from vlmdefend.models.clip.contiguous import BatchFirstAttention, FirstTokenPool, use_contiguous_attention
 
 
 def plain(folder: Path) -> Any:

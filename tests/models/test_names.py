@@ -18,10 +18,11 @@ from huggingface_hub import constants, utils
 from open_clip.transformer import QuickGELU
 
 from vlmdefend.errors import UnknownName, UserError
-from vlmdefend.models import build, load_model, names
-from vlmdefend.models.checkpoint import CONFIG, WEIGHTS
-from vlmdefend.models.fetch import Unobtainable
+from vlmdefend.models import load_model, names
+from vlmdefend.models.clip import build
 from vlmdefend.models.names import check_name, listed_models, model_names
+from vlmdefend.models.weights.checkpoint import CONFIG, WEIGHTS
+from vlmdefend.models.weights.fetch import Unobtainable
 
 from .conftest import CONFIGS, PREPROCESS, is_one_sentence, write_folder
 

@@ -16,9 +16,9 @@ from tests.models.test_learned_prompts import image_by_hand
 from tests.models.test_paper_checkpoints import momentum
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.checkpoint import read_weights
-from vlmdefend.models.text_tower import encode_embedded
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.text_tower import encode_embedded
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.weights.checkpoint import read_weights
 
 CLASSES = ("cat", "ankle boot", "t-shirt")
 TEMPLATES = ("a photo of a {c}.",)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 
 CLASSES, TEMPLATES = [f"class {i}" for i in range(23)], ["a photo of a {c}.", "{c}", "a {c} {in} braces"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.vision_language import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from vlmdefend.models.clip.vision_language import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from vlmdefend.rng import ImageRng
 
 CLASSES, TEMPLATES = ["cat", "dog", "land vehicle"], ["a photo of a {c}.", "a {c}"]

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from vlmdefend.evaluation.diagnostics import Result
-from vlmdefend.evaluation.records import Cell, Cost, Record, Row
+from vlmdefend.evaluation.statistics.diagnostics import Result
+from vlmdefend.evaluation.store.records import Cell, Cost, Record, Row
 
 Make = Callable[..., Result]
 

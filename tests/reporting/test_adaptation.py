@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmdefend.reporting.adaptation import CLASSIFIER, bound, doubts, result_text, verdict_command
+from vlmdefend.reporting.training.adaptation import CLASSIFIER, bound, doubts, result_text, verdict_command
 
 SETTINGS = {"target": "dark", "eps": "4/255", "select": "last"}
 NUMBERS = {"clean": [90, 100], "true_labels": [5, 100], "pseudo_labels": [8, 100], "worst": [5, 100]}

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from vlmdefend.evaluation.diagnostics import Result
-from vlmdefend.evaluation.records import Checks
-from vlmdefend.reporting.compare import Comparison, NotComparable, Paired, compare, needed
-from vlmdefend.reporting.comparison_table import as_text
+from vlmdefend.evaluation.statistics.diagnostics import Result
+from vlmdefend.evaluation.store.records import Checks
+from vlmdefend.reporting.compare.compare import Comparison, NotComparable, Paired, compare, needed
+from vlmdefend.reporting.compare.comparison_table import as_text
 
 Make = Callable[..., Result]
 Write = Callable[[Path, Iterable[Result]], Path]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmdefend.evaluation.set_format import IndexRow
-from vlmdefend.reporting.contact_sheet import GAP, LINE, MARGIN, TILE, Shown, choose, draw_sheet, legible
+from vlmdefend.evaluation.adversarial_sets.set_format import IndexRow
+from vlmdefend.reporting.figures.contact_sheet import GAP, LINE, MARGIN, TILE, Shown, choose, draw_sheet, legible
 
 NAMES = ("cat", "dog")
 

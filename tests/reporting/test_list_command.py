@@ -87,7 +87,7 @@ def test_datasets_models_and_protocols_are_listed(monkeypatch: pytest.MonkeyPatc
     )
     fake(
         monkeypatch,
-        "vlmdefend.evaluation.protocol",
+        "vlmdefend.evaluation.grid.protocol",
         listed_protocols=lambda: [SimpleNamespace(name="tecoa", summary="native size", citation="Mao et al. 2023")],
     )
     assert "fashion  10       embedded  clothes" in run("datasets").stdout

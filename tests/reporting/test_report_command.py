@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from vlmdefend.cli.report import report
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.diagnostics import Result
+from vlmdefend.evaluation.statistics.diagnostics import Result
 
 Write = Callable[[Path, Iterable[Result]], Path]
 Make = Callable[..., Result]

@@ -9,12 +9,12 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.diagnostics import Result
+from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.reporting import print_verdict, render, verdict_lines
-from vlmdefend.reporting.frame import frame, parquet
-from vlmdefend.reporting.groups import grouped
-from vlmdefend.reporting.latex import escape as latex_escape
-from vlmdefend.reporting.markdown import escape as markdown_escape
+from vlmdefend.reporting.tables.frame import frame, parquet
+from vlmdefend.reporting.tables.groups import grouped
+from vlmdefend.reporting.tables.latex import escape as latex_escape
+from vlmdefend.reporting.tables.markdown import escape as markdown_escape
 
 Make = Callable[..., Result]
 NASTY = "a|b_c[red]&100%$#{x}~^\\<i>*"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.reporting.test_report_command import message, run
-from vlmdefend.evaluation.diagnostics import Result
+from vlmdefend.evaluation.statistics.diagnostics import Result
 
 Write = Callable[[Path, Iterable[Result]], Path]
 COUNTS = {"vanilla": [[90, 100], [0, 100]], "result": [[85, 100], [40, 100]]}

@@ -7,9 +7,9 @@ from typing import Any
 
 from rich.console import Console
 
-from vlmdefend.evaluation.records import Cell, Record, Row
-from vlmdefend.evaluation.statistics import wilson
-from vlmdefend.reporting.transfer import print_transfer
+from vlmdefend.evaluation.statistics.intervals import wilson
+from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.reporting.tables.transfer import print_transfer
 
 CELL: dict[str, Any] = {
     "protocol": "unified",

@@ -2,10 +2,10 @@ from collections.abc import Callable
 
 import pytest
 
-from vlmdefend.evaluation.diagnostics import Result
-from vlmdefend.evaluation.records import Checks, Cost, Skipped
+from vlmdefend.evaluation.statistics.diagnostics import Result
+from vlmdefend.evaluation.store.records import Checks, Cost, Skipped
 from vlmdefend.reporting import over_seeds, verdict_lines
-from vlmdefend.reporting.line import Line
+from vlmdefend.reporting.verdicts.line import Line
 
 Make = Callable[..., Result]
 

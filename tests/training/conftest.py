@@ -21,16 +21,16 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models import load_model
-from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.training.classifier import TrainedClassifier, choose_trained
-from vlmdefend.training.data import TrainingImages
-from vlmdefend.training.held_out import accuracies
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.loop import Run
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.prompts import choose_prompts
-from vlmdefend.training.stage import Optimization, Stage
-from vlmdefend.training.student import AutocastTeacher, TrainedStudent
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.training.clip.classifier import TrainedClassifier, choose_trained
+from vlmdefend.training.clip.held_out import accuracies
+from vlmdefend.training.clip.prompts import choose_prompts
+from vlmdefend.training.loop.data import TrainingImages
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization, Stage
+from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
+from vlmdefend.training.loop.trainer import Run
 from vlmdefend.types import Batch
 
 SIZE = 32

@@ -8,9 +8,9 @@ import torch
 
 from tests.training.conftest import EPS, MakeRun
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
-from vlmdefend.training.loop import Run
-from vlmdefend.training.stage import Stage
-from vlmdefend.training.weights import Weights, copied
+from vlmdefend.training.loop.stage import Stage
+from vlmdefend.training.loop.trainer import Run
+from vlmdefend.training.loop.weight_averages import Weights, copied
 
 EPOCHS = 3
 

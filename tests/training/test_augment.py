@@ -15,9 +15,9 @@ from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.augment import crop_and_flip
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.train_settings import make_train_settings
+from vlmdefend.training.clip.augment import crop_and_flip
+from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.loop.listener import Listener
 
 SMALL: dict[str, Any] = {"batch_size": 24, "limit": 120, "held_out": 8, "save_every": 2, "steps": 1}
 

@@ -7,8 +7,8 @@ import torch
 
 from tests.training.conftest import CLASSES, SIZE, TEMPLATES, batch_of, classifier, student_of
 from vlmdefend.errors import UserError
-from vlmdefend.models.vision_language import VisionLanguageModel
-from vlmdefend.training.classifier import TrainedClassifier, choose_trained
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.training.clip.classifier import TrainedClassifier, choose_trained
 
 
 def test_its_logits_are_those_of_the_deployed_model(target: VisionLanguageModel) -> None:
@@ -44,7 +44,7 @@ def test_text_that_trains_is_read_without_its_padding_where_that_has_no_say(
     target.clip.transformer.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
     gradients = []
     for short in (True, False):
-        monkeypatch.setattr("vlmdefend.training.classifier.looks_backwards", lambda clip, short=short: short)
+        monkeypatch.setattr("vlmdefend.training.clip.classifier.looks_backwards", lambda clip, short=short: short)
         made = TrainedClassifier(target, CLASSES, templates)
         lengths.clear()
         found = made.class_features()

@@ -12,8 +12,8 @@ from tests.training.conftest import CLASSES, SIZE, image_set
 from vlmdefend.data.base import BadImage
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
-from vlmdefend.training.data import TrainingImages, batches, epoch_order, hold_out
-from vlmdefend.training.processes import Processes
+from vlmdefend.training.loop.data import TrainingImages, batches, epoch_order, hold_out
+from vlmdefend.training.loop.processes import Processes
 
 
 def test_what_is_held_out_is_balanced_fixed_and_never_trained_on() -> None:

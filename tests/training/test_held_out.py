@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from tests.training.conftest import CLASSES, EPS, TEMPLATES, batch_of
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.distill import warnings_of
-from vlmdefend.training.held_out import accuracies, proxy_gap
-from vlmdefend.training.listener import Counted, Gap
-from vlmdefend.training.processes import Processes
+from vlmdefend.training.clip.distill import warnings_of
+from vlmdefend.training.clip.held_out import accuracies, proxy_gap
+from vlmdefend.training.loop.listener import Counted, Gap
+from vlmdefend.training.loop.processes import Processes
 from vlmdefend.types import Batch, Outputs, Pipeline
 
 

@@ -12,9 +12,9 @@ from tests.training.conftest import CLASSES, EPS, TEMPLATES, batch_of, classifie
 from vlmdefend.defenses.training_time._attack import train_pgd
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd, divergence_of
 from vlmdefend.errors import UserError
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.classifier import TrainedClassifier
+from vlmdefend.training.clip.classifier import TrainedClassifier
 from vlmdefend.types import Outputs
 
 N, C = 5, 7

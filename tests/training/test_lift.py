@@ -17,13 +17,13 @@ from tests.training.test_train_methods import training
 from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time import OBJECTIVES
-from vlmdefend.evaluation.paired import sign_test
-from vlmdefend.evaluation.run import evaluate
-from vlmdefend.reporting.compare import Paired
+from vlmdefend.evaluation.launchers.inline import evaluate
+from vlmdefend.evaluation.statistics.paired import sign_test
+from vlmdefend.reporting.compare.compare import Paired
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.data import TrainingImages
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.train import Training
+from vlmdefend.training.clip.train import Training
+from vlmdefend.training.loop.data import TrainingImages
+from vlmdefend.training.loop.listener import Listener
 
 WEIGHTS = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]
 # As published, one perturbation for all images, adv-lora makes nothing robust and its docstring says so.

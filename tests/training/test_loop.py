@@ -12,8 +12,8 @@ from tests.training.conftest import EPS, MakeRun, stages
 from tests.training.short_runs import EPOCHS, close, result, same, stage_b
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
-from vlmdefend.training.student import TrainedStudent
-from vlmdefend.training.weights import Weights, copied
+from vlmdefend.training.loop.student import TrainedStudent
+from vlmdefend.training.loop.weight_averages import Weights, copied
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from tests.training.conftest import MakeRun
 from tests.training.short_runs import close, result, same, stage_b
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
-from vlmdefend.training.student import TrainedStudent
-from vlmdefend.training.weights import copied
+from vlmdefend.training.loop.student import TrainedStudent
+from vlmdefend.training.loop.weight_averages import copied
 
 # what must not change the result
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.training.conftest import MakeRun
 from tests.training.short_runs import result, same, whole
-from vlmdefend.training.memory import STATE
+from vlmdefend.training.loop.trainer_state import STATE
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 6, 7, 9, 12])

@@ -14,17 +14,17 @@ from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.adv_lora import DELTA
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.adapters import LowRank, choose_adapters
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.memory import STATE
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.state import load_state
-from vlmdefend.training.student import Accumulator, TrainedStudent
-from vlmdefend.training.train import Training
-from vlmdefend.training.train_settings import make_train_settings
+from vlmdefend.training.clip.adapters import LowRank, choose_adapters
+from vlmdefend.training.clip.train import Training
+from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.state_file import load_state
+from vlmdefend.training.loop.student import Accumulator, TrainedStudent
+from vlmdefend.training.loop.trainer_state import STATE
 
 
 @pytest.fixture

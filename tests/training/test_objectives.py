@@ -13,7 +13,7 @@ from tests.training.conftest import batch_of, classifier, parts_of, student_of
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.base import Terms
 from vlmdefend.errors import UnknownName
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
 
 NAMES = OBJECTIVES.names()

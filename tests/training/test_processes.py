@@ -12,9 +12,9 @@ import torch
 
 from tests.training.conftest import build_run
 from vlmdefend.errors import UserError
-from vlmdefend.training.memory import STATE
-from vlmdefend.training.processes import Processes, deterministic
-from vlmdefend.training.state import load_state
+from vlmdefend.training.loop.processes import Processes, deterministic
+from vlmdefend.training.loop.state_file import load_state
+from vlmdefend.training.loop.trainer_state import STATE
 
 ROOT = Path(__file__).parents[2]
 

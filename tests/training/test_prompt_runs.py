@@ -12,11 +12,11 @@ from tests.training.conftest import TEMPLATES
 from tests.training.test_train_methods import Broken, training
 from vlmdefend.data import load_dataset
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.run import evaluate
+from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.models import load_model
-from vlmdefend.reporting.verdict import verdict_lines
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.stored import FILE
+from vlmdefend.reporting.verdicts.verdict import verdict_lines
+from vlmdefend.training.clip.stored_features import FILE
+from vlmdefend.training.loop.listener import Listener
 
 SMALL: dict[str, Any] = {
     "dataset": "fashion",

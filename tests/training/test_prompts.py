@@ -14,12 +14,12 @@ from tests.training.test_train_methods import training
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.context import ContextReader
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.prompts.context import ContextReader
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.prompts import choose_prompts
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.student import Accumulator, TrainedStudent, make_optimizer, update
+from vlmdefend.training.clip.prompts import choose_prompts
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.student import Accumulator, TrainedStudent, make_optimizer, update
 
 CASES = [
     ("apt", "context:4", "rn"),

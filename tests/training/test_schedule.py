@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vlmdefend.training.schedule import learning_rate, warm_up_steps
+from vlmdefend.training.loop.schedule import learning_rate, warm_up_steps
 
 PUBLISHED = [
     (0, 7815, 1e-3),

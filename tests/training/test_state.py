@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from vlmdefend.errors import Busy, StorageError, UserError
-from vlmdefend.training.folder import RunFolder
-from vlmdefend.training.log import Log, check_tracker
-from vlmdefend.training.state import load_state, optimizer_tensors, restore_optimizer, save_state, write_whole
+from vlmdefend.training.loop.folder import RunFolder
+from vlmdefend.training.loop.log import Log, check_tracker
+from vlmdefend.training.loop.state_file import load_state, optimizer_tensors, restore_optimizer, save_state, write_whole
 
 
 def test_a_state_is_read_as_it_was_written(tmp_path: Path) -> None:

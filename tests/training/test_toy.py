@@ -10,14 +10,14 @@ import torch
 from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
-from vlmdefend.training.data import TrainingImages
-from vlmdefend.training.distill import Distillation, Distilled
-from vlmdefend.training.distill_settings import make_distill_settings
-from vlmdefend.training.held_out import accuracies, correct
-from vlmdefend.training.listener import Accuracies, Listener
-from vlmdefend.training.memory import STATE
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.state import load_state
+from vlmdefend.training.clip.distill import Distillation, Distilled
+from vlmdefend.training.clip.distill_settings import make_distill_settings
+from vlmdefend.training.clip.held_out import accuracies, correct
+from vlmdefend.training.loop.data import TrainingImages
+from vlmdefend.training.loop.listener import Accuracies, Listener
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.state_file import load_state
+from vlmdefend.training.loop.trainer_state import STATE
 
 EPS = 8 / 255
 OPTIONS = {

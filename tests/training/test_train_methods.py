@@ -13,16 +13,16 @@ from tests.training.conftest import CLASSES, EPS, TEMPLATES, batch_of, classifie
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.patches import with_patches
-from vlmdefend.models.vision_language import VisionLanguageModel
+from vlmdefend.models.clip.patches import with_patches
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.adapters import choose_adapters, folded
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
-from vlmdefend.training.train import Training
-from vlmdefend.training.train_settings import make_train_settings
+from vlmdefend.training.clip.adapters import choose_adapters, folded
+from vlmdefend.training.clip.train import Training
+from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
 from vlmdefend.types import Batch
 
 NAMES = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]

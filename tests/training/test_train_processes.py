@@ -16,12 +16,12 @@ from PIL import Image
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.training import train
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.memory import STATE
-from vlmdefend.training.state import load_state
-from vlmdefend.training.train import Training
-from vlmdefend.training.train_settings import make_train_settings
+from vlmdefend.training.clip import train
+from vlmdefend.training.clip.train import Training
+from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.state_file import load_state
+from vlmdefend.training.loop.trainer_state import STATE
 
 NAMES = ("cat", "dog", "ship")
 LAUNCHERS = {

@@ -13,15 +13,15 @@ from vlmdefend.defenses.adaptation import dart_urda
 from vlmdefend.defenses.adaptation.dart_urda import DartUrda
 from vlmdefend.defenses.adaptation.source_only import SourceOnly
 from vlmdefend.models import load_model
-from vlmdefend.models.backbones import Backbone
-from vlmdefend.models.classifier import ImageClassifier
+from vlmdefend.models.classifier.backbones import Backbone
+from vlmdefend.models.classifier.classifier import ImageClassifier
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.student import Accumulator, make_optimizer, update
-from vlmdefend.training.urda_measure import TargetNumbers, target_numbers
-from vlmdefend.training.urda_student import AdaptedStudent, copy_of
-from vlmdefend.training.urda_teacher import FrozenTeacher, as_teacher, predictions
+from vlmdefend.training.adaptation.measure import TargetNumbers, target_numbers
+from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
+from vlmdefend.training.adaptation.teacher import FrozenTeacher, as_teacher, predictions
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
 from vlmdefend.types import Batch, Threat
 
 CLASSES = ("bar", "cross", "square")

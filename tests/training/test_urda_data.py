@@ -12,8 +12,8 @@ from tests.training.urda_sets import write_domains
 from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
-from vlmdefend.training.data import TrainingImages, batches
-from vlmdefend.training.urda_data import DomainImages, image_id, same_classes, unlabelled
+from vlmdefend.training.adaptation.data import DomainImages, image_id, same_classes, unlabelled
+from vlmdefend.training.loop.data import TrainingImages, batches
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ LAYOUTS = {  # as the sets are distributed: domains, and what lies between a dom
 def test_adaptation_sets_open_as_two_domains_of_the_same_classes(tmp_path: Path, layout: str) -> None:
     from PIL import Image
 
-    from vlmdefend.training.urda_sets import open_sets
-    from vlmdefend.training.urda_settings import make_urda_settings
+    from vlmdefend.training.adaptation.sets import open_sets
+    from vlmdefend.training.adaptation.settings import make_urda_settings
 
     domains, between, classes = LAYOUTS[layout]
     for domain in domains:

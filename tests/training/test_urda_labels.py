@@ -12,7 +12,7 @@ import pytest
 from tests.training.urda_sets import CLASSES, Heard, adaptation, run, weights_of
 from vlmdefend.data import load_dataset
 from vlmdefend.defenses.adaptation import ADAPTATIONS
-from vlmdefend.training import urda_sets
+from vlmdefend.training.adaptation import sets
 
 
 def relabelled(monkeypatch: pytest.MonkeyPatch, domain: str, split: str) -> None:
@@ -24,7 +24,7 @@ def relabelled(monkeypatch: pytest.MonkeyPatch, domain: str, split: str) -> None
             found = replace(found, labels=tuple((label + 1) % len(CLASSES) for label in found.labels))
         return found
 
-    monkeypatch.setattr(urda_sets, "load_dataset", opened)
+    monkeypatch.setattr(sets, "load_dataset", opened)
 
 
 # target labels

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.autoattack import AutoAttack
+from vlmdefend.attacks.composite.autoattack import AutoAttack
 from vlmdefend.errors import UserError
-from vlmdefend.training import urda_measure
-from vlmdefend.training.urda_measure import TargetNumbers, check_agreement, domain_distance, target_numbers
+from vlmdefend.training.adaptation import measure
+from vlmdefend.training.adaptation.measure import TargetNumbers, check_agreement, domain_distance, target_numbers
 from vlmdefend.types import Batch, Outputs
 
 
@@ -100,10 +100,8 @@ def ring(count: int = 60) -> Batch:
 def test_the_object_that_is_attacked_is_the_one_that_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     given = ring()
     model, seen = Lines(), []
-    view = urda_measure.View
-    monkeypatch.setattr(
-        urda_measure, "View", lambda pipeline, *a, **k: seen.append(pipeline) or view(pipeline, *a, **k)
-    )
+    view = measure.View
+    monkeypatch.setattr(measure, "View", lambda pipeline, *a, **k: seen.append(pipeline) or view(pipeline, *a, **k))
     target_numbers(model, given, given.labels, 0.1, 0)
     assert seen == [model, model]
     assert model.attacked > 0

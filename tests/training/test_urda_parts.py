@@ -15,13 +15,13 @@ from vlmdefend.defenses.adaptation.base import UNKNOWN
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.rng import ImageRng
-from vlmdefend.training import urda_summary
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.processes import Processes
-from vlmdefend.training.stage import Optimization
-from vlmdefend.training.student import Accumulator
-from vlmdefend.training.urda_student import AdaptedStudent, copy_of
-from vlmdefend.training.urda_teacher import as_teacher
+from vlmdefend.training.adaptation import summary
+from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
+from vlmdefend.training.adaptation.teacher import as_teacher
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.stage import Optimization
+from vlmdefend.training.loop.student import Accumulator
 from vlmdefend.types import Batch
 
 TRAINS = [c.name for c in ADAPTATIONS if c.trains]
@@ -152,7 +152,7 @@ def test_short_memory_in_judging_keeps_the_training(
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(urda_summary, "target_numbers", full)
+        patch.setattr(summary, "target_numbers", full)
         with pytest.raises(UserError, match=r"out of memory while the 6 test images were judged.*--eval-limit"):
             adaptation(root, tmp_path / "out", teacher=teacher).run(Listener())
     assert adaptation(root, tmp_path / "out", teacher=teacher).run(Listener()).after is not None
@@ -164,7 +164,7 @@ def test_other_errors_are_not_taken_for_short_memory(
     def broken(*args: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(urda_summary, "target_numbers", broken)
+    monkeypatch.setattr(summary, "target_numbers", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         adaptation(root, tmp_path / "out", teacher=teacher).run(Listener())
 

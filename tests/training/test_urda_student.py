@@ -11,8 +11,8 @@ import torch
 from tests.training.urda_sets import Heard, adaptation, weights_of
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.models import load_model
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.stage import Optimization
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.stage import Optimization
 
 
 @pytest.mark.parametrize("init", ["teacher", "imagenet"])
@@ -34,8 +34,8 @@ def test_the_teacher_stays_to_the_bit_and_all_of_the_student_trains(
 
 
 def test_released_weights_of_the_backbone_learn_at_a_tenth_of_the_rate(root: Path, tmp_path: Path) -> None:
-    from vlmdefend.training.student import make_optimizer, update
-    from vlmdefend.training.urda_student import AdaptedStudent
+    from vlmdefend.training.adaptation.student import AdaptedStudent
+    from vlmdefend.training.loop.student import make_optimizer, update
 
     ready = adaptation(root, tmp_path / "out")
     student = AdaptedStudent(ready._fresh(16), (ADAPTATIONS.create("mdd"),), ready.processes, backbone_factor=0.1)
@@ -52,7 +52,7 @@ def test_released_weights_of_the_backbone_learn_at_a_tenth_of_the_rate(root: Pat
 
 
 def test_sroudas_teacher_learns_at_a_ten_thousandth_of_the_rate(root: Path, tmp_path: Path) -> None:
-    from vlmdefend.training.urda_student import AdaptedStudent
+    from vlmdefend.training.adaptation.student import AdaptedStudent
 
     ready = adaptation(root, tmp_path / "out")
     student = AdaptedStudent(ready._fresh(16), (ADAPTATIONS.create("srouda"),), ready.processes)

@@ -14,8 +14,8 @@ from timm.models import save_for_hf
 from tests.training.urda_sets import CLASSES, SIDE, adaptation, saved_teacher, write_domains
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.training.listener import Listener
-from vlmdefend.training.urda_teacher import load_teacher
+from vlmdefend.training.adaptation.teacher import load_teacher
+from vlmdefend.training.loop.listener import Listener
 
 CPU = torch.device("cpu")
 

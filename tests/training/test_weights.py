@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmdefend.training.weights import Weights, average_, copied, pull_, put_
+from vlmdefend.training.loop.weight_averages import Weights, average_, copied, pull_, put_
 
 
 def weights(seed: int) -> Weights:

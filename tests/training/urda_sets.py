@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmdefend.models.backbones import load_backbone
-from vlmdefend.models.classifier import ClassifierModel, ImageClassifier
-from vlmdefend.models.classifier_folder import save_classifier
-from vlmdefend.training.listener import EpochEnd, Listener
-from vlmdefend.training.urda import Adapted, RobustAdaptation
-from vlmdefend.training.urda_settings import make_urda_settings
+from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
+from vlmdefend.models.classifier.folder import save_classifier
+from vlmdefend.training.adaptation.settings import make_urda_settings
+from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
+from vlmdefend.training.loop.listener import EpochEnd, Listener
 
 CLASSES = ("bar", "cross", "square")
 SIDE = 28

@@ -1,4 +1,4 @@
-"""Attacks by name. An attack sees a view (pixels to logits), never a defense."""
+"""Attacks by name, one package per family. An attack receives a view (pixels to logits), never a defense."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from vlmdefend.registry import Registry
 if TYPE_CHECKING:
     from vlmdefend.attacks.base import Attack
 
+FAMILIES = ("gradient", "minimum_norm", "query", "composite", "set_level", "text_level", "corruptions", "none")
 ATTACKS: Registry[Attack] = Registry(
     "attack",
-    (__name__,),
-    shared=("base", "view", "goal", "losses", "slots", "adaptive", "external"),
+    tuple(f"{__name__}.{family}" for family in FAMILIES),
+    group=__name__,
     separator="-",
-    families={"torchattacks": f"{__name__}.external"},
+    prefixes={"torchattacks": f"{__name__}.external"},
 )
 __all__ = ["ATTACKS"]

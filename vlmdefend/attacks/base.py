@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Norm, Threat, per_image
 
 if TYPE_CHECKING:
-    from vlmdefend.models.text_side import TextSide
+    from vlmdefend.models.clip.text_side import TextSide
 
 
 class Attacked(NamedTuple):

@@ -1,6 +1,6 @@
 """The losses that an attack raises, one value per image, never averaged (a mean underflows in low precision).
 
-Each takes the outputs at the adversarial images and the :class:`~vlmdefend.attacks.goal.Goal`, and returns (B,).
+Each takes the outputs at the adversarial images and the :class:`~vlmdefend.attacks.criterion.Goal`, and returns (B,).
 With targets in the goal a loss is the targeted variant.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
 from vlmdefend.errors import UserError
 from vlmdefend.kernels import margin
 from vlmdefend.types import Outputs

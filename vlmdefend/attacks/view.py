@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.goal import Goal
+from vlmdefend.attacks.criterion import Goal
 from vlmdefend.attacks.losses import Loss
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
 if TYPE_CHECKING:
-    from vlmdefend.models.text_side import TextSide
+    from vlmdefend.models.clip.text_side import TextSide
 
 
 class Gradient(NamedTuple):

@@ -11,8 +11,8 @@ from vlmdefend.cli import complete, grid_options
 from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.crafting import Crafted
-    from vlmdefend.evaluation.plan import Plan
+    from vlmdefend.evaluation.adversarial_sets.crafting import Crafted
+    from vlmdefend.evaluation.grid.plan import Plan
 
 
 def attack(
@@ -75,8 +75,8 @@ def attack(
         raise UserError(f"--config {config}: adversarial is an option of `vlmdefend evaluate`; leave it out.")
     grid = grid_options.make_grid(ctx.params, {"attacker": "adaptive"} | settings)
 
-    from vlmdefend.evaluation.crafting import check_plan
-    from vlmdefend.evaluation.plan import make_plan
+    from vlmdefend.evaluation.adversarial_sets.crafting import check_plan
+    from vlmdefend.evaluation.grid.plan import make_plan
 
     plan = make_plan(grid)
     check_plan(plan)
@@ -92,10 +92,10 @@ def attack(
 
 def _run(plan: Plan, out: Path, *, png: bool) -> None:
     from vlmdefend.cli.progress import progress_listener
-    from vlmdefend.evaluation.crafting import craft_set
-    from vlmdefend.evaluation.set_format import SHEET, write_whole
-    from vlmdefend.evaluation.store import disk
-    from vlmdefend.reporting.contact_sheet import contact_sheet
+    from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
+    from vlmdefend.evaluation.adversarial_sets.set_format import SHEET, write_whole
+    from vlmdefend.evaluation.store.run_folder import disk
+    from vlmdefend.reporting.figures.contact_sheet import contact_sheet
 
     try:
         with progress_listener(plan) as listener:
@@ -116,7 +116,7 @@ def _print_verdict(crafted: Crafted, sheet: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vlmdefend.evaluation.statistics import wilson
+    from vlmdefend.evaluation.statistics.intervals import wilson
     from vlmdefend.types import format_eps
 
     manifest, folder = crafted.saved.manifest, crafted.saved.folder

@@ -40,9 +40,9 @@ def compare(
     Exit code: 0 nothing fell, 1 something did, 2 wrong usage, 3 not comparable.
     """
     from vlmdefend.errors import UserError
-    from vlmdefend.reporting.compare import NotComparable, needed
-    from vlmdefend.reporting.compare import compare as pair
-    from vlmdefend.reporting.comparison_table import as_json, as_markdown, as_text, verdict
+    from vlmdefend.reporting.compare.compare import NotComparable, needed
+    from vlmdefend.reporting.compare.compare import compare as pair
+    from vlmdefend.reporting.compare.comparison_table import as_json, as_markdown, as_text, verdict
     from vlmdefend.reporting.files import save
     from vlmdefend.reporting.runs import load_runs, unfinished
 

@@ -11,7 +11,7 @@ from vlmdefend.cli import complete, training_options
 from vlmdefend.cli.training_options import METHOD, OPTION, RUN, TRAIN, WHAT
 
 if TYPE_CHECKING:
-    from vlmdefend.training.distill_settings import DistillSettings
+    from vlmdefend.training.clip.distill_settings import DistillSettings
 
 
 def distill(
@@ -240,7 +240,7 @@ def distill(
     command under `torchrun --nproc-per-node N -m vlmdefend` or `accelerate launch -m vlmdefend`.
     """
     from vlmdefend.registry import load_plugin
-    from vlmdefend.training.distill_settings import DistillSettings, make_distill_settings
+    from vlmdefend.training.clip.distill_settings import DistillSettings, make_distill_settings
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
@@ -251,7 +251,7 @@ def distill(
 def _run(settings: DistillSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.distill_progress import listener_of
     from vlmdefend.cli.distill_report import print_choices, print_cost, print_result
-    from vlmdefend.training.distill import Distillation
+    from vlmdefend.training.clip.distill import Distillation
 
     distillation = Distillation(settings)
     print_choices(distillation)

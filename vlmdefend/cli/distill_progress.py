@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vlmdefend.training.listener import EpochEnd, Gap, Listener
+from vlmdefend.training.loop.listener import EpochEnd, Gap, Listener
 
 if TYPE_CHECKING:
-    from vlmdefend.training.distill_settings import DistillSettings
+    from vlmdefend.training.clip.distill_settings import DistillSettings
 
 
 class Lines(Listener):
@@ -25,7 +25,7 @@ class Lines(Listener):
     def gap(self, gap: Gap) -> None:
         """Print the proxy gap and what it warns of."""
         from vlmdefend.cli.distill_report import print_gap
-        from vlmdefend.training.distill import warnings_of
+        from vlmdefend.training.clip.distill import warnings_of
 
         print_gap(gap, self.settings.eps, self.settings.target, self.settings.proxy)
         for warning in warnings_of(gap):

@@ -9,11 +9,11 @@ import typer
 from vlmdefend.types import format_eps
 
 if TYPE_CHECKING:
-    from vlmdefend.training.clip_settings import ClipSettings
-    from vlmdefend.training.distill import Distillation, Distilled
-    from vlmdefend.training.distill_settings import DistillSettings
-    from vlmdefend.training.listener import Counted, Gap
-    from vlmdefend.training.train import Trained
+    from vlmdefend.training.clip.distill import Distillation, Distilled
+    from vlmdefend.training.clip.distill_settings import DistillSettings
+    from vlmdefend.training.clip.settings import ClipSettings
+    from vlmdefend.training.clip.train import Trained
+    from vlmdefend.training.loop.listener import Counted, Gap
 
 
 def held_out_text(count: int, asked: int) -> str:
@@ -124,7 +124,7 @@ def print_result(distillation: Distillation, found: Distilled) -> None:
 
 def print_held_out(model: str, settings: ClipSettings, found: Distilled | Trained, reader: str) -> None:
     """One row per model that was measured, and what the figures are worth."""
-    from vlmdefend.reporting.trained import held_out_text, verdict_command
+    from vlmdefend.reporting.training.trained import held_out_text, verdict_command
 
     if found.summary:
         typer.echo(f"\n{held_out_text(model, settings.dataset, settings.eps, found.summary)}")
@@ -137,7 +137,7 @@ def print_held_out(model: str, settings: ClipSettings, found: Distilled | Traine
 
 def interval(count: Counted) -> str:
     """``85.2 [81.8, 88.0]``."""
-    from vlmdefend.reporting.adaptation import interval as of_counts
+    from vlmdefend.reporting.training.adaptation import interval as of_counts
 
     return of_counts(count.hits, count.n)
 

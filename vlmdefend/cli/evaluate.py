@@ -11,7 +11,7 @@ from vlmdefend.cli import complete, grid_options
 from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.plan import Plan
+    from vlmdefend.evaluation.grid.plan import Plan
 
 Names = list[str] | None
 
@@ -73,7 +73,7 @@ def evaluate(
     folder = settings.pop("out", None) or "runs"
     grid = grid_options.make_grid(ctx.params, settings)
 
-    from vlmdefend.evaluation.plan import make_plan
+    from vlmdefend.evaluation.grid.plan import make_plan
 
     plan = make_plan(grid)
     if dry_run:
@@ -84,10 +84,10 @@ def evaluate(
 
 def _run(plan: Plan, out: Path, *, debug: bool) -> None:
     from vlmdefend.cli.progress import progress_listener
-    from vlmdefend.evaluation.run import run_plan
-    from vlmdefend.evaluation.store import Store
+    from vlmdefend.evaluation.launchers.inline import run_plan
+    from vlmdefend.evaluation.store.run_folder import Store
     from vlmdefend.reporting import print_verdict
-    from vlmdefend.reporting.transfer import print_transfer
+    from vlmdefend.reporting.tables.transfer import print_transfer
 
     store = Store(out)
     try:

@@ -10,7 +10,7 @@ import typer
 from vlmdefend.cli import complete
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.grid import Grid
+    from vlmdefend.evaluation.grid.grid import Grid
 
 WHAT, HOW, RUN = "Models and images", "How to attack", "How to run"
 OPTION = typer.Option
@@ -76,7 +76,7 @@ Debug = Annotated[bool, OPTION("--debug", help="Show tracebacks.", rich_help_pan
 
 def read_file(config: Path | None) -> dict[str, Any]:
     """The keys of ``--config``; none without it."""
-    from vlmdefend.evaluation.grid import read_config
+    from vlmdefend.evaluation.grid.grid import read_config
 
     return {} if config is None else read_config(config)
 
@@ -88,7 +88,7 @@ def make_grid(flags: dict[str, Any], settings: dict[str, Any]) -> Grid:
         flags: every parameter of the command.
         settings: the keys of the file, without those that are no field of a grid and no ``plugin``.
     """
-    from vlmdefend.evaluation.grid import Grid
+    from vlmdefend.evaluation.grid.grid import Grid
     from vlmdefend.registry import load_plugin
 
     from_file = settings.pop("plugin", None) or []

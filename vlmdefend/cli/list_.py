@@ -138,7 +138,7 @@ def attacks() -> Listed:
                 f"an attack of the package {family} by its class name, such as {family}:CW",
                 ("linf l2",),
             )
-            for family in ATTACKS.families
+            for family in ATTACKS.prefixes
         ),
     ]
 
@@ -208,7 +208,7 @@ def models(everything: bool) -> Listed:
 
 def protocols() -> Listed:
     """Every protocol."""
-    from vlmdefend.evaluation.protocol import listed_protocols
+    from vlmdefend.evaluation.grid.protocol import listed_protocols
 
     return (), [Entry(line.name, line.summary, citation=line.citation) for line in listed_protocols()]
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vlmdefend.evaluation.listener import Failure, Listener
+from vlmdefend.evaluation.launchers.listener import Failure, Listener
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.plan import Plan
-    from vlmdefend.evaluation.records import Cell, Record
+    from vlmdefend.evaluation.grid.plan import Plan
+    from vlmdefend.evaluation.store.records import Cell, Record
 
 
 class Lines(Listener):

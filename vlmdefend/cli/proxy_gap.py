@@ -12,7 +12,7 @@ from vlmdefend.cli import complete
 if TYPE_CHECKING:
     from vlmdefend.attacks.base import Attack
     from vlmdefend.data.base import ImageSet
-    from vlmdefend.training.listener import Gap
+    from vlmdefend.training.loop.listener import Gap
 
 
 def proxy_gap(
@@ -50,8 +50,8 @@ def proxy_gap(
     from vlmdefend.attacks import ATTACKS
     from vlmdefend.data import load_dataset
     from vlmdefend.errors import UserError
-    from vlmdefend.evaluation.machine import choose_device
-    from vlmdefend.evaluation.plan import check_templates
+    from vlmdefend.evaluation.grid.plan import check_templates
+    from vlmdefend.evaluation.store.environment import choose_device
     from vlmdefend.models.names import check_name
     from vlmdefend.registry import load_plugin
     from vlmdefend.types import parse_eps
@@ -99,8 +99,8 @@ def _measure(
     """Images at the target's size; models of another size resize them inside."""
     from vlmdefend.data.transforms import PixelTransform
     from vlmdefend.models import load_model
-    from vlmdefend.training.data import TrainingImages
-    from vlmdefend.training.held_out import proxy_gap as measure
+    from vlmdefend.training.clip.held_out import proxy_gap as measure
+    from vlmdefend.training.loop.data import TrainingImages
     from vlmdefend.types import Batch
 
     loaded = {name: load_model(name, device=device) for name in models}
@@ -137,7 +137,7 @@ def print_matrix(gaps: list[Gap], models: list[str], title: str) -> None:
 
 
 def _draw(out: Path, eps: str, gaps: list[Gap], models: list[str], images: ImageSet, attack: str) -> None:
-    from vlmdefend.reporting.heat_map import heat_map
+    from vlmdefend.reporting.figures.heat_map import heat_map
 
     values = [
         [(gap.adversarial[name].share, f"of {100 * gap.clean[name].share:.1f} clean") for name in models]
@@ -151,7 +151,7 @@ def _draw(out: Path, eps: str, gaps: list[Gap], models: list[str], images: Image
 def _write_csv(file: Path, gaps: dict[str, list[Gap]], models: list[str]) -> None:
     import csv
 
-    from vlmdefend.evaluation.statistics import wilson
+    from vlmdefend.evaluation.statistics.intervals import wilson
 
     with file.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)

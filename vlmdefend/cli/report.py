@@ -50,9 +50,9 @@ def report(
     from vlmdefend.errors import UserError
     from vlmdefend.reporting.files import save
     from vlmdefend.reporting.runs import load_runs, only, unfinished
-    from vlmdefend.reporting.tables import print_verdict, render
-    from vlmdefend.reporting.training_runs import training_run, training_text
-    from vlmdefend.reporting.verdict import verdict_lines
+    from vlmdefend.reporting.tables.tables import print_verdict, render
+    from vlmdefend.reporting.training.training_runs import training_run, training_text
+    from vlmdefend.reporting.verdicts.verdict import verdict_lines
 
     chosen = format or (SUFFIXES.get(out.suffix.lower(), Format.TERMINAL) if out else Format.TERMINAL)
     if chosen is Format.PARQUET and out is None:
@@ -82,7 +82,7 @@ def report(
         return
     lines = verdict_lines(cells)
     if chosen is Format.PARQUET:
-        from vlmdefend.reporting.frame import parquet
+        from vlmdefend.reporting.tables.frame import parquet
 
         content: str | bytes = parquet(lines)
     else:

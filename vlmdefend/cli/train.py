@@ -11,7 +11,7 @@ from vlmdefend.cli import complete, training_options
 from vlmdefend.cli.training_options import METHOD, OPTION, RUN, TRAIN, WHAT
 
 if TYPE_CHECKING:
-    from vlmdefend.training.train_settings import TrainSettings
+    from vlmdefend.training.clip.train_settings import TrainSettings
 
 
 def train(
@@ -171,7 +171,7 @@ def train(
     `torchrun --nproc-per-node N -m vlmdefend` or `accelerate launch -m vlmdefend`.
     """
     from vlmdefend.registry import load_plugin
-    from vlmdefend.training.train_settings import TrainSettings, make_train_settings
+    from vlmdefend.training.clip.train_settings import TrainSettings, make_train_settings
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
@@ -182,7 +182,7 @@ def train(
 def _run(settings: TrainSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.train_report import print_choices, print_cost, print_result
     from vlmdefend.cli.urda_progress import listener_of
-    from vlmdefend.training.train import Training
+    from vlmdefend.training.clip.train import Training
 
     training = Training(settings)
     print_choices(training)

@@ -9,7 +9,7 @@ import typer
 from vlmdefend.cli.distill_report import held_out_text, print_held_out
 
 if TYPE_CHECKING:
-    from vlmdefend.training.train import Trained, Training
+    from vlmdefend.training.clip.train import Trained, Training
 
 
 def print_choices(training: Training) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from vlmdefend.training.listener import EpochEnd, Listener
+from vlmdefend.training.loop.listener import EpochEnd, Listener
 
 SHARES = ("accuracy", "agreement", "share")
 

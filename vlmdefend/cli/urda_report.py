@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from vlmdefend.training.urda import Adapted, RobustAdaptation
+    from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
 
 SEEN = {"tiny-vit", "tiny-rn"}
 
@@ -107,7 +107,7 @@ def print_cost(adaptation: RobustAdaptation) -> None:
 
 def print_result(adaptation: RobustAdaptation, found: Adapted) -> None:
     """The table, the bound, and what to do next."""
-    from vlmdefend.reporting.adaptation import result_text
+    from vlmdefend.reporting.training.adaptation import result_text
 
     settings = adaptation.settings
     typer.echo(f"\n{result_text(settings.model_dump(mode='json'), found.spec(), found.out)}")

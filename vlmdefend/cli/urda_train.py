@@ -10,7 +10,7 @@ import typer
 from vlmdefend.cli import complete
 
 if TYPE_CHECKING:
-    from vlmdefend.training.urda_settings import UrdaSettings
+    from vlmdefend.training.adaptation.settings import UrdaSettings
 
 WHAT, METHOD, TRAIN, RUN = "Domains and models", "The methods", "How to train", "How to run"
 OPTION = typer.Option
@@ -241,7 +241,7 @@ def urda_train(
     """
     from vlmdefend.errors import UserError
     from vlmdefend.registry import load_plugin
-    from vlmdefend.training.urda_settings import UrdaSettings, make_urda_settings
+    from vlmdefend.training.adaptation.settings import UrdaSettings, make_urda_settings
 
     for file in plugin or []:
         load_plugin(file, lambda message: typer.echo(f"warning: {message}", err=True))
@@ -258,7 +258,7 @@ def urda_train(
 def _run(settings: UrdaSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.urda_progress import listener_of
     from vlmdefend.cli.urda_report import print_choices, print_cost, print_result
-    from vlmdefend.training.urda import RobustAdaptation
+    from vlmdefend.training.adaptation.urda import RobustAdaptation
 
     adaptation = RobustAdaptation(settings)
     main = adaptation.processes.is_main

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 DEFENSES: Registry[Defense] = Registry(
     "defense",
-    (__name__, f"{__name__}.training_free", f"{__name__}.test_time"),
-    shared=("base", "composed"),
+    (f"{__name__}.training_free", f"{__name__}.test_time", f"{__name__}.none"),
+    group=__name__,
     separator="_",
 )
 __all__ = ["DEFENSES"]

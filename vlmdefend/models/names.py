@@ -12,8 +12,8 @@ from vlmdefend.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from vlmdefend.models.build import Blueprint
-    from vlmdefend.models.vision_language import VisionLanguageModel
+    from vlmdefend.models.clip.build import Blueprint
+    from vlmdefend.models.clip.vision_language import VisionLanguageModel
 
 ASSETS = Path(__file__).parent.parent / "assets"
 EMBEDDED = {
@@ -102,8 +102,8 @@ def load_model(
         UnknownName: with the nearest names.
         UserError: weights that cannot be had, are damaged, or do not fit; a folder that is not a model.
     """
-    from vlmdefend.models.build import assemble
-    from vlmdefend.models.classifier_folder import load_classifier
+    from vlmdefend.models.classifier.folder import load_classifier
+    from vlmdefend.models.clip.build import assemble
 
     folder = _classifier_folder(name.strip())
     if folder is not None:
@@ -124,13 +124,13 @@ def check_name(name: str, *, weights: str | Path | None = None) -> None:
         UnknownName: with the nearest names.
         UserError: an architecture without a tag, a folder that is not a model, weights that are no file.
     """
-    from vlmdefend.models.checkpoint import check_weights_file, find_weights
+    from vlmdefend.models.weights.checkpoint import check_weights_file, find_weights
 
     if weights is not None:
         check_weights_file(Path(weights).expanduser())
     folder = _classifier_folder(name.strip())
     if folder is not None:
-        from vlmdefend.models.classifier_folder import CLASSIFIER_WEIGHTS, read_classifier_config
+        from vlmdefend.models.classifier.folder import CLASSIFIER_WEIGHTS, read_classifier_config
 
         read_classifier_config(folder)
         check_weights_file(folder / CLASSIFIER_WEIGHTS)
@@ -142,14 +142,14 @@ def check_name(name: str, *, weights: str | Path | None = None) -> None:
 
 def _classifier_folder(name: str) -> Path | None:
     """The folder, if the name is that of a classifier with a head."""
-    from vlmdefend.models.classifier_folder import is_classifier_folder
+    from vlmdefend.models.classifier.folder import is_classifier_folder
 
     folder = Path(name.removeprefix(LOCAL)).expanduser()
     return folder if name.startswith(LOCAL) and is_classifier_folder(folder) else None
 
 
 def _blueprint(name: str, *, has_weights: bool, cache_dir: str | Path | None) -> Blueprint:
-    from vlmdefend.models import build
+    from vlmdefend.models.clip import build
 
     if name in EMBEDDED:
         return build.from_folder(name, ASSETS / name)

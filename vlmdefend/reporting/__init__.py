@@ -6,17 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vlmdefend.reporting.runs import load_runs
-    from vlmdefend.reporting.seeds import over_seeds
-    from vlmdefend.reporting.tables import print_verdict, render
-    from vlmdefend.reporting.verdict import verdict_lines
+    from vlmdefend.reporting.tables.tables import print_verdict, render
+    from vlmdefend.reporting.verdicts.seeds import over_seeds
+    from vlmdefend.reporting.verdicts.verdict import verdict_lines
 
 __all__ = ["load_runs", "over_seeds", "print_verdict", "render", "verdict_lines"]
+
+_MODULES = {
+    "load_runs": "runs",
+    "over_seeds": "verdicts.seeds",
+    "print_verdict": "tables.tables",
+    "render": "tables.tables",
+    "verdict_lines": "verdicts.verdict",
+}
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     if name in __all__:
-        room = {"load_runs": "runs", "over_seeds": "seeds", "verdict_lines": "verdict"}.get(name, "tables")
-        return getattr(import_module(f"{__name__}.{room}"), name)
+        module = _MODULES[name]
+        return getattr(import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from vlmdefend.errors import UserError, did_you_mean
-from vlmdefend.evaluation.diagnostics import Result
-from vlmdefend.evaluation.store import read_record, read_rows
+from vlmdefend.evaluation.statistics.diagnostics import Result
+from vlmdefend.evaluation.store.run_folder import read_record, read_rows
 
 PATTERN = "cells/*/record.json"
 

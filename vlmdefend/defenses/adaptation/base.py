@@ -13,7 +13,7 @@ from vlmdefend.defenses.training_time.base import Objective, Student, Teacher
 from vlmdefend.types import Batch, Outputs
 
 if TYPE_CHECKING:
-    from vlmdefend.models.classifier import ImageClassifier
+    from vlmdefend.models.classifier.classifier import ImageClassifier
 
 UNKNOWN = -1  # the label of a target image: the true one never reaches an objective
 Domains = Literal["both", "source", "target"]

@@ -29,7 +29,7 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Amplitude, Batch
 
 if TYPE_CHECKING:
-    from vlmdefend.models.classifier import ImageClassifier
+    from vlmdefend.models.classifier.classifier import ImageClassifier
 
 
 @ADAPTATIONS.register

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmdefend.defenses._views import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
 from vlmdefend.defenses.base import features_of
 from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Tuned, _text_side
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics, known_images
+from vlmdefend.defenses.views.views import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
 from vlmdefend.errors import UserError
-from vlmdefend.models.image_prompts import (
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.prompts.image_prompts import (
     DeepPromptTower,
     ImagePrompts,
     block_inputs,
@@ -23,7 +24,6 @@ from vlmdefend.models.image_prompts import (
     image_blocks,
     reading,
 )
-from vlmdefend.models.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 

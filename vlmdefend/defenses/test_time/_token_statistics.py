@@ -11,13 +11,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vlmdefend.attacks.pgd import Pgd
+from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.data import load_dataset
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
-from vlmdefend.models.zero_shot import ZeroShotClassifier
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import marginal_entropy
 from vlmdefend.defenses.test_time.tpt import Tpt
+from vlmdefend.defenses.views.views import marginal_entropy
 from vlmdefend.errors import UserError
 
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._views import marginal_entropy
 from vlmdefend.defenses.base import Recipe
 from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning, Sight
+from vlmdefend.defenses.views.views import marginal_entropy
 
 
 @DEFENSES.register

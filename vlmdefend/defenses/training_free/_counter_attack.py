@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmdefend.attacks.adaptive import bpda
+from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses.base import ChangedImage, Defense, features_of
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat, per_image

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vlmdefend.attacks.adaptive import bpda
+from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
 from vlmdefend.defenses.training_free._diffusion_prior import (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 
-from vlmdefend.attacks.adaptive import bpda
+from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.defenses.training_free._jpeg_stand_in import jpeg_stand_in

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmdefend.attacks.adaptive import bpda
+from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.errors import UserError

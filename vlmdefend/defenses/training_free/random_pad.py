@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._border import framed
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
+from vlmdefend.defenses.views.border import framed
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Pipeline, Shade

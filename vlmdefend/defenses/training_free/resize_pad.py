@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.defenses._resample import Span, axis_weights, resample, whole
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
+from vlmdefend.defenses.views.resample import Span, axis_weights, resample, whole
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Pipeline, Shade

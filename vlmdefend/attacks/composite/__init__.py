@@ -1,0 +1,1 @@
+"""Attacks made of other attacks: sequences, repetitions, targets, the mean over draws."""

@@ -1,0 +1,1 @@
+"""Attacks that use logits only, never a gradient."""

@@ -1,0 +1,1 @@
+"""Attacks that learn one perturbation for a whole set of images."""

@@ -1,0 +1,1 @@
+"""Augmented views and resampling of images, shared by several defenses."""

@@ -1,0 +1,1 @@
+"""Saved sets of adversarial images: written by `attack`, scored by `evaluate --adversarial`."""

@@ -1,0 +1,1 @@
+"""One cell of the grid: attack a batch, predict again, measure, for one attacker."""

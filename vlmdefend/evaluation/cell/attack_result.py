@@ -1,0 +1,64 @@
+"""A batch under attack: only what the deployed pipeline gets right, and nothing outside the budget counts."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmdefend.evaluation.cell import surrogates
+from vlmdefend.evaluation.cell.attackers import Crafted, craft
+from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.cell.fitted_attacks import Lesson
+from vlmdefend.evaluation.store.records import Checks
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch, Threat
+
+
+class Attempt(NamedTuple):
+    """What came of it; an image that was not attacked, or whose result left the budget, is the clean one."""
+
+    images: Tensor  # (B, 3, H, W)
+    steps: Tensor  # (B,) gradient evaluations
+    checks: Checks
+
+
+def attempt(deployed: Deployed, lesson: Lesson, batch: Batch, right: Tensor, threat: Threat) -> Attempt:
+    """Attack the images ``right``, those that the deployed pipeline gets right.
+
+    Where stand-ins are differentiated, an image that left early because one of them was fooled, and that the deployed
+    pipeline gets right, is attacked again to the end.
+
+    Raises:
+        UserError: the attack was shown logits that are not finite.
+    """
+    adversarial = batch.images.clone()
+    steps = torch.zeros(len(batch.ids), dtype=torch.int64)
+    if not len(right):
+        return Attempt(adversarial, steps, Checks())
+    cell = deployed.cell
+    labels, ids = batch.labels[right], [batch.ids[i] for i in right.tolist()]
+    rng = ImageRng(cell.seed, ids, "attacker")
+
+    def crafted_at(at: Tensor, *, stop: bool) -> Crafted:
+        images = batch.images[right[at]]  # a copy, which the attack may overwrite
+        asked = (cell.attacker, lesson.attacks, deployed.defense, deployed.counted)
+        return craft(*asked, images, labels[at], threat, rng.select(at), deployed.width, stop=stop)
+
+    stop = surrogates.agree(deployed, batch)
+    crafted = crafted_at(torch.arange(len(right)), stop=stop)
+    if stop and crafted.finite:
+        spared = surrogates.spared(deployed, lesson, crafted, labels, ids)
+        crafted = crafted.with_again(spared, crafted_at(spared, stop=False)) if len(spared) else crafted
+    if not crafted.finite:
+        raise deployed.not_finite()
+    inside = threat.contains(crafted.images, batch.images[right])
+    adversarial[right[inside]] = crafted.images[inside]
+    steps[right.cpu()] = crafted.steps
+    checks = Checks(
+        gradient_values=crafted.gradient_values,
+        zero_gradients=crafted.zero_gradients,
+        outside_budget=crafted.outside + int((~inside).sum()),
+    )
+    return Attempt(adversarial, steps, checks)

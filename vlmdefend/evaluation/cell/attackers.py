@@ -1,0 +1,248 @@
+"""The three attackers: what each may differentiate, and how its findings are merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.view import View, chunks, quiet_margin
+from vlmdefend.defenses.base import Defense
+from vlmdefend.evaluation.store.records import Attacker
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Outputs, Pipeline, Threat, per_image
+
+BARE = -1
+JUDGED = 4  # draws of a random pipeline by which the findings of several variants are compared, the same for all
+
+
+class Crafted(NamedTuple):
+    """Adversarial images with what they cost and what the gradients looked like."""
+
+    images: Tensor  # (B, 3, H, W)
+    steps: Tensor  # (B,) gradient evaluations
+    gradient_values: int
+    zero_gradients: int
+    outside: int
+    finite: bool  # every logit that the attacker was shown
+    fooled: Tensor  # (B,) bool, as the attacker sees it
+
+    def with_again(self, at: Tensor, again: Crafted) -> Crafted:
+        """The images ``at`` from a second attempt, and what both cost."""
+        images, steps, fooled = self.images.clone(), self.steps.clone(), self.fooled.clone()
+        images[at], fooled[at] = again.images, again.fooled
+        steps[at.cpu()] += again.steps
+        return Crafted(
+            images,
+            steps,
+            self.gradient_values + again.gradient_values,
+            self.zero_gradients + again.zero_gradients,
+            self.outside + again.outside,
+            self.finite and again.finite,
+            fooled,
+        )
+
+
+class Fitted(NamedTuple):
+    """The attack for each variant, and what the gradients looked like from which it learned."""
+
+    attacks: dict[Variant, Attack]
+    gradient_values: int
+    zero_gradients: int
+    finite: bool  # every logit that the attacker was shown
+
+
+class Variant(NamedTuple):
+    """One of the ways in which an adaptive attacker tries: which stand-in, and how much the detector counts."""
+
+    surrogate: int = 0  # BARE: the model without the defense; what is found is judged by the first stand-in
+    detector_weight: float = 0.0
+
+    def purpose(self, attacker: Attacker) -> str:
+        """What its random draws are for."""
+        stand_in = "bare" if self.surrogate == BARE else f"surrogate {self.surrogate}" if self.surrogate else ""
+        detector = f"detector {self.detector_weight}" if self.detector_weight else ""
+        return " ".join(filter(None, (stand_in, detector))) or attacker
+
+
+class Watched:
+    """A pipeline that remembers whether its logits were ever not finite: an attack blind with them proves nothing."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.num_classes, self.stochastic = pipeline.num_classes, pipeline.stochastic
+        self._finite: Tensor | None = None  # on the device: a test at every query would wait for it
+
+    def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
+        """Predict and watch."""
+        outputs = self.pipeline(images, rng)
+        finite = outputs.logits.detach().isfinite().all()
+        # In place: a CUDA graph (attacks/_graph.py) repeats what is written, and would forget a new tensor.
+        self._finite = finite if self._finite is None else self._finite.logical_and_(finite)
+        return outputs
+
+    @property
+    def finite(self) -> bool:
+        """True if all logits so far were finite."""
+        return self._finite is None or bool(self._finite)
+
+
+def view_of(
+    attacker: Attacker,
+    defense: Defense,
+    model: Pipeline,
+    rng: ImageRng,
+    width: int,
+    variant: Variant = Variant(),  # noqa: B008 (a tuple)
+    labels: Tensor | None = None,
+) -> View:
+    """What ``attacker`` may query.
+
+    ``transfer`` sees the bare model, ``whitebox`` the deployed pipeline as autograd sees it, ``adaptive`` the
+    defense's surrogates with their number of draws. An image may leave early only where fooling the view is fooling
+    the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored. Nor where the
+    defense turns images away: an adaptive attacker goes on to the iterate that fools most quietly, given the labels.
+    """
+    if attacker == "transfer" or variant.surrogate == BARE:
+        return View(Watched(model), rng, width=width, stop=False, model=model)
+    if attacker == "whitebox":
+        return View(Watched(defense.wrap(model)), rng, width=width, stop=not defense.stochastic, model=model)
+    return View(
+        Watched(defense.surrogates(model)[variant.surrogate]),
+        rng,
+        width=width,
+        samples=defense.recipe.samples,
+        stop=not defense.stochastic and not defense.rejects,
+        detector_weight=variant.detector_weight,
+        labels=labels if defense.rejects else None,
+        model=model,
+    )
+
+
+def variants(attacker: Attacker, defense: Defense) -> tuple[Variant, ...]:
+    """Every stand-in with every weight of the detector term; one for an attacker who does not know the defense."""
+    if attacker != "adaptive":
+        return (Variant(),)
+    weights = defense.recipe.detector_weights or (0.0,)
+    known = tuple(Variant(number, weight) for number in range(defense.recipe.surrogates) for weight in weights)
+    return (*known, Variant(BARE)) if defense.recipe.bare else known
+
+
+def fit(
+    attacker: Attacker,
+    attack: Attack,
+    defense: Defense,
+    model: Pipeline,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    rng: ImageRng,
+    width: int,
+) -> Fitted:
+    """The attack for each variant, after it has learned from N images of the set.
+
+    Prompts are the same for all images, so all variants get those of the one whose prompts are best.
+    """
+    fitted = {}
+    values = zeros = 0
+    finite = True
+    for variant in variants(attacker, defense):
+        view = view_of(attacker, defense, model, rng.child(variant.purpose(attacker)), width, variant, labels)
+        fitted[variant] = attack.fit(view, images, labels, threat)
+        values += view.ledger.gradient_values
+        zeros += int(view.ledger.zero_gradients)
+        finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
+    if attack.changes_prompts and len(fitted) > 1:
+        fitted = _best_prompts(fitted, defense, model, images, labels, rng, width)
+    return Fitted(fitted, values, zeros, finite)
+
+
+def _best_prompts(
+    fitted: Mapping[Variant, Attack],
+    defense: Defense,
+    model: Pipeline,
+    images: Tensor,
+    labels: Tensor,
+    rng: ImageRng,
+    width: int,
+) -> dict[Variant, Attack]:
+    """Every variant with the prompts that leave the fewest images right in the deployed pipeline; a tie: the first."""
+    right = {}
+    for variant, attack in fitted.items():
+        view = View(defense.wrap(model), rng.child("deployed"), width=width, model=model)
+        with attack.conditions(view.text_side):
+            right[variant] = int((view(images).argmax(dim=1) == labels).sum())
+    best = min(right, key=lambda variant: right[variant])
+    return dict.fromkeys(fitted, fitted[best])
+
+
+def craft(
+    attacker: Attacker,
+    attacks: Mapping[Variant, Attack],
+    defense: Defense,
+    model: Pipeline,
+    images: Tensor,
+    labels: Tensor,
+    threat: Threat,
+    rng: ImageRng,
+    width: int,
+    *,
+    stop: bool = True,
+) -> Crafted:
+    """Attack B images; an adaptive attacker tries every variant, best per image.
+
+    ``attacks`` holds the attack for each variant, as :func:`fit` finds it. An image that left early as fooled is
+    done.
+
+    ``stop=False``: the view's word that an image is fooled is not the deployed pipeline's.
+    """
+    best, margins = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
+    steps = torch.zeros(len(images), dtype=torch.int64)
+    values = zeros = outside = 0
+    finite = True
+    todo = torch.arange(len(images))
+    for variant, attack in attacks.items():
+        streams = rng.child(variant.purpose(attacker)).select(todo)
+        view = view_of(attacker, defense, model, streams, width, variant, labels[todo])
+        view.stop = view.stop and stop
+        found = attack(view, images[todo], labels[todo], threat.select(todo))
+        margin = found.margin
+        judge = view_of(attacker, defense, model, rng.child("judge").select(todo), width)
+        if defense.stochastic:
+            judge.samples = max(judge.samples, JUDGED)
+        with attack.conditions(judge.text_side if attack.changes_prompts else None):
+            if variant.surrogate == BARE or (defense.stochastic and len(attacks) > 1):
+                margin = Goal(labels[todo]).margin(judge(found.images))
+            scores = _detector_scores(defense, model, found.images, judge.rng, width) if defense.rejects else None
+        if scores is not None:
+            margin = quiet_margin(margin, scores)
+        better = margin > margins[todo]
+        best[todo] = torch.where(per_image(better, found.images), found.images, best[todo])
+        margins[todo] = torch.where(better, margin, margins[todo])
+        steps[todo] += found.steps
+        values += view.ledger.gradient_values
+        zeros += int(view.ledger.zero_gradients)
+        outside += found.outside
+        finite = finite and all(
+            not isinstance(seen.pipeline, Watched) or seen.pipeline.finite for seen in (view, judge)
+        )
+        if view.stop and not defense.rejects:  # another variant may fool the detector better
+            todo = (margins <= SURE).nonzero()[:, 0].cpu()
+        if not len(todo):
+            break
+    return Crafted(best, steps, values, zeros, outside, finite, margins > 0)
+
+
+def _detector_scores(defense: Defense, model: Pipeline, images: Tensor, rng: ImageRng, width: int) -> Tensor:
+    """(B,) what the deployed detector says."""
+    deployed, scores = defense.wrap(model), []
+    for chunk in chunks(len(images), width):
+        with torch.no_grad():
+            score = deployed(images[chunk], rng.select(chunk)).detector_score
+        assert score is not None
+        scores.append(score)
+    return torch.cat(scores)

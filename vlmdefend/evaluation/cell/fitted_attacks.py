@@ -1,0 +1,85 @@
+"""What an attack learns from the set before its first shard: one thing for all images, or other prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.evaluation.cell.attackers import Variant, fit, variants
+from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.store.environment import peak_memory_mb, reset_peak_memory
+from vlmdefend.evaluation.store.records import Checks, Cost
+from vlmdefend.models.clip.text_side import TextSide
+from vlmdefend.rng import ImageRng
+from vlmdefend.types import Batch, Threat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lesson:
+    """The attack for each variant of the attacker, and what learning took; as it was given if it learns nothing."""
+
+    attacks: Mapping[Variant, Attack]
+    text_side: TextSide | None  # the model's prompts, where the attack changes them
+    cost: Cost = field(default_factory=Cost)
+    checks: Checks = field(default_factory=Checks)
+
+    def conditions(self) -> AbstractContextManager[None]:
+        """What holds while findings are scored: the prompts that the attack has made."""
+        return self._any.conditions(self.text_side)
+
+    def attacked_prompts(self) -> list[str]:
+        """For each class a prompt as the attack has made it."""
+        return self._any.attacked_prompts(self.text_side)
+
+    @property
+    def _any(self) -> Attack:
+        """Prompts are the same for all variants."""
+        return next(iter(self.attacks.values()))
+
+
+def untaught(deployed: Deployed, attack: Attack) -> Lesson:
+    """Every variant with the attack as it is."""
+    return Lesson(
+        attacks=dict.fromkeys(variants(deployed.cell.attacker, deployed.defense), attack),
+        text_side=_text_side(deployed, attack),
+    )
+
+
+def sample(count: int, learns_from: int) -> list[int]:
+    """Which of ``count`` images are learned from: spread evenly, so that a resumed run learns the same again."""
+    chosen = min(learns_from, count)
+    return [i * count // chosen for i in range(chosen)]
+
+
+def learn(deployed: Deployed, attack: Attack, batch: Batch) -> Lesson:
+    """What ``attack`` learns from these images, and what that cost.
+
+    Raises:
+        UserError: it was shown logits that are not finite.
+    """
+    cell, device = deployed.cell, batch.images.device
+    rng = ImageRng(cell.seed, batch.ids, "fit")
+    reset_peak_memory(device)
+    before = deployed.counted.spent()
+    asked = (cell.attacker, attack, deployed.defense, deployed.counted)
+    fitted = fit(*asked, batch.images, batch.labels, Threat(cell.norm, cell.eps), rng, deployed.width)
+    if not fitted.finite:
+        raise deployed.not_finite()
+    spent = deployed.counted.spent().since(before)
+    return Lesson(
+        attacks=fitted.attacks,
+        text_side=_text_side(deployed, attack),
+        cost=Cost(
+            attack_forwards=spent.forwards,
+            attack_backwards=spent.backwards,
+            attack_seconds=spent.seconds,
+            peak_memory_mb=peak_memory_mb(device),
+        ),
+        checks=Checks(gradient_values=fitted.gradient_values, zero_gradients=fitted.zero_gradients),
+    )
+
+
+def _text_side(deployed: Deployed, attack: Attack) -> TextSide | None:
+    return getattr(deployed.model, "text_side", None) if attack.changes_prompts else None

@@ -1,0 +1,1 @@
+"""The grid of an evaluation: options to cells, before anything is loaded."""

@@ -1,0 +1,175 @@
+"""From the grid to cells, before any weights are loaded: names checked, equal attackers merged, cost known."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vlmdefend.attacks import ATTACKS
+from vlmdefend.attacks.base import Attack
+from vlmdefend.data import load_dataset
+from vlmdefend.data.base import ImageSet
+from vlmdefend.defenses.base import Defense
+from vlmdefend.defenses.composed import create_defense
+from vlmdefend.errors import UserError
+from vlmdefend.evaluation.cell.attackers import variants
+from vlmdefend.evaluation.grid.grid import Grid, read_class_names
+from vlmdefend.evaluation.grid.protocol import Protocol, get_protocol
+from vlmdefend.evaluation.store.environment import choose_device
+from vlmdefend.evaluation.store.fingerprint import check_files
+from vlmdefend.evaluation.store.records import Attacker
+from vlmdefend.types import Norm, parse_eps
+
+# for the threats that no protocol lists
+DEFAULT_EPS: dict[Norm, tuple[str, ...]] = {"patch": ("0.05",), "corruption": ("1", "3", "5"), "tokens": ("1", "2")}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell to come: everything but the hashes that need weights."""
+
+    model: str
+    images: ImageSet
+    defense: Defense
+    attack: Attack
+    attacker: Attacker
+    norm: Norm
+    eps: float
+    seed: int
+
+    def gradients(self) -> tuple[int, int]:
+        """The most forwards and backwards of the pipeline that is attacked or scored, over all images of the cell.
+
+        Each is one call of it: how often a defense runs its model in one (views, draws, own steps), only it knows.
+        """
+        samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
+        tries = len(variants(self.attacker, self.defense))
+        forwards, backwards = (tries * spent for spent in self.attack.budget(samples))
+        learning = self.attack.fit_budget(min(self.attack.learns_from, len(self.images)), samples)
+        count = len(self.images)
+        return (forwards + 2 + 2 * samples) * count + learning[0], backwards * count + learning[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a grid, in the order they run: one model and one data set at a time."""
+
+    grid: Grid
+    protocol: Protocol
+    cells: list[Planned]
+
+
+def make_plan(grid: Grid) -> Plan:
+    """Check every name and value of the grid and multiply it out.
+
+    Raises:
+        UserError: an unknown name, an eps out of range, a data set that is not there: before anything is computed.
+    """
+    from vlmdefend.models.names import check_name
+
+    if grid.adversarial:
+        from vlmdefend.evaluation.adversarial_sets.scoring import plan_saved
+
+        return plan_saved(grid)
+    choose_device(grid.device)
+    protocol = get_protocol(grid.protocol)
+    if grid.templates is not None:
+        chosen = grid.templates if grid.templates == "dataset" else tuple(grid.templates)
+        protocol = protocol.with_templates(check_templates(chosen))
+    for name in grid.model:
+        check_name(name, weights=grid.weights)
+    defenses = [create_defense(text) for text in grid.defense]
+    attacks = [_create_attack(text, grid.steps) for text in grid.attack]
+    named: list[Defense | Attack] = [*defenses, *attacks]
+    for method in named:
+        check_files(method)
+    norms = {attack: _norm_of(attack, grid.norm, protocol) for attack in attacks}
+    if grid.eps:
+        _refuse_several_norms({norm: attack.name for attack, norm in norms.items() if attack.name != "none"}, grid.eps)
+    typed = {norm: [parse_eps(text, norm) for text in grid.eps or ()] for norm in dict.fromkeys(norms.values())}
+    classes = None if grid.classes is None else read_class_names(grid.classes)
+    limit = None if grid.full else grid.limit or protocol.limit
+    sets = [load_dataset(name, grid.split, limit=limit, root=grid.root, classes=classes) for name in grid.dataset]
+    cells = [
+        Planned(model, images, defense, attack, attacker, norms[attack], eps, seed)
+        for model in grid.model
+        for images in sets
+        for defense in defenses
+        for attack in attacks
+        for eps in (
+            [0.0] if attack.name == "none" else typed[norms[attack]] or _default_eps(protocol, images, norms[attack])
+        )
+        for attacker in attackers_of(defense, attack, grid.attacker)
+        for seed in grid.seed
+    ]
+    return Plan(grid, protocol, list(dict.fromkeys(cells)))
+
+
+def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> list[Attacker]:
+    """The attackers that differ: for the bare model all are one; with an exact gradient adaptive is white-box."""
+    if attack.blind or defense.name == "none":
+        return ["whitebox"]
+    if not defense.adaptive_equals_whitebox:
+        return asked
+    return list(dict.fromkeys("whitebox" if name == "adaptive" else name for name in asked))
+
+
+def check_templates(templates: Any) -> Any:
+    """Refuse a template without its placeholder, or with another one."""
+    for template in () if templates == "dataset" else templates:
+        if "{c}" not in template:
+            raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
+        if re.search(r"[{}]", template.replace("{c}", "")):
+            raise UserError(f"--template {template!r}: has other braces than {{c}}; write the words themselves.")
+    return templates
+
+
+def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
+    """The norm that was asked for, else the protocol's, else the only ones that the attack knows: its first."""
+    norm = asked or (protocol.norm if protocol.norm in attack.norms else attack.norms[0])
+    if norm not in attack.norms:
+        raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
+    return norm
+
+
+def _refuse_several_norms(attacks: Mapping[Norm, str], eps: Sequence[str]) -> None:
+    """4/255 is a strong attack in linf and none at all in l2."""
+    if len(attacks) > 1:
+        pairs = ", ".join(f"{norm} for {name}" for norm, name in attacks.items())
+        raise UserError(
+            f"--eps {','.join(map(str, eps))}: means another budget in each norm ({pairs}); run the attacks of each "
+            "norm with an --eps of their own."
+        )
+
+
+def _create_attack(text: str, steps: int | None) -> Attack:
+    """``--steps`` is for the attacks that take steps and do not say how many; the others go without.
+
+    Raises:
+        UserError: attacks inside of this one take steps, and nothing says how many.
+    """
+    from vlmdefend.registry import parse_spec
+
+    attack = ATTACKS.create(text)
+    if steps is not None and "steps=" not in text and any("steps" in inner.spec() for inner in attack.inner):
+        raise UserError(
+            f"--steps {steps}: does not reach the attacks inside of {attack.name}; write it there, for example "
+            f"[pgd:steps={steps}]."
+        )
+    if steps is None or "steps" not in attack.spec() or "steps" in parse_spec(text)[1]:
+        return attack
+    return ATTACKS.create(text, steps=steps)
+
+
+def _default_eps(protocol: Protocol, images: ImageSet, norm: Norm) -> list[float]:
+    from vlmdefend.data.open import listed_datasets
+
+    if norm in DEFAULT_EPS:
+        return [parse_eps(text, norm) for text in DEFAULT_EPS[norm]]
+    if norm != protocol.norm:
+        raise UserError(f"protocol {protocol.name} has no eps list for {norm}; give --eps, for example --eps 0.5.")
+    embedded = {line.name for line in listed_datasets() if line.where == "embedded"}
+    chosen = protocol.eps_embedded if protocol.eps_embedded and images.name in embedded else protocol.eps
+    return [parse_eps(text, norm) for text in chosen]

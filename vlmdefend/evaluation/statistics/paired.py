@@ -1,0 +1,56 @@
+"""Outcomes image by image: what survives everything, and whether one side keeps fewer than chance explains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from vlmdefend.evaluation.store.records import Record, Row
+
+Outcome = tuple[Record, Sequence[Row]]
+SIGNIFICANT = 0.05  # p of the paired test
+MATERIAL = 0.01  # one point of accuracy: less is never worth a flag
+
+
+def robust_under_all(results: Iterable[Outcome]) -> dict[str, bool]:
+    """Image id -> robust under every one of these cells; over the ids that all of them have."""
+    survived: dict[str, bool] | None = None
+    for _, rows_of_cell in results:
+        rows = {row.id: row.robust for row in rows_of_cell}
+        before = rows if survived is None else survived
+        survived = {i: alive and rows[i] for i, alive in before.items() if i in rows}
+    return survived or {}
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact one-sided sign test on discordant pairs (McNemar's exact test): P(at least ``wins``) for a fair coin."""
+    n = wins + losses
+    if n == 0:
+        return 1.0
+    total = math.lgamma(n + 1) - n * math.log(2)
+    terms = [math.exp(total - math.lgamma(k + 1) - math.lgamma(n - k + 1)) for k in range(wins, n + 1)]
+    return min(1.0, math.fsum(terms))
+
+
+def clearly_lower(low: Mapping[str, bool], high: Mapping[str, bool]) -> bool:
+    """Whether ``low`` keeps fewer of the shared images than ``high``, by a point and beyond the paired noise."""
+    shared = low.keys() & high.keys()
+    wins = sum(high[i] and not low[i] for i in shared)
+    losses = sum(low[i] and not high[i] for i in shared)
+    return wins - losses >= max(1.0, MATERIAL * len(shared)) and sign_test(wins, losses) < SIGNIFICANT
+
+
+def share(alive: Mapping[str, bool]) -> float:
+    """Of these images, those that are still right, 0..1."""
+    return sum(alive.values()) / len(alive) if alive else 0.0
+
+
+def compared(low: Mapping[str, bool], high: Mapping[str, bool]) -> tuple[str, str]:
+    """Both accuracies over the images they share, as the test saw them."""
+    shared = low.keys() & high.keys()
+    return percent(share({i: low[i] for i in shared})), percent(share({i: high[i] for i in shared}))
+
+
+def percent(share: float) -> str:
+    """``45.2 %``."""
+    return f"{100 * share:.1f} %"

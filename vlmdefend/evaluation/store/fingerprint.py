@@ -1,0 +1,121 @@
+"""Hashes in a cell's key, so that code or files that were edited do not find their old numbers done."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from errno import EACCES, ENAMETOOLONG
+from functools import cache
+from itertools import islice
+from os import R_OK, access, strerror
+from pathlib import Path
+from uuid import uuid4
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.defenses.base import Defense
+from vlmdefend.errors import UserError
+
+FILES = 1000  # the most that an option's folder may hold: weights and what belongs to them
+ROOMS = ("rng.py", "types.py", "data", "models", "kernels", "attacks", "defenses", "evaluation")
+
+
+def code_hash(method: Attack | Defense) -> dict[str, str]:
+    """What a method depends on beside its options: its own file where it is not of this package, and files it names.
+
+    So too for those inside of it.
+    """
+    parts: tuple[Attack | Defense, ...] = method.inner
+    found = {
+        key.replace("_hash", f"_hash_{i}", 1): digest
+        for i, one in enumerate(parts)
+        for key, digest in code_hash(one).items()
+    }
+    options = method.spec().items() if not parts else ()
+    found |= {f"{name}_hash": digest for name, value in options if (digest := _content(f"{method.name}:{name}", value))}
+    if type(method).__module__.partition(".")[0] == "vlmdefend":
+        return found
+    try:
+        code = Path(inspect.getsourcefile(type(method)) or "").read_bytes()
+    except (TypeError, OSError):
+        try:
+            code = inspect.getsource(type(method)).encode()  # a notebook's cell
+        except (TypeError, OSError):
+            code = uuid4().bytes  # nobody can tell whether it is the same: never reuse
+    return {"file_hash": hashlib.sha256(code).hexdigest()[:8], **found}
+
+
+def check_files(method: Attack | Defense) -> None:
+    """Look at the files that a method's options name, and those of the methods inside of it, without reading them.
+
+    Raises:
+        UserError: one that may not be read, a folder of very many.
+    """
+    for part in method.inner:
+        check_files(part)
+    for name, value in method.spec().items() if not method.inner else ():
+        _named(f"{method.name}:{name}", value)
+
+
+def _content(option: str, value: object) -> str:
+    """A hash of the file or of the folder's files that an option names; empty if it names none."""
+    files = _named(option, value)
+    if files is None:
+        return ""
+    place = Path(str(value)).expanduser()
+    try:
+        if files == [place]:
+            return hashlib.sha256(place.read_bytes()).hexdigest()[:8]
+        return _of_files(place, files)
+    except OSError as error:
+        raise _unreadable(option, value, error) from None
+
+
+def _named(option: str, value: object) -> list[Path] | None:
+    """The file that an option names, or the regular files in the folder; None if it names neither."""
+    if not isinstance(value, str) or not ("/" in value or "." in value):
+        return None  # a word, such as a data set's name, though a folder may have the same
+    try:
+        place = Path(value).expanduser()
+        if place.is_file():
+            files = [place]
+        elif place.is_dir():
+            files = sorted(islice((file for file in place.rglob("*") if file.is_file()), FILES + 1))
+        else:
+            return None
+    except RuntimeError:  # the home of nobody
+        return None
+    except OSError as error:
+        if error.errno == ENAMETOOLONG:
+            return None
+        raise _unreadable(option, value, error) from None
+    if len(files) > FILES:
+        raise UserError(
+            f"{option}={value!r}: is a folder of more than {FILES} files; name the file or the folder that it reads."
+        )
+    if closed := next((file for file in files if not access(file, R_OK)), None):
+        raise _unreadable(option, value, PermissionError(EACCES, strerror(EACCES), str(closed)))
+    return files
+
+
+def _unreadable(option: str, value: object, error: OSError) -> UserError:
+    return UserError(
+        f"{option}={value!r}: {error.filename or value} cannot be read ({error.strerror or error}); name a file or a "
+        "folder that you may read."
+    )
+
+
+@cache
+def house_hash() -> str:
+    """A hash of the code that computes results, so that a mended attack does not find the old numbers done."""
+    house = Path(__file__).parents[2]
+    files = sorted(
+        file for room in ROOMS for file in ([house / room] if room.endswith(".py") else (house / room).rglob("*.py"))
+    )
+    return _of_files(house, files)
+
+
+def _of_files(folder: Path, files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:8]

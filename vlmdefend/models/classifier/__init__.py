@@ -1,0 +1,1 @@
+"""Classifiers with a trained head on an image backbone."""

@@ -1,0 +1,1 @@
+"""CLIP models of open_clip: built, loaded, and turned into zero-shot classifiers."""

@@ -1,0 +1,1 @@
+"""Learned prompts: context vectors and deep tokens, how they are read, run and stored."""

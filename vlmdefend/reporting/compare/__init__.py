@@ -1,0 +1,1 @@
+"""Two run folders compared image by image."""

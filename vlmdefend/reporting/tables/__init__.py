@@ -1,0 +1,1 @@
+"""Verdict rows as tables: terminal, Markdown, LaTeX, CSV, Parquet."""

@@ -1,0 +1,58 @@
+"""Verdict lines in every format, and the two ways to show them: a string, or a console."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from vlmdefend.errors import UserError, did_you_mean
+from vlmdefend.evaluation.store.records import Record, Row
+from vlmdefend.reporting.tables.groups import grouped
+from vlmdefend.reporting.verdicts.line import Line
+from vlmdefend.reporting.verdicts.verdict import verdict_lines
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+FORMATS = ("terminal", "markdown", "latex", "csv", "parquet")
+
+
+def render(lines: Sequence[Line], format: str = "terminal") -> str:
+    """The lines (one per seed, as :func:`verdict_lines` gives them) as text.
+
+    Terminal, Markdown and LaTeX merge seeds to mean and spread; CSV keeps one row per seed. Parquet is no text: see
+    :func:`vlmdefend.reporting.tables.frame.parquet`.
+
+    Raises:
+        UserError: an unknown format, or Parquet.
+    """
+    if format not in FORMATS:
+        raise did_you_mean("format", format, list(FORMATS))
+    if format == "parquet":
+        raise UserError("a Parquet file is not text: give --out FILE.")
+    if format == "csv":
+        from vlmdefend.reporting.tables.frame import csv
+
+        return csv(lines)
+    groups = grouped(lines)
+    if format == "markdown":
+        from vlmdefend.reporting.tables.markdown import markdown
+
+        return markdown(groups)
+    if format == "latex":
+        from vlmdefend.reporting.tables.latex import latex
+
+        return latex(groups)
+    from vlmdefend.reporting.tables.terminal import text
+
+    return text(groups)
+
+
+def print_verdict(cells: Iterable[tuple[Record, Sequence[Row]]], console: Console | None = None) -> None:
+    """Print the verdict on these cells: tables, reasons to doubt them, costs."""
+    from rich.console import Console
+
+    from vlmdefend.reporting.tables.terminal import print_groups
+
+    print_groups(grouped(verdict_lines(cells)), console or Console())

@@ -1,0 +1,100 @@
+"""Saved sets against models: who was attacked in the rows, who is asked in the columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from vlmdefend.evaluation.statistics.diagnostics import Result
+from vlmdefend.evaluation.statistics.intervals import wilson
+from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.reporting.tables.groups import percent, plain
+from vlmdefend.reporting.verdicts.attack_names import differing
+from vlmdefend.types import format_eps
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PER_TABLE = 3  # columns that fit beside the name of a set in 80 characters
+
+
+def print_transfer(cells: Iterable[tuple[Record, Sequence[Row]]], console: Console | None = None) -> None:
+    """Robust accuracy with its Wilson interval for every saved set and every target; clean accuracy on top.
+
+    An image that a target gets wrong when clean counts as not robust. One that the attacked model got wrong was not
+    attacked, so that it counts as robust where the target gets it right: a line below says how many those are.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = console or Console()
+    results = [Result(record, rows) for record, rows in cells]
+    groups: dict[tuple[str, ...], list[Result]] = {}
+    for result in results:
+        cell = result.record.cell
+        groups.setdefault((cell.protocol, cell.dataset, cell.split, cell.ids_hash, cell.norm), []).append(result)
+    for place, same in groups.items():
+        protocol, dataset, split, _, norm = place
+        n = max(result.record.n for result in same)
+        title = f"saved images of {dataset} ({split}, n = {n}) · {norm} · protocol {protocol}"
+        console.print(Text(plain(title), style="bold"), highlight=False)
+        names = _targets([result.record.cell for result in same])
+        targets = list(dict.fromkeys(names.values()))
+        rows = _sources([result.record.cell for result in same])
+        by_place = {(rows[r.record.key], names[r.record.key]): r.record for r in same}
+        clean = {names[r.record.key]: percent(r.record.clean_correct / r.record.n) for r in same}
+        sources = list(dict.fromkeys(rows.values()))
+        for first in range(0, len(targets), PER_TABLE):
+            shown = targets[first : first + PER_TABLE]
+            if first:
+                console.print()
+            table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+            table.add_column("crafted on \\ asked", overflow="fold")
+            for target in shown:
+                table.add_column(Text(plain(target)), overflow="fold", min_width=17)
+            table.add_row("clean", *(clean[target] for target in shown))
+            for source in sources:
+                table.add_row(Text(plain(source)), *(_robust(by_place.get((source, target))) for target in shown))
+            console.print(table, highlight=False)
+        if alone := _not_attacked(same, rows):
+            console.print(Text(plain(f"wrong when clean, so not attacked: {alone}")), highlight=False)
+
+
+def _not_attacked(results: Sequence[Result], names: dict[str, str]) -> str:
+    """``8 images of tiny-vit:pgd:steps=10 4/255, ...`` for the sets that hold images as they were."""
+    counts = {
+        names[result.record.key]: result.record.n - result.record.cell.attack_config["source_attacked"]
+        for result in results
+        if "source_attacked" in result.record.cell.attack_config
+    }
+    return ", ".join(f"{count} image{'s' if count > 1 else ''} of {name}" for name, count in counts.items() if count)
+
+
+def _sources(cells: Sequence[Cell]) -> dict[str, str]:
+    """Cell key -> ``tiny-vit:pgd:steps=10 4/255``, and the hash of the set where two would be called the same."""
+    sets = {
+        cell.key: (f"{cell.attack_config['source']} {format_eps(cell.eps)}", cell.attack_config["set"])
+        for cell in cells
+    }
+    alike = [name for name, _ in set(sets.values())]
+    return {key: name if alike.count(name) == 1 else f"{name} #{digest[:6]}" for key, (name, digest) in sets.items()}
+
+
+def _targets(cells: Sequence[Cell]) -> dict[str, str]:
+    """Cell key -> model, defense, and whatever else tells two targets apart."""
+    seeds = len({cell.seed for cell in cells}) > 1
+    names = {}
+    for cell in cells:
+        defense = [] if cell.defense == "none" else [f"+ {cell.defense}"]
+        configs = [other.defense_config for other in cells if other.defense == cell.defense]
+        seed = [f"seed {cell.seed}"] if seeds else []
+        names[cell.key] = " ".join([cell.model, *defense, *differing(cell.defense_config, configs), *seed])
+    return names
+
+
+def _robust(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    low, high = wilson(record.robust, record.n)
+    return f"{percent(record.robust / record.n)} [{percent(low)}, {percent(high)}]"

@@ -1,0 +1,1 @@
+"""Results of `distill`, `train` and `urda-train` as text."""

@@ -1,0 +1,81 @@
+"""Lines of several seeds to one: mean and spread of every number, every doubt with how many seeds have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS, Reason
+from vlmdefend.evaluation.statistics.intervals import mean_and_spread
+from vlmdefend.reporting.verdicts.certified import mean_curve
+from vlmdefend.reporting.verdicts.cost import mean_cost
+from vlmdefend.reporting.verdicts.line import Line, Share
+
+
+def over_seeds(lines: Sequence[Line]) -> list[Line]:
+    """Lines that differ only in the seed become one, with mean and spread."""
+    merged: dict[tuple[Any, ...], list[Line]] = {}
+    for line in lines:
+        merged.setdefault((line.pipeline, line.norm, line.eps, line.clean_only), []).append(line)
+    return sorted((_merge(same) for same in merged.values()), key=lambda line: line.order)
+
+
+def _merge(lines: Sequence[Line]) -> Line:
+    """Seeds of one pipeline at one radius."""
+    if len(lines) == 1:
+        return lines[0]
+    ordered = sorted(lines, key=lambda line: line.seeds)
+    first = ordered[0]
+    judged = [line for line in ordered if line.clean is not None]
+    robust = {
+        attacker: _joined([line.robust[attacker] for line in judged if attacker in line.robust])
+        for attacker in ATTACKERS
+        if any(attacker in line.robust for line in judged)
+    }
+    notes = [note for line in ordered for note in line.notes]
+    for attacker, share in robust.items():
+        if len(share.counts) < len(ordered):
+            notes.append(f"{attacker} was run for {len(share.counts)} of {len(ordered)} seeds")
+    worst = [line.worst for line in judged if line.worst is not None]
+    return replace(
+        first,
+        seeds=tuple(seed for line in ordered for seed in line.seeds),
+        paradigm=next((line.paradigm for line in ordered if line.paradigm), ""),
+        stochastic=any(line.stochastic for line in ordered),
+        n=min((line.n for line in judged), default=0),
+        skipped=max(line.skipped for line in ordered),
+        clean=_joined([line.clean for line in judged if line.clean is not None]) if judged else None,
+        robust=robust,
+        worst=_joined(worst) if worst else None,
+        same_as_whitebox=tuple(a for a in ATTACKERS if all(a in line.same_as_whitebox for line in judged) and judged),
+        attacks={a: _union(line.attacks.get(a, ()) for line in ordered) for a in ATTACKERS if a in robust},
+        reasons=_merged_reasons(ordered),
+        certified=mean_curve(line.certified for line in judged),
+        abstained=mean_and_spread([line.abstained for line in judged])[0] if judged else 0.0,
+        notes=tuple(dict.fromkeys(notes)),
+        errors=tuple(f"seed {line.seeds[0]}: {error}" for line in ordered for error in line.errors),
+        batch_sizes=tuple(sorted({size for line in ordered for size in line.batch_sizes})),
+        devices=tuple(sorted({device for line in ordered for device in line.devices})),
+        cost=mean_cost([line.cost for line in judged]),
+    )
+
+
+def _merged_reasons(lines: Sequence[Line]) -> tuple[Reason, ...]:
+    """Each kind of reason once, in the words of its first seed, with the number of seeds that have it."""
+    by_kind: dict[tuple[str, str, float | None], list[Reason]] = {}
+    for line in lines:
+        for reason in line.reasons:
+            by_kind.setdefault((reason.word, reason.kind, reason.eps), []).append(reason)
+    return tuple(
+        replace(same[0], text=f"{same[0].text} (like this in {len(same)} of {len(lines)} seeds)")
+        for same in by_kind.values()
+    )
+
+
+def _joined(shares: Sequence[Share]) -> Share:
+    return Share(tuple(c for s in shares for c in s.counts), tuple(n for s in shares for n in s.ns))
+
+
+def _union(labels: Iterable[tuple[str, ...]]) -> tuple[str, ...]:
+    return tuple(sorted({label for some in labels for label in some}))

@@ -1,0 +1,1 @@
+"""Unsupervised robust domain adaptation: `urda-train`."""

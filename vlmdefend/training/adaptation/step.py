@@ -1,0 +1,163 @@
+"""One of the two steps: a classifier that goes through the stages of a method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vlmdefend.defenses.adaptation.base import Adaptation
+from vlmdefend.models.classifier.classifier import ImageClassifier
+from vlmdefend.training.adaptation.data import DomainImages
+from vlmdefend.training.adaptation.selection import judge_of
+from vlmdefend.training.adaptation.sets import Sets
+from vlmdefend.training.adaptation.settings import UrdaSettings
+from vlmdefend.training.adaptation.student import AdaptedStudent
+from vlmdefend.training.adaptation.teacher import FrozenTeacher
+from vlmdefend.training.loop.cost import StageCost, stage_cost
+from vlmdefend.training.loop.folder import RunFolder
+from vlmdefend.training.loop.listener import Accuracies, Listener
+from vlmdefend.training.loop.log import Tracking
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.schedule import Decay
+from vlmdefend.training.loop.stage import Optimization, Stage
+from vlmdefend.training.loop.trainer import Run
+from vlmdefend.training.loop.weight_averages import put_
+
+StepName = Literal["teacher", "student"]
+
+
+class StepStage(Stage):
+    """A stage of one of the two steps, whose rate has one option however many stages it has."""
+
+    @property
+    def rate_option(self) -> str:
+        """What sets the rate, for messages."""
+        return f"--lr-{self.name.partition('-')[0]}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """Step 1 makes the ``teacher``, step 2 the ``student``.
+
+    Args:
+        name: which of them.
+        phases: objectives, each from where the one before ended.
+        settings: of the run.
+        sets: of the run.
+    """
+
+    name: StepName
+    phases: tuple[Adaptation, ...]
+    settings: UrdaSettings
+    sets: Sets
+
+    @property
+    def size(self) -> int:
+        """Images of each domain in a batch."""
+        return self.settings.batch_size if self.name == "teacher" else self.settings.batch_size_student
+
+    def costs(self) -> list[StageCost]:
+        """What each stage will cost at most."""
+        options = Optimization(batch_size=self.size)
+        return [stage_cost(self._stage(method), options, self._epoch(method)) for method in self.phases]
+
+    def train(
+        self,
+        classifier: ImageClassifier,
+        teacher: FrozenTeacher | None,
+        processes: Processes,
+        folder: RunFolder,
+        facts: dict[str, Any],
+        listener: Listener,
+    ) -> None:
+        """Run all stages, each with a log and a state of its own; ``classifier`` ends with the chosen weights."""
+        settings = self.settings
+        for method in self.phases:
+            stage = self._stage(method)
+            student = AdaptedStudent(
+                classifier,
+                (method,),
+                processes,
+                backbone_factor=self._factor(classifier),
+                steps=stage.epochs * -(-self._epoch(method) // self.size),
+                seed=settings.seed,
+            )
+            place = folder.training / stage.name
+            if processes.is_main:
+                place.mkdir(parents=True, exist_ok=True)
+            processes.wait()
+            tracking = Tracking(settings.track, processes, place, facts)
+            run = Run(
+                student,
+                teacher if method.teacher != "none" else None,
+                self._images(method, classifier),
+                [stage],
+                self._optimization(),
+                place,
+                judge=self._judge(classifier, teacher, processes),
+                listener=listener,
+                tracking=tracking,
+                save_every=settings.save_every,
+            )
+            memory = run.run()
+            tracking.close()
+            if settings.select != "last":
+                put_(student.weights(), memory.best)
+        classifier.requires_grad_(False)
+
+    def _stage(self, method: Adaptation) -> Stage:
+        settings, first = self.settings, self.name == "teacher"
+        return StepStage(
+            name=self.name if method is self.phases[-1] else f"{self.name}-{method.name}",
+            objective=method,
+            epochs=settings.epochs_teacher if first else settings.epochs_student,
+            rate=settings.lr_teacher if first else settings.lr_student,
+            decay=Decay(),
+        )
+
+    def _optimization(self) -> Optimization:
+        settings = self.settings
+        return Optimization(
+            momentum=settings.momentum,
+            nesterov=settings.momentum > 0,
+            weight_decay=settings.weight_decay,
+            clip=settings.clip,
+            batch_size=self.size,
+            batch_option="--batch-size" if self.name == "teacher" else "--batch-size-student",
+            seed=settings.seed,
+        )
+
+    def _factor(self, classifier: ImageClassifier) -> float:
+        """Of the backbone's rate: a tenth where its weights are published ones and the rest begins at random."""
+        if self.settings.backbone_factor is not None:
+            return self.settings.backbone_factor
+        begins = self.name == "teacher" or self.settings.init == "imagenet"
+        return 0.1 if classifier.pretrained and begins else 1.0
+
+    def _images(self, method: Adaptation, classifier: ImageClassifier) -> DomainImages:
+        sets = self.sets
+        source = sets.reader(sets.source, classifier) if method.domains != "target" else None
+        target = sets.reader(sets.target, classifier) if method.domains != "source" else None
+        return DomainImages(source, target, self._epoch(method))
+
+    def _epoch(self, method: Adaptation) -> int:
+        """Images of each domain in an epoch: whole batches of the larger set, unless steps were asked for.
+
+        A last batch of one or two images would have no statistics for BatchNorm; the order decides who is left out.
+        """
+        both = {"source": self.sets.source, "target": self.sets.target}
+        longest = max(len(images) for name, images in both.items() if method.domains in ("both", name))
+        first = self.name == "teacher"
+        iterations = self.settings.iterations_teacher if first else self.settings.iterations_student
+        return self.size * (iterations or max(1, longest // self.size))
+
+    def _judge(
+        self, classifier: ImageClassifier, teacher: FrozenTeacher | None, processes: Processes
+    ) -> Callable[[], Accuracies] | None:
+        select, first = self.settings.select, self.name == "teacher"
+        if select == "last" or (first and select == "agreement"):
+            return None
+        batch = self.sets.batch(self.sets.held_out, classifier, processes.device)
+        eps = 0.0 if first else self.settings.radius
+        return judge_of(select, classifier, teacher, batch, eps, self.settings.seed)

@@ -1,0 +1,230 @@
+"""Robust adaptation from settings to a classifier: adapted teacher (step 1), robust student (step 2), numbers."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmdefend.defenses.adaptation.base import Adaptation
+from vlmdefend.errors import UserError
+from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
+from vlmdefend.models.classifier.folder import is_classifier_folder, save_classifier
+from vlmdefend.training.adaptation.measure import TargetNumbers
+from vlmdefend.training.adaptation.methods import adaptation_of, robustification_of
+from vlmdefend.training.adaptation.sets import open_sets
+from vlmdefend.training.adaptation.settings import UrdaSettings
+from vlmdefend.training.adaptation.step import Step, StepName
+from vlmdefend.training.adaptation.student import copy_of
+from vlmdefend.training.adaptation.summary import summary_of
+from vlmdefend.training.adaptation.teacher import FrozenTeacher, as_teacher, load_teacher
+from vlmdefend.training.loop.cost import StageCost
+from vlmdefend.training.loop.folder import RunFolder
+from vlmdefend.training.loop.listener import Listener
+from vlmdefend.training.loop.log import check_tracker
+from vlmdefend.training.loop.processes import Processes, deterministic
+
+TEACHER: StepName = "teacher"
+STUDENT: StepName = "student"
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What a run made. Accuracies are on held-out target images."""
+
+    out: Path
+    before: TargetNumbers | None  # of the teacher; None: there was none
+    after: TargetNumbers | None  # of the student; None: step 2 was left out
+    theory: dict[str, Any]  # the terms of the bound that can be estimated
+    reused: bool  # nothing was left to do
+
+    @property
+    def written(self) -> bool:
+        """Whether there is a classifier in ``out``."""
+        return is_classifier_folder(self.out)
+
+    def spec(self) -> dict[str, Any]:
+        """As JSON, as it is kept in the folder."""
+        numbers = {"before": self.before, "after": self.after}
+        return {**{name: n.spec() for name, n in numbers.items() if n is not None}, "theory": self.theory}
+
+
+class RobustAdaptation:
+    """A run, made ready: methods named, folder checked, sets opened, a given teacher loaded.
+
+    Args:
+        settings: every choice.
+
+    Raises:
+        UserError: what is missing or does not fit; nothing was trained.
+    """
+
+    def __init__(self, settings: UrdaSettings) -> None:
+        self.settings = settings
+        check_tracker(settings.track)
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        self.method, self.robust = adaptation_of(settings), robustification_of(settings)
+        self.folder = RunFolder(settings.out)
+        self.processes = Processes(settings.device, settings.precision)
+        if settings.batch_norm == "train" and self.processes.count > 1:
+            raise UserError("--batch-norm train needs the whole batch in one process; give --batch-norm frozen.")
+        self.sets = open_sets(settings)
+        self.class_names = self.sets.source.class_names
+        self.given = self._given_teacher()
+        if self.processes.count > 1:
+            self._check_additive()
+
+    @property
+    def wants_teacher(self) -> bool:
+        """Whether there is a step 1 (or a given teacher)."""
+        starts = self.settings.init == "teacher"
+        return self.robust is None or self.robust.teacher != "none" or starts or self.settings.teacher is not None
+
+    @property
+    def trains_teacher(self) -> bool:
+        """Whether step 1 has anything to train."""
+        return self.wants_teacher and self.given is None
+
+    def costs(self) -> list[StageCost]:
+        """What each stage will cost at most."""
+        return [cost for step in self._steps() for cost in step.costs()]
+
+    def run(self, listener: Listener) -> Adapted:
+        """Both steps, or what is left of them; write teacher and student. ``listener`` hears of it."""
+        with deterministic(), self.folder.writing() if self.processes.is_main else nullcontext():
+            if self.processes.is_main:
+                self.folder.check_settings(self._facts())
+            self.processes.wait()
+            return self._run(listener)
+
+    def _run(self, listener: Listener) -> Adapted:
+        settings = self.settings
+        summary = self.folder.summary() if self.processes.is_main else {}
+        reused = bool(summary.get("finished"))
+        teacher = self._teacher(listener) if self.wants_teacher else None
+        student = None if self.robust is None else self._student(self.robust, teacher, listener)
+        if not reused:
+            summary = summary_of(settings, self.sets, teacher, student, self.processes.device)
+            if self.processes.is_main:
+                self._write(student or _model_of(teacher), teacher, summary)
+                self.folder.write_summary({**summary, "finished": True})
+        read = {name: TargetNumbers.read(summary[name]) if name in summary else None for name in ("before", "after")}
+        return Adapted(self.folder.out, read["before"], read["after"], summary.get("theory", {}), reused)
+
+    def _given_teacher(self) -> FrozenTeacher | None:
+        """A teacher that needs no training."""
+        name = self.settings.teacher or (None if self.method.trains else self.settings.backbone)
+        if name is None or not (self.settings.teacher or self.wants_teacher):
+            return None
+        return load_teacher(name, self.class_names, self.sets.source.templates, self.processes.device)
+
+    def _teacher(self, listener: Listener) -> FrozenTeacher:
+        """Step 1: adapt, unless a teacher is given."""
+        if self.given is not None:
+            return self.given
+        classifier = self._fresh(self.settings.bottleneck).to(self.processes.device)
+        step = Step(TEACHER, self.method.phases, self.settings, self.sets)
+        step.train(classifier, None, self.processes, self.folder, self._facts(), listener)
+        model = ClassifierModel(TEACHER, classifier, self.class_names)
+        if self.processes.is_main:
+            save_classifier(model, self.folder.out / TEACHER, self._metadata(self.method.name))
+        return as_teacher(model, self.class_names, TEACHER)
+
+    def _student(self, method: Adaptation, teacher: FrozenTeacher | None, listener: Listener) -> ClassifierModel:
+        """Step 2: the teacher stays as it is, to the bit."""
+        classifier = self._beginning(teacher).to(self.processes.device)
+        before = "" if teacher is None else teacher.weights_hash
+        if teacher is not None and method.teacher != "none" and getattr(method, "augment", "off") == "off":
+            teacher.look_at(self.sets.reader(self.sets.target, classifier), self.processes.device)
+        step = Step(STUDENT, method.phases, self.settings, self.sets)
+        step.train(classifier, teacher, self.processes, self.folder, self._facts(), listener)
+        if teacher is not None and teacher.weights_hash != before:
+            raise RuntimeError("step 2 changed the teacher")
+        return ClassifierModel(STUDENT, classifier, self.class_names)
+
+    def _beginning(self, teacher: FrozenTeacher | None) -> ImageClassifier:
+        """The student before its first step."""
+        model = _model_of(teacher)
+        if self.settings.init == "imagenet":
+            of_clip = teacher is not None and model is None
+            return self._fresh(self._width_for(teacher), of_clip=of_clip)
+        if model is None:
+            what = "there is no teacher" if teacher is None else f"{teacher.name} has no head"
+            raise UserError(f"--init teacher: {what} for the student to begin as; give --init imagenet.")
+        classifier = copy_of(model.classifier)
+        classifier.batch_norm = self.settings.batch_norm
+        return classifier
+
+    def _width_for(self, teacher: FrozenTeacher | None) -> int:
+        """The student's bottleneck: as wide as the teacher's features, where they are to be equal."""
+        if teacher is None or not getattr(self.robust, "features", False):
+            return self.settings.bottleneck
+        one = self.sets.target.select([0])
+        like = load_backbone(self.settings.backbone, pretrained=False)
+        found = teacher(self.sets.batch(one, like, self.processes.device).images).features
+        return self.settings.bottleneck if found is None else int(found.shape[1])
+
+    def _fresh(self, bottleneck: int, *, of_clip: bool = False) -> ImageClassifier:
+        """Backbone with its own weights, the rest random."""
+        settings = self.settings
+        return ImageClassifier(
+            load_backbone(settings.backbone, pretrained=settings.pretrained, seed=settings.seed),
+            len(self.class_names),
+            bottleneck=bottleneck,
+            bottleneck_kind="linear" if of_clip else "tllib",
+            head=settings.head,
+            batch_norm=settings.batch_norm,
+            seed=settings.seed,
+        )
+
+    def _write(self, model: ClassifierModel | None, teacher: FrozenTeacher | None, summary: dict[str, Any]) -> None:
+        if model is None:
+            return  # a CLIP as teacher and no step 2: there is no classifier with a head
+        made = "none" if self.robust is None else self.robust.name
+        facts = {**self._metadata(made), "teacher": None if teacher is None else teacher.name, **summary}
+        facts["teacher_weights_hash"] = None if teacher is None else teacher.weights_hash
+        save_classifier(model, self.folder.out, facts)
+
+    def _metadata(self, method: str) -> dict[str, Any]:
+        return {
+            "made_by": "vlmdefend urda-train",
+            "method": method,
+            "settings": self.settings.model_dump(mode="json"),
+            "source_ids_hash": self.sets.source.ids_hash,
+            "target_ids_hash": self.sets.target.ids_hash,
+            "selected_by": self.settings.select,
+        }
+
+    def _facts(self) -> dict[str, Any]:
+        """What must not change between the beginning of a run and its end."""
+        return {
+            **self.settings.decisive(),
+            "source_images": self.sets.source.ids_hash,
+            "target_images": self.sets.target.ids_hash,
+            "test_images": self.sets.tested.ids_hash,
+            "teacher_weights": None if self.given is None else self.given.weights_hash,
+        }
+
+    def _check_additive(self) -> None:
+        """Several processes must make what one makes."""
+        if self.settings.reduction != "mean":
+            raise UserError(f"--reduction {self.settings.reduction} sums over a batch that processes share; give mean.")
+        for method in (method for step in self._steps() for method in step.phases if not method.additive):
+            raise UserError(
+                f"{method.name} compares the images of a batch with one another, and each process has a part of it; "
+                "run it in one process."
+            )
+
+    def _steps(self) -> list[Step]:
+        found = [Step(TEACHER, self.method.phases, self.settings, self.sets)] if self.trains_teacher else []
+        return found + ([] if self.robust is None else [Step(STUDENT, self.robust.phases, self.settings, self.sets)])
+
+
+def _model_of(teacher: FrozenTeacher | None) -> ClassifierModel | None:
+    model = None if teacher is None else teacher.model
+    return model if isinstance(model, ClassifierModel) else None

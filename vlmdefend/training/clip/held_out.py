@@ -1,0 +1,71 @@
+"""Accuracy on the images that are held out, and what one model makes of another one's adversarial images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.attacks.gradient.pgd import Pgd
+from vlmdefend.attacks.view import View, chunks
+from vlmdefend.rng import ImageRng
+from vlmdefend.training.loop.listener import Accuracies, Counted, Gap
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.types import Batch, Pipeline, Threat
+
+WIDTH = 64
+
+
+def accuracies(
+    model: Pipeline, batch: Batch, eps: float, seed: int, processes: Processes, attack: Attack | None = None
+) -> Accuracies:
+    """Clean and robust accuracy (PGD-10 unless another attack is given), shared among the processes.
+
+    What an image does is its own affair, so the counts do not depend on the number of processes.
+    """
+    mine = processes.share(list(range(len(batch.ids))))
+    images, labels = batch.images[mine].to(processes.device), batch.labels[mine].to(processes.device)
+    rng = ImageRng(seed, [batch.ids[i] for i in mine], "held out")
+    view = View(model, rng, width=WIDTH)
+    clean = view(images).argmax(dim=1) == labels if mine else torch.zeros(0, dtype=torch.bool)
+    found = (attack or Pgd())(view, images, labels, Threat("linf", eps)) if mine else None
+    robust = 0 if found is None else int((~found.fooled).sum())
+    total = processes.sum_numbers({"clean": float(clean.sum()), "robust": float(robust)})
+    n = len(batch.ids)
+    return Accuracies(Counted(int(total["clean"]), n), Counted(int(total["robust"]), n))
+
+
+def proxy_gap(
+    target: str, models: Mapping[str, Pipeline], batch: Batch, eps: float, seed: int, attack: Attack | None = None
+) -> Gap:
+    """Craft images against one model and ask all about them (Fu et al. 2026, 5.5 and Fig. 7).
+
+    Every image is attacked, right or wrong, with all steps, and the last iterate counts: an image that left at the
+    first sign of success would be an easy one for the others.
+
+    Args:
+        target: which of ``models`` is attacked.
+        models: by name; all take images of the target's size.
+        batch: images on the models' device.
+        eps: L_inf radius.
+        seed: of the attack's start.
+        attack: PGD-10 with the last iterate, unless another is given.
+    """
+    view = View(models[target], ImageRng(seed, batch.ids, "proxy gap"), width=WIDTH, stop=False)
+    found = (attack or Pgd(last=True))(view, batch.images, batch.labels, Threat("linf", eps)).images
+    clean, adversarial = (
+        {name: correct(model, images, batch) for name, model in models.items()} for images in (batch.images, found)
+    )
+    return Gap(target, clean, adversarial)
+
+
+def correct(model: Pipeline, images: Tensor, batch: Batch) -> Counted:
+    """How many of (N, 3, H, W) ``images``, clean or not, get the labels of ``batch``."""
+    rng, hits = ImageRng(0, batch.ids, "deployed"), 0
+    for chunk in chunks(len(batch.ids), WIDTH):
+        with torch.no_grad():
+            predicted = model(images[chunk], rng.select(chunk)).predictions
+        hits += int((predicted == batch.labels[chunk]).sum())
+    return Counted(hits, len(batch.ids))

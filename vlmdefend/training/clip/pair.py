@@ -1,0 +1,106 @@
+"""The two models of a distillation, asked the same classes, and the files of the one that learns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmdefend.errors import UserError
+from vlmdefend.models import load_model
+from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.weights.checkpoint import find_weights, read_weights, save_folder
+from vlmdefend.training.clip.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
+from vlmdefend.training.clip.distill_settings import DistillSettings
+from vlmdefend.training.loop.folder import PIVOT, TRAINING
+from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
+from vlmdefend.training.loop.weight_averages import Weights
+from vlmdefend.types import Pipeline
+
+
+@dataclass
+class Pair:
+    """Target and proxy, as the settings name them; the same class list for both.
+
+    Raises:
+        UserError: weights that cannot be had, or that are the same in both.
+    """
+
+    settings: DistillSettings
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        settings, device = self.settings, self.processes.device
+        self.target = load_model(settings.target, weights=settings.weights, device=device)
+        self.proxy = load_model(settings.proxy, weights=settings.proxy_weights, device=device)
+        self.hashes = {"target_weights": self.target.weights_hash, "proxy_weights": self.proxy.weights_hash}
+        self.class_names: Sequence[str] = ()
+        if self.target.weights_hash == self.proxy.weights_hash and not settings.force:
+            raise UserError(
+                f"{settings.target} and {settings.proxy} hold the same weights: a model has nothing to learn from "
+                "itself; give a proxy of another architecture, or --force to try all the same."
+            )
+
+    def student(self) -> TrainedStudent:
+        """The target, with the parts that train."""
+        classifier = self._classifier(self.target, self.settings.batch_norm)
+        return TrainedStudent(classifier, choose_trained(classifier, self.settings.trains), self.processes)
+
+    def teacher(self) -> AutocastTeacher:
+        """The proxy, frozen."""
+        return AutocastTeacher(self._classifier(self.proxy), self.processes)
+
+    def deployed(self, model: VisionLanguageModel) -> Pipeline:
+        """One of the two as it is used and measured: with its own logit scale, which attacks depend on."""
+        return model.zero_shot(
+            self.class_names,
+            self.settings.templates,
+            normalization=self.settings.normalization,
+            resize_inside=self._resizes(model),
+        )
+
+    def read_pivot(self, path: Path) -> Weights:
+        """The weights of a pivot, by the names that train.
+
+        Raises:
+            UserError: a weight is missing or of another shape.
+        """
+        state = read_weights(find_weights(path) if path.is_dir() else path)
+        found = {}
+        for name, weight in self.student().weights().items():
+            value = state.get(name, state.get(name.removeprefix("visual.")))
+            if value is None or value.shape != weight.shape:
+                how = "missing" if value is None else f"of shape {tuple(value.shape)}, not {tuple(weight.shape)}"
+                raise UserError(f"--pivot {path}: {name} is {how}; give the pivot of a run with the same target.")
+            found[name] = value.to(weight.device, weight.dtype)
+        return found
+
+    def save_target(self, folder: Path, facts: dict[str, Any]) -> None:
+        """Write the target with its present weights, and the normalisation that they were trained with."""
+        mean, std = statistics(self.target, self.settings.normalization)
+        self.target.preprocess_cfg |= {"mean": list(mean), "std": list(std)}
+        metadata = {
+            "method": "hpt-gpd",
+            "made_by": "vlmdefend distill",
+            "settings": self.settings.model_dump(mode="json"),
+            "target_weights_hash": self.hashes["target_weights"],
+            "proxy_weights_hash": self.hashes["proxy_weights"],
+            "class_names": list(self.class_names),
+        }
+        save_folder(self.target, folder, metadata | facts, beside=(TRAINING, PIVOT))
+
+    def _classifier(self, model: VisionLanguageModel, batch_norm: BatchNormPolicy = "frozen") -> TrainedClassifier:
+        return TrainedClassifier(
+            model,
+            self.class_names,
+            self.settings.templates,
+            normalization=self.settings.normalization,
+            logit_scale=self.settings.scale,
+            resize_inside=self._resizes(model),
+            batch_norm=batch_norm,
+        )
+
+    def _resizes(self, model: VisionLanguageModel) -> bool:
+        return self.settings.pixel_space == "native" or model.image_size != self.target.image_size

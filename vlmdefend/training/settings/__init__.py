@@ -1,0 +1,1 @@
+"""Settings that all training commands share."""
