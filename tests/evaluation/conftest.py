@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.evaluation.adversarial_sets import craft
+from tests.evaluation.saved_sets import craft
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.data.base import BadImage, ImageSet

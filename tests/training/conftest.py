@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.training.urda_sets import saved_teacher, write_domains
+from tests.training.adaptation.domains import saved_teacher, write_domains
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time import OBJECTIVES
