@@ -14,7 +14,8 @@ from torch import Tensor
 
 from vlmdefend.data.loader import load_batch
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import Plan, make_plan
+from vlmdefend.evaluation.grid.planned import Plan
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.grid.protocol import get_protocol
 from vlmdefend.evaluation.launchers.inline import run_plan
 from vlmdefend.evaluation.launchers.listener import Listener

@@ -14,8 +14,8 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.evaluation.grid.protocol import get_protocol
 from vlmdefend.kernels.linf import linf_step_
 from vlmdefend.models import load_model
+from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
-from vlmdefend.models.weights.checkpoint import save_folder
 
 EPS, ATTACK_STEPS, STEPS, BATCH, RATE = 8 / 255, 3, 1500, 64, 3e-4
 CACHE = Path("~/.cache/vlmdefend/bench-robust-vit").expanduser()

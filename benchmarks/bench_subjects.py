@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
+from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
-from vlmdefend.models.weights.checkpoint import save_folder
 
 CLASSES = 1000
 

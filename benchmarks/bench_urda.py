@@ -17,7 +17,7 @@ from vlmdefend.defenses.adaptation.base import UNKNOWN
 from vlmdefend.defenses.adaptation.dart_urda import DartUrda
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics.intervals import wilson
-from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.adaptation.measure import TargetNumbers

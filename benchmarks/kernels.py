@@ -23,7 +23,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, start
+from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, resize_weights, start
 from vlmdefend.kernels.dispatch import uses_triton
 
 BATCH, SIDE, CLASSES, ROUNDS = 8, 224, 1000, 21
@@ -73,7 +73,7 @@ def cases(device: str) -> dict[str, Case]:
     mean, std = (torch.rand(3, 1, 1, device=device) + 0.2 for _ in range(2))
     small = torch.rand(BATCH, 3, 32, 32, device=device)
     eye = torch.eye(32).view(1, 1, 32, 32)
-    axis = resize.Axis.of(F.interpolate(eye, (SIDE, 32), mode="bicubic")[0, 0].to(device))
+    axis = resize_weights.AxisResize.of(F.interpolate(eye, (SIDE, 32), mode="bicubic")[0, 0].to(device))
     z, y = torch.randn(BATCH * 32, CLASSES, device=device), torch.zeros(BATCH * 32, dtype=torch.int64, device=device)
 
     def sign_step(along: Tensor) -> Tensor:

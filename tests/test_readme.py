@@ -21,7 +21,7 @@ from vlmdefend.cli.main import run
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses import DEFENSES
-from vlmdefend.models.weights.checkpoint import save_folder
+from vlmdefend.models.clip.folder import save_folder
 
 README = Path(__file__).parent.parent / "README.md"
 PAGES = sorted((README.parent / "docs").glob("*.md"))

@@ -15,7 +15,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_sets.crafting import Crafted, craft_set
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.listener import Listener
 
 COUNT = 20

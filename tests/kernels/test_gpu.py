@@ -14,7 +14,7 @@ from tests.kernels.conftest import LAYOUTS, SHAPES, images_around, scales
 from tests.kernels.test_margin import lowest_class_first, margin_and_gradient
 from vlmdefend.attacks import ATTACKS, cuda_graph
 from vlmdefend.attacks.view import Gradient, View
-from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, start
+from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, resize_weights, start
 from vlmdefend.kernels.dispatch import uses_triton
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
@@ -83,7 +83,7 @@ def test_pixels_to_network_input_equal_the_specification(layout: str) -> None:
     results = []
     for device in ("cpu", "cuda"):
         pixels = images.to(device).requires_grad_(True)
-        tables = (resize.Axis.of(axis(size).to(device)) for size in (40, 52))
+        tables = (resize_weights.AxisResize.of(axis(size).to(device)) for size in (40, 52))
         found = resize.resized_normalized(pixels, *tables, mean.to(device), std.to(device))
         results.append((found.detach().cpu(), torch.autograd.grad(found.sum(), pixels)[0].cpu()))
     for one, other in zip(*results, strict=True):

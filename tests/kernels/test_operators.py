@@ -11,15 +11,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.conftest import images_around
-from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, start
+from vlmdefend.kernels import apgd, l2, linf, margin, momentum, normalize, resize, resize_weights, start
 
 SHAPE = (2, 3, 6, 5)
 MEAN, STD = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
 
 
-def axis(size: int, side: int) -> resize.Axis:
+def axis(size: int, side: int) -> resize_weights.AxisResize:
     rows = torch.eye(size).view(1, 1, size, size)
-    return resize.Axis.of(F.interpolate(rows, (side, size), mode="bicubic", antialias=side < size)[0, 0])
+    return resize_weights.AxisResize.of(F.interpolate(rows, (side, size), mode="bicubic", antialias=side < size)[0, 0])
 
 
 def arguments() -> dict[str, tuple[object, ...]]:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.kernels.normalize import normalized
-from vlmdefend.kernels.resize import Axis, Taps, resized_normalized, taps
+from vlmdefend.kernels.resize import resized_normalized
+from vlmdefend.kernels.resize_weights import AxisResize, RowWeights, row_weights
 
 
 def bicubic(size: int, side: int) -> Tensor:
@@ -16,7 +17,7 @@ def bicubic(size: int, side: int) -> Tensor:
     return F.interpolate(rows, (side, size), mode="bicubic", antialias=side < size)[0, 0]
 
 
-def dense(table: Taps, inputs: int) -> Tensor:
+def dense(table: RowWeights, inputs: int) -> Tensor:
     matrix = torch.zeros(len(table.first), inputs)
     for row, first in enumerate(table.first.tolist()):
         matrix[row, first : first + table.weights.shape[1]] = table.weights[row]
@@ -26,7 +27,7 @@ def dense(table: Taps, inputs: int) -> Tensor:
 @pytest.mark.parametrize(("size", "side", "most"), [(8, 20, 4), (20, 32, 4), (48, 32, 7), (448, 224, 8), (3, 32, 3)])
 def test_tables_are_the_matrix_and_its_transpose(size: int, side: int, most: int) -> None:
     """Enlarging takes at most 4 taps, shrinking by s at most 4 s + 1."""
-    axis = Axis.of(bicubic(size, side))
+    axis = AxisResize.of(bicubic(size, side))
     assert torch.equal(dense(axis.forward, size), axis.matrix)
     assert torch.equal(dense(axis.backward, side), axis.matrix.T)
     assert axis.forward.weights.shape[1] <= most
@@ -34,13 +35,13 @@ def test_tables_are_the_matrix_and_its_transpose(size: int, side: int, most: int
 
 def test_an_input_that_no_output_sees_has_no_weight() -> None:
     matrix = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
-    table = taps(matrix.T)
+    table = row_weights(matrix.T)
     assert table.weights.shape == (3, 1)
     assert torch.equal(dense(table, 2), matrix.T)
 
 
 def test_the_operator_resizes_normalises_and_returns_the_gradient() -> None:
-    rows, columns = Axis.of(bicubic(6, 8)), Axis.of(bicubic(11, 8))
+    rows, columns = AxisResize.of(bicubic(6, 8)), AxisResize.of(bicubic(11, 8))
     mean, std = torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     images = torch.rand(2, 3, 6, 11, generator=torch.Generator().manual_seed(0), requires_grad=True)
     expected = normalized(rows.matrix @ images @ columns.matrix.T, mean, std)

@@ -12,7 +12,7 @@ from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
 
 if TYPE_CHECKING:
     from vlmdefend.evaluation.adversarial_sets.crafting import Crafted
-    from vlmdefend.evaluation.grid.plan import Plan
+    from vlmdefend.evaluation.grid.planned import Plan
 
 
 def attack(
@@ -76,7 +76,7 @@ def attack(
     grid = grid_options.make_grid(ctx.params, {"attacker": "adaptive"} | settings)
 
     from vlmdefend.evaluation.adversarial_sets.crafting import check_plan
-    from vlmdefend.evaluation.grid.plan import make_plan
+    from vlmdefend.evaluation.make_plan import make_plan
 
     plan = make_plan(grid)
     check_plan(plan)

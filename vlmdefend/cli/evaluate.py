@@ -11,7 +11,7 @@ from vlmdefend.cli import complete, grid_options
 from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.grid.plan import Plan
+    from vlmdefend.evaluation.grid.planned import Plan
 
 Names = list[str] | None
 
@@ -73,7 +73,7 @@ def evaluate(
     folder = settings.pop("out", None) or "runs"
     grid = grid_options.make_grid(ctx.params, settings)
 
-    from vlmdefend.evaluation.grid.plan import make_plan
+    from vlmdefend.evaluation.make_plan import make_plan
 
     plan = make_plan(grid)
     if dry_run:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from vlmdefend.evaluation.launchers.listener import Failure, Listener
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.grid.plan import Plan
+    from vlmdefend.evaluation.grid.planned import Plan
     from vlmdefend.evaluation.store.records import Cell, Record
 
 

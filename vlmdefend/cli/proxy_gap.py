@@ -50,7 +50,7 @@ def proxy_gap(
     from vlmdefend.attacks import ATTACKS
     from vlmdefend.data import load_dataset
     from vlmdefend.errors import UserError
-    from vlmdefend.evaluation.grid.plan import check_templates
+    from vlmdefend.evaluation.grid.planned import check_templates
     from vlmdefend.evaluation.store.environment import choose_device
     from vlmdefend.models.names import check_name
     from vlmdefend.registry import load_plugin

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vlmdefend.registry import Registry
+from vlmdefend.data.sources import SOURCES
 
 if TYPE_CHECKING:
-    from vlmdefend.data.base import Source
     from vlmdefend.data.open import listed_datasets, load_dataset
 
-SOURCES: Registry[Source] = Registry("dataset source", (f"{__name__}.sources",), separator="_")
 __all__ = ["SOURCES", "listed_datasets", "load_dataset"]
 
 

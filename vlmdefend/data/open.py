@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlmdefend.data import SOURCES
 from vlmdefend.data.base import ImageSet, Listed, Source, check_limit
+from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UnknownName, UserError, did_you_mean
 
 

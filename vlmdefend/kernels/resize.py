@@ -6,7 +6,7 @@ side (4 where bicubic enlarges), so that the fused kernel gathers them for each 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,38 +14,7 @@ from torch import Tensor
 from vlmdefend.kernels import normalize
 from vlmdefend.kernels.dispatch import through_op, uses_triton
 from vlmdefend.kernels.operators import operator
-
-
-class Taps(NamedTuple):
-    """The weights of (outputs, inputs) matrix rows that lie between the first and the last that is not zero."""
-
-    first: Tensor  # (outputs,) int32, where a row's weights begin
-    weights: Tensor  # (outputs, T)
-
-
-class Axis(NamedTuple):
-    """The resize of one axis from n to S pixels."""
-
-    matrix: Tensor  # (S, n)
-    forward: Taps  # of the matrix
-    backward: Taps  # of its transpose
-
-    @classmethod
-    def of(cls, matrix: Tensor) -> Axis:
-        """(S, n) weights, outputs by inputs."""
-        return cls(matrix, taps(matrix), taps(matrix.T))
-
-
-def taps(matrix: Tensor) -> Taps:
-    """The band of a (outputs, inputs) matrix; as many taps for every row as the widest row needs."""
-    used = (matrix != 0).long()
-    count = matrix.shape[1]
-    first = used.argmax(dim=1)
-    last = (count - 1 - used.flip(1).argmax(dim=1)).where(used.any(dim=1), first)
-    width = int((last - first).max()) + 1
-    first = first.clamp(max=count - width)
-    columns = first[:, None] + torch.arange(width, device=matrix.device)
-    return Taps(first.int(), matrix.gather(1, columns).contiguous())
+from vlmdefend.kernels.resize_weights import AxisResize, RowWeights
 
 
 def resized(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -57,7 +26,7 @@ def resized(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return images
 
 
-def resized_normalized(images: Tensor, rows: Axis, columns: Axis, mean: Tensor, std: Tensor) -> Tensor:
+def resized_normalized(images: Tensor, rows: AxisResize, columns: AxisResize, mean: Tensor, std: Tensor) -> Tensor:
     """``(resized(images) - mean) / std``, differentiable; (B, C, H, W) float32 -> (B, C, S, S).
 
     Args:
@@ -71,7 +40,7 @@ def resized_normalized(images: Tensor, rows: Axis, columns: Axis, mean: Tensor, 
     return normalize.reference(resized(images, rows.matrix, columns.matrix), mean, std)
 
 
-def _flat(axis: Axis) -> tuple[Tensor, ...]:
+def _flat(axis: AxisResize) -> tuple[Tensor, ...]:
     return axis.matrix, *axis.forward, *axis.backward
 
 
@@ -93,8 +62,8 @@ def _body_back(gradient: Tensor, *tables: Tensor) -> Tensor:
     return resized(gradient / std, rows.matrix.T, columns.matrix.T)
 
 
-def _axes(tables: tuple[Tensor, ...]) -> tuple[Axis, Axis, Tensor, Tensor]:
-    rows, columns = (Axis(t[0], Taps(*t[1:3]), Taps(*t[3:5])) for t in (tables[:5], tables[5:10]))
+def _axes(tables: tuple[Tensor, ...]) -> tuple[AxisResize, AxisResize, Tensor, Tensor]:
+    rows, columns = (AxisResize(t[0], RowWeights(*t[1:3]), RowWeights(*t[3:5])) for t in (tables[:5], tables[5:10]))
     return rows, columns, tables[10], tables[11]
 
 

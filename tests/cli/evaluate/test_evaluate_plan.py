@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.conftest import Cli
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.make_plan import make_plan
 
 
 def planned(evaluate: Cli, *options: str) -> list[list[str]]:

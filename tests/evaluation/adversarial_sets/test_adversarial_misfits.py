@@ -22,7 +22,7 @@ from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST, digest
 from vlmdefend.evaluation.cell.evaluator import Judge
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.listener import Listener
 
 

@@ -12,7 +12,7 @@ from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
 from vlmdefend.evaluation.cell.evaluator import Judge
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.rng import ImageRng
 

@@ -24,7 +24,8 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.none import NoDefense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.grid.plan import Planned, attackers_of
+from vlmdefend.evaluation.grid.plan import attackers_of
+from vlmdefend.evaluation.grid.planned import PlannedCell
 from vlmdefend.evaluation.statistics.diagnostics import Result, reasons
 from vlmdefend.evaluation.store.run_folder import Shard
 from vlmdefend.rng import ImageRng, opaque
@@ -211,7 +212,7 @@ def test_corruptions_are_judged_without_a_budget_to_leave(verdict: Verdict) -> N
 
 
 def test_a_dry_run_counts_the_lesson() -> None:
-    planned = Planned(
+    planned = PlannedCell(
         "linear", pictures(Linear()), NoDefense(), Universal(steps=4, images=10), "whitebox", "linf", 0.1, 0
     )
     assert planned.gradients() == (4 * COUNT + 4 * 10, 4 * 10)

@@ -22,7 +22,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_sets.crafting import check_plan
 from vlmdefend.evaluation.cell.attackers import Variant, fit
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
 from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.evaluation.store.records import Cell, Record, Row

@@ -13,7 +13,7 @@ from PIL import Image
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.grid.plan import make_plan
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
 from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.evaluation.store import fingerprint

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.kernels.conftest import LAYOUTS, SHAPES
 from tests.kernels.test_margin import lowest_class_first, margin_and_gradient
-from vlmdefend.kernels import margin, normalize, resize
+from vlmdefend.kernels import margin, normalize, resize, resize_weights
 from vlmdefend.kernels.dispatch import uses_triton
 
 
@@ -98,9 +98,11 @@ def test_normalisation_and_its_gradient_are_equal_to_the_bit(shape: tuple[int, .
 def test_resize_with_normalisation_is_equal_but_for_the_order_of_sums(
     height: int, width: int, side: int, layout: str
 ) -> None:
-    def axis(size: int) -> resize.Axis:
+    def axis(size: int) -> resize_weights.AxisResize:
         rows = torch.eye(size).view(1, 1, size, size)
-        return resize.Axis.of(F.interpolate(rows, (side, size), mode="bicubic", antialias=side < size)[0, 0])
+        return resize_weights.AxisResize.of(
+            F.interpolate(rows, (side, size), mode="bicubic", antialias=side < size)[0, 0]
+        )
 
     generator = torch.Generator().manual_seed(0)
     images = LAYOUTS[layout](torch.rand(2, 3, height, width, generator=generator))

@@ -10,7 +10,8 @@ import torch
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.classifier.backbones import TinyCnn, load_backbone
+from vlmdefend.models.backbone_names import load_backbone
+from vlmdefend.models.classifier.backbones import TinyCnn
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import CLASSIFIER_CONFIG, CLASSIFIER_WEIGHTS, save_classifier
 from vlmdefend.models.names import check_name

@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from vlmdefend.errors import UnknownName, UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import save_classifier
 from vlmdefend.models.classifier.timm_network import load_timm

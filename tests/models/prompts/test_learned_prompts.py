@@ -14,14 +14,14 @@ from torch import Tensor
 from tests.models.conftest import is_one_sentence
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.backbone_names import load_backbone
+from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.patches import with_patches
 from vlmdefend.models.clip.text_tower import encode_embedded
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.prompts.context import ContextReader
 from vlmdefend.models.prompts.learned_prompts import LearnedPrompts, places
 from vlmdefend.models.prompts.prompt_tower import PromptTower
-from vlmdefend.models.weights.checkpoint import save_folder
 
 CLASSES = ("cat", "ankle boot", "t-shirt")
 TEMPLATES = ("a photo of a {c}.",)

@@ -14,7 +14,8 @@ from tests.models.conftest import is_one_sentence
 from tests.models.prompts.test_learned_prompts import CLASSES, TEMPLATES, loaded, prompted
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.weights.checkpoint import CONFIG, PROMPTS, save_folder
+from vlmdefend.models.clip.folder import save_folder
+from vlmdefend.models.weights.checkpoint import CONFIG, PROMPTS
 
 
 def test_a_folder_keeps_prompts_and_plain_weights(folders: dict[str, Path], tmp_path: Path, images: Tensor) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor
 from tests.models.conftest import is_one_sentence, write_folder
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.weights import checkpoint
-from vlmdefend.models.weights.checkpoint import CONFIG, METADATA, WEIGHTS, read_weights, save_folder
+from vlmdefend.models.weights.checkpoint import CONFIG, METADATA, WEIGHTS, read_weights
 
 CLASSES, TEMPLATES = ["cat", "dog"], ["a photo of a {c}."]
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import save_classifier
 from vlmdefend.training.adaptation.settings import make_urda_settings

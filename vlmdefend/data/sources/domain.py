@@ -6,12 +6,12 @@ import hashlib
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data import SOURCES
 from vlmdefend.data.base import ImageSet, Listed, Source
 from vlmdefend.data.class_names import underscores
 from vlmdefend.data.folders import image_files, labelled, printable, subfolders
 from vlmdefend.data.images import decode
 from vlmdefend.data.prompts import DEFAULT
+from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UserError
 
 TEST_SHARE = 0.2

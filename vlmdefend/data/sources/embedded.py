@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data import SOURCES
 from vlmdefend.data.base import ImageSet, Listed, Source
 from vlmdefend.data.shards import open_layout
+from vlmdefend.data.sources import SOURCES
 
 ASSETS = Path(__file__).parents[2] / "assets"
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data import SOURCES
 from vlmdefend.data.base import ImageSet, Listed, Source
 from vlmdefend.data.class_names import underscores
 from vlmdefend.data.folders import SPLIT_NAMES, labelled, printable, split_folder, subfolders
 from vlmdefend.data.images import decode
 from vlmdefend.data.prompts import DEFAULT
+from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UserError
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data import SOURCES
 from vlmdefend.data.base import ImageSet, Listed, Source
 from vlmdefend.data.shards import image_set, open_layout
+from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UserError
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmdefend.defenses.base import features_of
-from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Tuned, _text_side
+from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Sight, Tuned, _text_side
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics, known_images
 from vlmdefend.defenses.views.views import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
 from vlmdefend.errors import UserError
@@ -27,17 +28,51 @@ from vlmdefend.models.prompts.image_prompts import (
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
-if TYPE_CHECKING:
-    from vlmdefend.defenses.test_time.tapt import Tapt
-
 FILE_ENDING = ".safetensors"
-_MEASURED: WeakKeyDictionary[ZeroShotClassifier, dict[Tapt, TokenStatistics]] = WeakKeyDictionary()
+
+
+class TokenTuning(Hashable, Protocol):
+    """Options and losses of a method that tunes tokens inside both towers; ``tapt`` is one.
+
+    Fields: see :class:`~vlmdefend.defenses.test_time.tapt.Tapt`.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def views(self) -> int: ...
+    @property
+    def keep(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def steps(self) -> int: ...
+    @property
+    def augmix(self) -> bool: ...
+    @property
+    def contexts(self) -> int: ...
+    @property
+    def depth(self) -> int: ...
+    @property
+    def statistics(self) -> str | None: ...
+    @property
+    def known(self) -> int: ...
+    @property
+    def known_eps(self) -> float: ...
+
+    def loss(self, logits: Tensor, classes: Tensor) -> Tensor: ...
+    def alignment(self, blocks: Sequence[Tensor], known: TokenStatistics) -> Tensor: ...
+    def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor: ...
+    def measure(self, model: Pipeline, clean: Tensor, adversarial: Tensor) -> TokenStatistics: ...
+
+
+_MEASURED: WeakKeyDictionary[ZeroShotClassifier, dict[TokenTuning, TokenStatistics]] = WeakKeyDictionary()
 
 
 class DeepTuned:
     """``defense`` says what is minimised; ``unrolled``: autograd sees how the tokens follow the image."""
 
-    def __init__(self, model: Pipeline, defense: Tapt, *, unrolled: bool = False) -> None:
+    def __init__(self, model: Pipeline, defense: TokenTuning, *, unrolled: bool = False) -> None:
         self.model, self.defense, self.unrolled = model, defense, unrolled
         self.num_classes, self.stochastic = model.num_classes, True
         self.tower = DeepPromptTower(_text_side(model, defense.name), defense.contexts, defense.depth)

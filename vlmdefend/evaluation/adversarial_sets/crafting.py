@@ -29,8 +29,8 @@ from vlmdefend.evaluation.adversarial_sets.set_format import (
     manifest_text,
     write_whole,
 )
-from vlmdefend.evaluation.grid.plan import Plan
-from vlmdefend.evaluation.launchers.inline import bind, judge_of, prepare, templates_of
+from vlmdefend.evaluation.grid.bind import bind, evaluator_of, prepare, templates_of
+from vlmdefend.evaluation.grid.planned import Plan
 from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.evaluation.store.records import Cell, Record, Row
 from vlmdefend.evaluation.store.run_folder import Store, disk
@@ -64,7 +64,7 @@ def craft_set(plan: Plan, out: Path, listener: Listener, *, png: bool = False) -
     model = load_model(planned.model, weights=plan.grid.weights, device=device)
     cell = bind(plan, planned, model, device, planned.images.content_hash())
     _refuse_another(store, cell)
-    judge = judge_of(plan, planned, model, cell)
+    judge = evaluator_of(plan, planned, model, cell)
     listener.begin(cell)
     with store.writing(cell) as writer:
         record = store.record(cell)

@@ -16,7 +16,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.adversarial_sets.set_format import IndexRow, clean_hash
 from vlmdefend.evaluation.grid.grid import Grid, read_class_names
-from vlmdefend.evaluation.grid.plan import Plan, Planned, check_templates
+from vlmdefend.evaluation.grid.planned import Plan, PlannedCell, check_templates
 from vlmdefend.evaluation.grid.protocol import Protocol, get_protocol
 from vlmdefend.evaluation.store.environment import choose_device
 from vlmdefend.rng import ImageRng, opaque
@@ -122,7 +122,7 @@ def plan_saved(grid: Grid) -> Plan:
         images = known.setdefault((images.name, images.split, images.ids_hash, images.class_names), images)
         cell = source.manifest.cell
         cells += [
-            Planned(model, images, defense, Saved(source=source), "transfer", cell.norm, cell.eps, seed)
+            PlannedCell(model, images, defense, Saved(source=source), "transfer", cell.norm, cell.eps, seed)
             for model in grid.model
             for defense in defenses
             for seed in grid.seed

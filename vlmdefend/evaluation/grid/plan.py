@@ -1,11 +1,8 @@
-"""From the grid to cells, before any weights are loaded: names checked, equal attackers merged, cost known."""
+"""Turns a grid of options into planned cells: names checked, equal attackers merged, nothing loaded yet."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
@@ -14,8 +11,8 @@ from vlmdefend.data.base import ImageSet
 from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.attackers import variants
 from vlmdefend.evaluation.grid.grid import Grid, read_class_names
+from vlmdefend.evaluation.grid.planned import Plan, PlannedCell, check_templates
 from vlmdefend.evaluation.grid.protocol import Protocol, get_protocol
 from vlmdefend.evaluation.store.environment import choose_device
 from vlmdefend.evaluation.store.fingerprint import check_files
@@ -26,53 +23,14 @@ from vlmdefend.types import Norm, parse_eps
 DEFAULT_EPS: dict[Norm, tuple[str, ...]] = {"patch": ("0.05",), "corruption": ("1", "3", "5"), "tokens": ("1", "2")}
 
 
-@dataclass(frozen=True)
-class Planned:
-    """One cell to come: everything but the hashes that need weights."""
-
-    model: str
-    images: ImageSet
-    defense: Defense
-    attack: Attack
-    attacker: Attacker
-    norm: Norm
-    eps: float
-    seed: int
-
-    def gradients(self) -> tuple[int, int]:
-        """The most forwards and backwards of the pipeline that is attacked or scored, over all images of the cell.
-
-        Each is one call of it: how often a defense runs its model in one (views, draws, own steps), only it knows.
-        """
-        samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
-        tries = len(variants(self.attacker, self.defense))
-        forwards, backwards = (tries * spent for spent in self.attack.budget(samples))
-        learning = self.attack.fit_budget(min(self.attack.learns_from, len(self.images)), samples)
-        count = len(self.images)
-        return (forwards + 2 + 2 * samples) * count + learning[0], backwards * count + learning[1]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All cells of a grid, in the order they run: one model and one data set at a time."""
-
-    grid: Grid
-    protocol: Protocol
-    cells: list[Planned]
-
-
-def make_plan(grid: Grid) -> Plan:
-    """Check every name and value of the grid and multiply it out.
+def plan_attacks(grid: Grid) -> Plan:
+    """Checks every name and value of the grid and returns one planned cell per combination.
 
     Raises:
         UserError: an unknown name, an eps out of range, a data set that is not there: before anything is computed.
     """
     from vlmdefend.models.names import check_name
 
-    if grid.adversarial:
-        from vlmdefend.evaluation.adversarial_sets.scoring import plan_saved
-
-        return plan_saved(grid)
     choose_device(grid.device)
     protocol = get_protocol(grid.protocol)
     if grid.templates is not None:
@@ -93,7 +51,7 @@ def make_plan(grid: Grid) -> Plan:
     limit = None if grid.full else grid.limit or protocol.limit
     sets = [load_dataset(name, grid.split, limit=limit, root=grid.root, classes=classes) for name in grid.dataset]
     cells = [
-        Planned(model, images, defense, attack, attacker, norms[attack], eps, seed)
+        PlannedCell(model, images, defense, attack, attacker, norms[attack], eps, seed)
         for model in grid.model
         for images in sets
         for defense in defenses
@@ -114,16 +72,6 @@ def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> lis
     if not defense.adaptive_equals_whitebox:
         return asked
     return list(dict.fromkeys("whitebox" if name == "adaptive" else name for name in asked))
-
-
-def check_templates(templates: Any) -> Any:
-    """Refuse a template without its placeholder, or with another one."""
-    for template in () if templates == "dataset" else templates:
-        if "{c}" not in template:
-            raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
-        if re.search(r"[{}]", template.replace("{c}", "")):
-            raise UserError(f"--template {template!r}: has other braces than {{c}}; write the words themselves.")
-    return templates
 
 
 def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import vlmdefend
+from vlmdefend.version import __version__
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -40,7 +40,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "vlmdefend": vlmdefend.__version__,
+        "vlmdefend": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmdefend.kernels.fused.launch import launch
-from vlmdefend.kernels.resize import Taps
+from vlmdefend.kernels.resize_weights import RowWeights
 
 GATHERED = 256  # pixels per program
 
@@ -59,7 +59,7 @@ def resize_kernel(
     tl.store(found + plane * count + place, tl.div_rn(shifted, tl.load(std + channel)), inside)
 
 
-def resized_normalized(images: Tensor, rows: Taps, columns: Taps, mean: Tensor, std: Tensor) -> Tensor:
+def resized_normalized(images: Tensor, rows: RowWeights, columns: RowWeights, mean: Tensor, std: Tensor) -> Tensor:
     """(B, C, H, W) of any strides -> (B, C, outputs of rows, outputs of columns), contiguous, float32.
 
     The reference adds in the order of two matrix products, this kernel tap by tap: results differ by a few units in

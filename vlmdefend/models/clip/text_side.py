@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,8 +13,13 @@ from torch import Tensor
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.text_tower import encode_embedded, token_embedding, tokenized
 
-if TYPE_CHECKING:
-    from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+
+class TextClassifier(Protocol):
+    """What :class:`TextSide` needs of a zero-shot classifier."""
+
+    clip: Any  # an open_clip model
+    text_features: Tensor  # (C, D) unit rows, one per class; replaced inside of :meth:`TextSide.using`
+
 
 PROMPTS_AT_ONCE = 256
 
@@ -42,7 +47,7 @@ class TextSide:
 
     def __init__(
         self,
-        classifier: ZeroShotClassifier,
+        classifier: TextClassifier,
         tokenizer: Any,
         class_names: Sequence[str],
         templates: Sequence[str],

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from vlmdefend.errors import UserError
 from vlmdefend.kernels.dispatch import through_op
 from vlmdefend.kernels.normalize import normalized
-from vlmdefend.kernels.resize import Axis, resized, resized_normalized
+from vlmdefend.kernels.resize import resized, resized_normalized
+from vlmdefend.kernels.resize_weights import AxisResize
 from vlmdefend.types import Outputs
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class ZeroShotClassifier(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, device=device).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=device).view(3, 1, 1), persistent=False)
         self.training = False
-        self._resizers: dict[tuple[int, torch.device], Axis] = {}
+        self._resizers: dict[tuple[int, torch.device], AxisResize] = {}
 
     def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
         """(B, 3, H, W) float32 in [0, 1] -> logits (B, C) and unnormalised features (B, D).
@@ -135,13 +136,13 @@ class ZeroShotClassifier(nn.Module):
         rows, columns = (self._resizer(size, images.device).matrix for size in images.shape[-2:])
         return resized(images, rows, columns)
 
-    def _resizer(self, size: int, device: torch.device) -> Axis:
+    def _resizer(self, size: int, device: torch.device) -> AxisResize:
         """(S, size) weights. Enlarging interpolates plainly, as the papers do; shrinking filters first (antialias)."""
         key = (size, device)
         if key not in self._resizers:
             rows = torch.eye(size).view(1, 1, size, size)
             weights = F.interpolate(rows, (self.image_size, size), mode="bicubic", antialias=self.image_size < size)
-            self._resizers[key] = Axis.of(weights[0, 0].to(device))
+            self._resizers[key] = AxisResize.of(weights[0, 0].to(device))
         return self._resizers[key]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from vlmdefend.errors import UserError
-from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel
 from vlmdefend.training.adaptation.measure import TargetNumbers, bound_terms, target_numbers
 from vlmdefend.training.adaptation.sets import Sets

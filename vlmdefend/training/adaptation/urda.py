@@ -11,7 +11,7 @@ import torch
 
 from vlmdefend.defenses.adaptation.base import Adaptation
 from vlmdefend.errors import UserError
-from vlmdefend.models.classifier.backbones import load_backbone
+from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import is_classifier_folder, save_classifier
 from vlmdefend.training.adaptation.measure import TargetNumbers

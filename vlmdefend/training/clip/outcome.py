@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
-from vlmdefend.models.weights.checkpoint import save_folder
 from vlmdefend.training.clip.adapters import folded
 from vlmdefend.training.clip.classifier import statistics
 from vlmdefend.training.clip.train_settings import TrainSettings

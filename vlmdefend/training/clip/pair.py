@@ -9,8 +9,9 @@ from typing import Any
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
-from vlmdefend.models.weights.checkpoint import find_weights, read_weights, save_folder
+from vlmdefend.models.weights.checkpoint import find_weights, read_weights
 from vlmdefend.training.clip.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
 from vlmdefend.training.clip.distill_settings import DistillSettings
 from vlmdefend.training.loop.folder import PIVOT, TRAINING

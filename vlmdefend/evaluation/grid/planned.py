@@ -1,0 +1,62 @@
+"""A planned cell and the plan of a grid: what will be computed, before any weights are loaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from vlmdefend.attacks.base import Attack
+from vlmdefend.data.base import ImageSet
+from vlmdefend.defenses.base import Defense
+from vlmdefend.errors import UserError
+from vlmdefend.evaluation.cell.attackers import variants
+from vlmdefend.evaluation.grid.grid import Grid
+from vlmdefend.evaluation.grid.protocol import Protocol
+from vlmdefend.evaluation.store.records import Attacker
+from vlmdefend.types import Norm
+
+
+@dataclass(frozen=True)
+class PlannedCell:
+    """One cell to come: everything but the hashes that need weights."""
+
+    model: str
+    images: ImageSet
+    defense: Defense
+    attack: Attack
+    attacker: Attacker
+    norm: Norm
+    eps: float
+    seed: int
+
+    def gradients(self) -> tuple[int, int]:
+        """The most forwards and backwards of the pipeline that is attacked or scored, over all images of the cell.
+
+        Each is one call of it: how often a defense runs its model in one (views, draws, own steps), only it knows.
+        """
+        samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
+        tries = len(variants(self.attacker, self.defense))
+        forwards, backwards = (tries * spent for spent in self.attack.budget(samples))
+        learning = self.attack.fit_budget(min(self.attack.learns_from, len(self.images)), samples)
+        count = len(self.images)
+        return (forwards + 2 + 2 * samples) * count + learning[0], backwards * count + learning[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All cells of a grid, in the order they run: one model and one data set at a time."""
+
+    grid: Grid
+    protocol: Protocol
+    cells: list[PlannedCell]
+
+
+def check_templates(templates: Any) -> Any:
+    """Refuse a template without its placeholder, or with another one."""
+    for template in () if templates == "dataset" else templates:
+        if "{c}" not in template:
+            raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")
+        if re.search(r"[{}]", template.replace("{c}", "")):
+            raise UserError(f"--template {template!r}: has other braces than {{c}}; write the words themselves.")
+    return templates
