@@ -13,11 +13,12 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.evaluation.statistics.intervals import wilson
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.training.clip.distill import Distillation
 from vlmdefend.training.clip.distill_settings import make_distill_settings
 from vlmdefend.training.clip.held_out import correct
 from vlmdefend.training.loop.data import TrainingImages
-from vlmdefend.training.loop.listener import Counted, Listener
+from vlmdefend.training.loop.results import HitCount
 
 EPS, IMAGES = "8/255", 200
 ATTACKS = ("pgd:steps=100", "autoattack")
@@ -38,7 +39,7 @@ def tiny(out: Path) -> list[Row]:
             {"proxy": "tiny-vit", "target": "tiny-rn", "device": "cpu", "threads": 1, "out": folder, **changes}
         )
         clock = time.process_time()
-        found = Distillation(settings).run(Listener())
+        found = Distillation(settings).run(Progress())
         seconds[name] = "found done" if found.reused else f"{(time.process_time() - clock) / 60:.1f}"
         if name == "HPT-GPD":
             models["pivot"] = f"local-dir:{folder / 'pivot'}"
@@ -59,25 +60,25 @@ def row_of(name: str, model: str, minutes: str, out: Path) -> Row:
     unseen = {s: share(count(model, [load_dataset(part) for part in parts])) for s, parts in UNSEEN.items()}
     return {
         "tiny-rn": name,
-        f"robust {EPS}, worst of PGD-100 and AA": share(Counted(worst, n)),
+        f"robust {EPS}, worst of PGD-100 and AA": share(HitCount(worst, n)),
         "fashion clean": share(clean),
         **unseen,
         "CPU minutes": minutes,
     }
 
 
-def count(model: str, sets: list[ImageSet]) -> Counted:
+def count(model: str, sets: list[ImageSet]) -> HitCount:
     """Clean accuracy over whole test splits, with the prompt of the protocol `unified`."""
-    loaded, total = load_model(model, device="cpu"), Counted(0, 0)
+    loaded, total = load_model(model, device="cpu"), HitCount(0, 0)
     for images in sets:
         pixels = PixelTransform(loaded.image_size, loaded.interpolation)
         batch = TrainingImages(images, pixels).batch(range(len(images)))
         found = correct(loaded.zero_shot(images.class_names, ("a photo of a {c}.",)), batch.images, batch)
-        total = Counted(total.hits + found.hits, total.n + found.n)
+        total = HitCount(total.hits + found.hits, total.n + found.n)
     return total
 
 
-def share(counted: Counted) -> str:
+def share(counted: HitCount) -> str:
     """``85.2 [81.8, 88.0]``."""
     low, high = wilson(counted.hits, counted.n)
     return f"{100 * counted.share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

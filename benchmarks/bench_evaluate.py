@@ -15,19 +15,19 @@ from torch import Tensor
 from vlmdefend.data.loader import load_batch
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.grid.planned import Plan
-from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.grid.protocol import get_protocol
 from vlmdefend.evaluation.launchers.inline import run_plan
-from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.store.records import Cell, Record
 from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 
 IMAGES, STEPS, BATCH, ROUNDS = 500, 100, 64, 3
 EPS = ("16/255", "8/255", "4/255")
 
 
-class Clock(Listener):
+class Clock(Progress):
     """CPU seconds from a cell's first moment, its model loaded, to its written record."""
 
     seconds = 0.0

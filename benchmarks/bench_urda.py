@@ -19,14 +19,15 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics.intervals import wilson
 from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.adaptation.measure import TargetNumbers
 from vlmdefend.training.adaptation.settings import make_urda_settings
 from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
 from vlmdefend.training.adaptation.teacher import as_teacher
 from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
-from vlmdefend.training.loop.listener import Counted, Listener
 from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.results import HitCount
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
 from vlmdefend.types import Batch
@@ -48,7 +49,7 @@ def adapt(out: Path, pairs: Pairs, methods: list[str], seeds: list[int]) -> list
     rows = []
     for source, target in pairs:
         for seed in seeds:
-            base: Counted | None = None
+            base: HitCount | None = None
             for name in names:
                 found, seconds = _run(out, source, target, seed, method=name, robustify="none")
                 if found is None:
@@ -63,7 +64,7 @@ def adapt(out: Path, pairs: Pairs, methods: list[str], seeds: list[int]) -> list
                 rows.append(row | ({} if name == "source-only" else {BEATS: str(above)}))
             found, seconds = _run(out, target, source, seed, method="source-only", robustify="none")
             if found is not None:
-                ceiling = Counted(*found.theory["source_accuracy"])
+                ceiling = HitCount(*found.theory["source_accuracy"])
                 rows.append(_adapted(source, target, seed, "ceiling: target labels", seconds, ceiling))
     return rows
 
@@ -160,7 +161,7 @@ def _floor(student: AdaptedStudent, teacher: ImageClassifier, images: torch.Tens
     ((first.logits - second.logits.flip(0)).square().mean() + second.logits.mean()).backward()  # type: ignore[no-untyped-call]
 
 
-def _adapted(source: str, target: str, seed: int, name: str, seconds: str, clean: Counted | None = None) -> Row:
+def _adapted(source: str, target: str, seed: int, name: str, seconds: str, clean: HitCount | None = None) -> Row:
     """A row of step 1, what was not measured left open."""
     row = {"pair": f"{source} -> {target}", "seed": str(seed), "method": name}
     row |= {"target clean": "–" if clean is None else _text(clean)}
@@ -178,7 +179,7 @@ def _run(out: Path, source: str, target: str, seed: int, **options: Any) -> tupl
     folder, started = _folder(out, source, target, seed, options), time.monotonic()
     given = {"source": source, "target": target, "seed": seed, "out": folder, "device": "cpu", "threads": 1}
     try:
-        found = RobustAdaptation(make_urda_settings(given | options)).run(Listener())
+        found = RobustAdaptation(make_urda_settings(given | options)).run(Progress())
     except UserError as error:  # diverged: one row, not the end of the table
         return None, f"stopped: {str(error).partition(';')[0]}"
     return found, "–" if found.reused else f"{time.monotonic() - started:.0f}"
@@ -222,10 +223,10 @@ def _distance(found: Adapted) -> str:
     return f"{max(0.0, 2 - 4 * errors / n):.2f}"
 
 
-def _interval(count: Counted) -> tuple[float, float]:
+def _interval(count: HitCount) -> tuple[float, float]:
     return wilson(count.hits, count.n)
 
 
-def _text(count: Counted) -> str:
+def _text(count: HitCount) -> str:
     low, high = _interval(count)
     return f"{100 * count.share:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

@@ -131,7 +131,7 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
 def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, str]]:
     """The vanilla model and each method: clean, PGD-100 and AutoAttack."""
     from vlmdefend.errors import UserError
-    from vlmdefend.training.loop.listener import Listener
+    from vlmdefend.progress import Progress
 
     seeds = [int(seed) for seed in asked.seeds.split(",")]
     for model in asked.models.split(","):
@@ -145,7 +145,7 @@ def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
                     print(f"\n{method} on {model} is left out: {error}")
                     break
                 out, begun = training.folder.out, time.process_time()
-                if not training.run(Listener()).reused:
+                if not training.run(Progress()).reused:
                     (out / "seconds.json").write_text(json.dumps(time.process_time() - begun))
                 if (out / "seconds.json").exists():  # not so where a run was ended half-way and went on
                     spent.append(json.loads((out / "seconds.json").read_text()))

@@ -21,9 +21,9 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.defenses.none import NoDefense
 from vlmdefend.evaluation.cell.evaluator import Judge
-from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.evaluation.store.records import Cell, Record, Row
 from vlmdefend.evaluation.store.run_folder import CellWriter, Store
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
@@ -123,7 +123,7 @@ class Called:
         return self.call(self.model, images, rng)
 
 
-class Notes(Listener):
+class Notes(Progress):
     def __init__(self) -> None:
         self.notes: list[str] = []
         self.images = 0
@@ -131,8 +131,8 @@ class Notes(Listener):
     def note(self, message: str) -> None:
         self.notes.append(message)
 
-    def advance(self, cell: Cell, images: int) -> None:
-        self.images += images
+    def advance(self, unit: Any, count: int = 1) -> None:
+        self.images += count
 
 
 @contextmanager
@@ -160,18 +160,18 @@ Verdict = Callable[..., tuple[Record, list[Row]]]
 
 
 @pytest.fixture
-def listener() -> Notes:
+def progress() -> Notes:
     return Notes()
 
 
 @pytest.fixture
-def verdict(tmp_path: Path, listener: Notes) -> Verdict:
+def verdict(tmp_path: Path, progress: Notes) -> Verdict:
     """``verdict(attack=..., defense=..., eps=...)`` -> the record and its rows, computed anew at each call."""
     calls = iter(range(1000))
 
     def judged(**options: Any) -> tuple[Record, list[Row]]:
         with bench(tmp_path / str(next(calls)), **options) as (judge, writer):
-            return judge.run(writer, listener)  # type: ignore[no-any-return]
+            return judge.run(writer, progress)  # type: ignore[no-any-return]
 
     return judged
 

@@ -16,7 +16,7 @@ from vlmdefend.evaluation.adversarial_sets.crafting import Crafted, craft_set
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
-from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.progress import Progress
 
 COUNT = 20
 OPTIONS: dict[str, Any] = {"limit": COUNT, "batch_size": 8, "device": "cpu"}
@@ -29,7 +29,7 @@ def craft(out: Path, *, png: bool = False, ids: tuple[str, ...] = (), **options:
         (planned,) = plan.cells
         images = replace(planned.images, ids=(*ids, *planned.images.ids[len(ids) :]))
         plan = replace(plan, cells=[replace(planned, images=images)])
-    return craft_set(plan, out, Listener(), png=png)
+    return craft_set(plan, out, Progress(), png=png)
 
 
 def score(folder: Path, out: Path, **options: Any) -> Any:

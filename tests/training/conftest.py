@@ -22,11 +22,11 @@ from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.progress import Progress
 from vlmdefend.training.clip.classifier import TrainedClassifier, choose_trained
 from vlmdefend.training.clip.held_out import accuracies
 from vlmdefend.training.clip.prompts import choose_prompts
 from vlmdefend.training.loop.data import TrainingImages
-from vlmdefend.training.loop.listener import Listener
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
@@ -124,16 +124,16 @@ def stages(**changes: Any) -> list[Stage]:
 
 
 @dataclass
-class Stopper(Listener):
+class Stopper(Progress):
     """Breaks off after a step, as a kill does: nothing is saved on the way out."""
 
     at: int | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def step(self, values: dict[str, Any]) -> None:
-        self.lines.append(values)
-        if values["step"] == self.at:
+    def advance(self, unit: Any, count: int = 1) -> None:
+        self.lines.append(unit)
+        if unit["step"] == self.at:
             raise KeyboardInterrupt
 
     def note(self, message: str) -> None:
@@ -178,7 +178,7 @@ def build_run(
         Optimization(**({"batch_size": 8, "clip": 1.0} | options)),
         folder,
         judge=judge if judged else None,
-        listener=Stopper(at),
+        progress=Stopper(at),
         save_every=save_every,
         pivot=pivot,
     )

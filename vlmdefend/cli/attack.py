@@ -91,15 +91,16 @@ def attack(
 
 
 def _run(plan: Plan, out: Path, *, png: bool) -> None:
-    from vlmdefend.cli.progress import progress_listener
+    from vlmdefend.cli.progress import show_progress
+    from vlmdefend.cli.progress_text import GridText
     from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
     from vlmdefend.evaluation.adversarial_sets.set_format import SHEET, write_whole
     from vlmdefend.evaluation.store.run_folder import disk
     from vlmdefend.reporting.figures.contact_sheet import contact_sheet
 
     try:
-        with progress_listener(plan) as listener:
-            crafted = craft_set(plan, out, listener, png=png)
+        with show_progress(GridText(plan)) as progress:
+            crafted = craft_set(plan, out, progress, png=png)
         sheet = crafted.saved.folder / SHEET
         if not sheet.exists() and (content := contact_sheet(crafted)) is not None:
             with disk(sheet):

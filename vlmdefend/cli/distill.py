@@ -249,8 +249,9 @@ def distill(
 
 
 def _run(settings: DistillSettings, *, dry_run: bool) -> None:
-    from vlmdefend.cli.distill_progress import listener_of
     from vlmdefend.cli.distill_report import print_choices, print_cost, print_result
+    from vlmdefend.cli.progress import show_progress
+    from vlmdefend.cli.progress_text import DistillText
     from vlmdefend.training.clip.distill import Distillation
 
     distillation = Distillation(settings)
@@ -260,8 +261,8 @@ def _run(settings: DistillSettings, *, dry_run: bool) -> None:
         return
     main = distillation.processes.is_main
     try:
-        with listener_of(settings, main=main) as listener:
-            found = distillation.run(listener)
+        with show_progress(DistillText(settings=settings), main=main) as progress:
+            found = distillation.run(progress)
     except KeyboardInterrupt:
         where = distillation.folder.training
         typer.echo(f"interrupted; what was saved is in {where}, the same command goes on from there.", err=True)

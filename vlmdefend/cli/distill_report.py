@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vlmdefend.training.clip.distill_settings import DistillSettings
     from vlmdefend.training.clip.settings import ClipSettings
     from vlmdefend.training.clip.train import Trained
-    from vlmdefend.training.loop.listener import Counted, Gap
+    from vlmdefend.training.loop.results import HitCount, ProxyGap
 
 
 def held_out_text(count: int, asked: int) -> str:
@@ -106,7 +106,7 @@ def print_cost(distillation: Distillation) -> None:
     )
 
 
-def print_gap(gap: Gap, eps: str, target: str, proxy: str) -> None:
+def print_gap(gap: ProxyGap, eps: str, target: str, proxy: str) -> None:
     """The proxy gap of the vanilla pair, before training."""
     typer.echo(f"\nproxy gap, n = {gap.clean['proxy'].n}, PGD-10 on {target} at {eps}", err=True)
     for name, model in (("target", target), ("proxy", proxy)):
@@ -135,7 +135,7 @@ def print_held_out(model: str, settings: ClipSettings, found: Distilled | Traine
     )
 
 
-def interval(count: Counted) -> str:
+def interval(count: HitCount) -> str:
     """``85.2 [81.8, 88.0]``."""
     from vlmdefend.reporting.training.adaptation import interval as of_counts
 

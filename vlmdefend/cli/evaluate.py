@@ -83,7 +83,8 @@ def evaluate(
 
 
 def _run(plan: Plan, out: Path, *, debug: bool) -> None:
-    from vlmdefend.cli.progress import progress_listener
+    from vlmdefend.cli.progress import show_progress
+    from vlmdefend.cli.progress_text import GridText
     from vlmdefend.evaluation.launchers.inline import run_plan
     from vlmdefend.evaluation.store.run_folder import Store
     from vlmdefend.reporting import print_verdict
@@ -91,8 +92,8 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
 
     store = Store(out)
     try:
-        with progress_listener(plan) as listener:
-            evaluation = run_plan(plan, store, listener, debug=debug)
+        with show_progress(GridText(plan)) as progress:
+            evaluation = run_plan(plan, store, progress, debug=debug)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what is done is kept in {out}, the same command goes on from there.", err=True)
         raise typer.Exit(130) from None

@@ -12,7 +12,7 @@ from vlmdefend.cli import complete
 if TYPE_CHECKING:
     from vlmdefend.attacks.base import Attack
     from vlmdefend.data.base import ImageSet
-    from vlmdefend.training.loop.listener import Gap
+    from vlmdefend.training.loop.results import ProxyGap
 
 
 def proxy_gap(
@@ -95,7 +95,7 @@ def _measure(
     eps: float,
     seed: int,
     device: str | None,
-) -> Gap:
+) -> ProxyGap:
     """Images at the target's size; models of another size resize them inside."""
     from vlmdefend.data.transforms import PixelTransform
     from vlmdefend.models import load_model
@@ -115,7 +115,7 @@ def _measure(
     return measure(target, pipelines, batch, eps, seed, attack)
 
 
-def print_matrix(gaps: list[Gap], models: list[str], title: str) -> None:
+def print_matrix(gaps: list[ProxyGap], models: list[str], title: str) -> None:
     """Rows: attacked; columns: asked; on top how they do on clean images."""
     from rich.console import Console
     from rich.table import Table
@@ -136,7 +136,7 @@ def print_matrix(gaps: list[Gap], models: list[str], title: str) -> None:
     console.print(table)
 
 
-def _draw(out: Path, eps: str, gaps: list[Gap], models: list[str], images: ImageSet, attack: str) -> None:
+def _draw(out: Path, eps: str, gaps: list[ProxyGap], models: list[str], images: ImageSet, attack: str) -> None:
     from vlmdefend.reporting.figures.heat_map import heat_map
 
     values = [
@@ -148,7 +148,7 @@ def _draw(out: Path, eps: str, gaps: list[Gap], models: list[str], images: Image
     (out / f"heat-map-{eps.replace('/', '-')}.png").write_bytes(picture)
 
 
-def _write_csv(file: Path, gaps: dict[str, list[Gap]], models: list[str]) -> None:
+def _write_csv(file: Path, gaps: dict[str, list[ProxyGap]], models: list[str]) -> None:
     import csv
 
     from vlmdefend.evaluation.statistics.intervals import wilson

@@ -180,8 +180,9 @@ def train(
 
 
 def _run(settings: TrainSettings, *, dry_run: bool) -> None:
+    from vlmdefend.cli.progress import show_progress
+    from vlmdefend.cli.progress_text import TrainingText
     from vlmdefend.cli.train_report import print_choices, print_cost, print_result
-    from vlmdefend.cli.urda_progress import listener_of
     from vlmdefend.training.clip.train import Training
 
     training = Training(settings)
@@ -191,8 +192,8 @@ def _run(settings: TrainSettings, *, dry_run: bool) -> None:
         return
     main = training.processes.is_main
     try:
-        with listener_of(main=main) as listener:
-            found = training.run(listener)
+        with show_progress(TrainingText(), main=main) as progress:
+            found = training.run(progress)
     except KeyboardInterrupt:
         where = training.folder.training
         typer.echo(f"interrupted; what was saved is in {where}, the same command goes on from there.", err=True)

@@ -256,7 +256,8 @@ def urda_train(
 
 
 def _run(settings: UrdaSettings, *, dry_run: bool) -> None:
-    from vlmdefend.cli.urda_progress import listener_of
+    from vlmdefend.cli.progress import show_progress
+    from vlmdefend.cli.progress_text import TrainingText
     from vlmdefend.cli.urda_report import print_choices, print_cost, print_result
     from vlmdefend.training.adaptation.urda import RobustAdaptation
 
@@ -268,8 +269,8 @@ def _run(settings: UrdaSettings, *, dry_run: bool) -> None:
         print_cost(adaptation)
         return
     try:
-        with listener_of(main=main) as listener:
-            found = adaptation.run(listener)
+        with show_progress(TrainingText(), main=main) as progress:
+            found = adaptation.run(progress)
     except KeyboardInterrupt:
         where = adaptation.folder.training
         typer.echo(f"interrupted; what was saved is in {where}, the same command goes on from there.", err=True)

@@ -17,7 +17,7 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, reading
 from vlmdefend.models.prompts.learned_prompts import LearnedPrompts
-from vlmdefend.training.loop.listener import Listener
+from vlmdefend.progress import Progress
 from vlmdefend.types import Batch
 
 VIEWS = 24
@@ -91,7 +91,7 @@ def test_what_the_model_has_learned_is_where_tuning_starts_and_where_it_returns(
 def test_what_fap_wrote_into_a_folder_is_where_tuning_starts(batch: Batch, tmp_path: Path) -> None:
     """Eight steps of training; with a rate of zero the whole of tuning leaves the folder's own answers."""
     options = {"dataset": "fashion", "eps": "4/255", "limit": 72, "held_out": 8, "epochs": 1, "batch_size": 8}
-    training(tmp_path / "fap", "fap", **options).run(Listener())
+    training(tmp_path / "fap", "fap", **options).run(Progress())
     model = vlmdefend.load_model(f"local-dir:{tmp_path / 'fap'}", device="cpu")
     classifier = model.zero_shot(("cat", "dog", "boat"), ["unused {c}"])
     prompts = model.prompts

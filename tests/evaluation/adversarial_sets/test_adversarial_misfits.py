@@ -23,7 +23,7 @@ from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST, di
 from vlmdefend.evaluation.cell.evaluator import Judge
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
-from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.progress import Progress
 
 
 @pytest.fixture
@@ -169,4 +169,4 @@ def test_an_attack_on_the_prompts_has_no_images_to_save(tmp_path: Path) -> None:
     plan = make_plan(Grid.build({"eps": "8/255", "attacker": "adaptive"}, OPTIONS))
     plan = replace(plan, cells=[replace(plan.cells[0], norm="tokens", eps=2.0)])
     with pytest.raises(UserError, match="changes the prompts, not the images"):
-        craft_set(plan, tmp_path / "set", Listener())
+        craft_set(plan, tmp_path / "set", Progress())

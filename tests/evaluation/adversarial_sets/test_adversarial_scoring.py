@@ -13,7 +13,7 @@ from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
 from vlmdefend.evaluation.cell.evaluator import Judge
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
-from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 
 
@@ -83,7 +83,7 @@ def test_a_strong_saved_attack_on_a_pipeline_is_not_taken_for_a_transfer_that_be
 
     options = {**OPTIONS, "limit": 60, "batch_size": 60}
     plan = make_plan(Grid.build({"eps": "8/255", "attack": "pgd:steps=20", "attacker": "adaptive"}, options))
-    craft_set(plan, tmp_path / "set", Listener())
+    craft_set(plan, tmp_path / "set", Progress())
     weak = vlmdefend.evaluate(tmp_path / "runs", attack="fgsm", eps="8/255", **options).results
     strong = score(tmp_path / "set", tmp_path / "runs")
     assert strong[0][0].robust < weak[0][0].robust - 6

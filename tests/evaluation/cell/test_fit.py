@@ -78,10 +78,10 @@ def test_it_learns_once_from_images_spread_evenly_over_the_set(verdict: Verdict)
 
 @SET_LEVEL
 def test_a_run_that_goes_on_after_a_kill_learns_the_same_again(
-    options: dict[str, Any], tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any], tmp_path: Path, progress: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with bench(tmp_path / "whole", **options) as (judge, writer):
-        whole, rows = judge.run(writer, listener)
+        whole, rows = judge.run(writer, progress)
     add = CellWriter.add
 
     def killed(self: CellWriter, shard: Shard) -> None:
@@ -91,10 +91,10 @@ def test_a_run_that_goes_on_after_a_kill_learns_the_same_again(
     with monkeypatch.context() as patched, bench(tmp_path / "parts", **options) as (judge, writer):
         patched.setattr(CellWriter, "add", killed)
         with pytest.raises(KeyboardInterrupt):
-            judge.run(writer, listener)
+            judge.run(writer, progress)
     with bench(tmp_path / "parts", **options) as (judge, writer):
         assert len(writer.finished_shards()) == 1
-        resumed, again = judge.run(writer, listener)
+        resumed, again = judge.run(writer, progress)
     assert again == rows
     assert resumed.robust == whole.robust
     for name in ("attack_forwards", "attack_backwards"):  # the lesson was taken twice, and is counted once
@@ -132,14 +132,14 @@ def test_logits_that_are_not_numbers_in_the_lesson_prove_nothing(verdict: Verdic
         verdict(**learning(), defense=Around(call=evasive))
 
 
-def test_memory_that_runs_out_in_the_lesson_halves_the_batch(verdict: Verdict, listener: Notes) -> None:
+def test_memory_that_runs_out_in_the_lesson_halves_the_batch(verdict: Verdict, progress: Notes) -> None:
     def small(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return model(images, rng)
 
     _, rows = verdict(**learning(), defense=Around(call=small))
-    assert listener.notes == ["out of memory: the batch is halved to 2 images"]
+    assert progress.notes == ["out of memory: the batch is halved to 2 images"]
     _, plain = verdict(**learning())
     assert [row.robust for row in rows] == [row.robust for row in plain]
 

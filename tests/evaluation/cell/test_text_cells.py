@@ -22,12 +22,12 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_sets.crafting import check_plan
 from vlmdefend.evaluation.cell.attackers import Variant, fit
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
-from vlmdefend.evaluation.launchers.listener import Listener
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.make_plan import make_plan
+from vlmdefend.evaluation.store.records import Record, Row
 from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.reporting.verdicts.verdict import verdict_lines
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat
@@ -100,15 +100,15 @@ def test_a_transfer_attacker_learns_on_the_bare_model_and_meets_the_defense(tmp_
     assert [r.adversarial_margin for r in rows] != [r.adversarial_margin for r in bare_rows]  # JPEG in between
 
 
-class Stops(Listener):
+class Stops(Progress):
     """Kills the run after so many images."""
 
     def __init__(self, after: int) -> None:
         self.left = after
 
-    def advance(self, cell: Cell, images: int) -> None:
-        self.left -= images
-        if images and self.left <= 0:
+    def advance(self, unit: Any, count: int = 1) -> None:
+        self.left -= count
+        if count and self.left <= 0:
             raise KeyboardInterrupt
 
 

@@ -234,11 +234,11 @@ def too_large(limit: int) -> Any:
 
 
 def test_out_of_memory_halves_the_batch_until_it_fits_and_counts_no_image_twice(
-    verdict: Verdict, listener: Notes
+    verdict: Verdict, progress: Notes
 ) -> None:
     record, rows = verdict(defense=too_large(2), batch_size=8, shard_size=16)
-    assert listener.notes == [f"out of memory: the batch is halved to {b} images" for b in (4, 2)]
-    assert listener.images == record.n == COUNT
+    assert progress.notes == [f"out of memory: the batch is halved to {b} images" for b in (4, 2)]
+    assert progress.images == record.n == COUNT
     expected, fitting = verdict(defense=too_large(2), batch_size=2, shard_size=16)
     assert [row.robust for row in rows] == [row.robust for row in fitting]
     assert record.cost.clean_forwards == expected.cost.clean_forwards == COUNT

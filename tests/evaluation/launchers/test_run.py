@@ -13,13 +13,13 @@ from PIL import Image
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.grid.grid import Grid
-from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
-from vlmdefend.evaluation.launchers.listener import Listener
+from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.evaluation.store import fingerprint
 from vlmdefend.evaluation.store.fingerprint import code_hash
 from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models.names import ASSETS
+from vlmdefend.progress import Progress
 
 QUICK: dict[str, Any] = {"attack": "none", "limit": 8, "device": "cpu", "batch_size": 8}
 
@@ -123,16 +123,16 @@ def test_a_model_that_cannot_be_loaded_fails_alone(tmp_path: Path, monkeypatch: 
 
 
 def test_every_cell_is_announced_and_all_its_images_are_counted(tmp_path: Path) -> None:
-    class Counts(Listener):
+    class Counts(Progress):
         begun = images = ended = 0
 
-        def begin(self, cell: Any) -> None:
+        def begin(self, unit: Any, total: int, done: int = 0) -> None:
             self.begun += 1
 
-        def advance(self, cell: Any, images: int) -> None:
-            self.images += images
+        def advance(self, unit: Any, count: int = 1) -> None:
+            self.images += count
 
-        def end(self, record: Any, *, reused: bool) -> None:
+        def end(self, result: Any, *, reused: bool = False) -> None:
             self.ended += 1
 
     plan = make_plan(Grid.build({}, {**QUICK, "defense": ["none", "jpeg"]}))

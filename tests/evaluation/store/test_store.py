@@ -45,12 +45,12 @@ def test_a_partial_file_cut_at_any_byte_of_its_last_line_keeps_the_shards_before
 
 
 def test_a_cell_resumed_from_a_cut_at_any_byte_has_identical_rows(
-    tmp_path: Path, listener: Notes, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, progress: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with bench(tmp_path / "whole", batch_size=2, shard_size=4) as (judge, writer):
         finish = writer.finish
         monkeypatch.setattr(writer, "finish", lambda *args: None)
-        record, _ = judge.run(writer, listener)
+        record, _ = judge.run(writer, progress)
         partial = (writer.folder / "partial.jsonl").read_bytes()
         finish(record, [row for s in writer.finished_shards() for row in s.rows])
         expected = (writer.folder / "rows.jsonl").read_bytes()
@@ -71,7 +71,7 @@ def test_a_cell_resumed_from_a_cut_at_any_byte_has_identical_rows(
     for cut in range(len(lines[2]) + 1):
         with bench(folder, batch_size=2, shard_size=4) as (judge, writer):
             (writer.folder / "partial.jsonl").write_bytes(before + lines[2][:cut])
-            again, _ = judge.run(writer, listener)
+            again, _ = judge.run(writer, progress)
             assert (writer.folder / "rows.jsonl").read_bytes() == expected, f"cut at byte {cut}"
             assert (again.checks, again.cost.attack_backwards) == (record.checks, record.cost.attack_backwards)
             (writer.folder / "record.json").unlink()
@@ -98,7 +98,7 @@ def test_shards_out_of_order_are_not_taken(tmp_path: Path) -> None:
         assert [s.number for s in writer.finished_shards()] == [0]
 
 
-def test_a_kill_between_rows_and_record_finishes_without_computing(tmp_path: Path, listener: Notes) -> None:
+def test_a_kill_between_rows_and_record_finishes_without_computing(tmp_path: Path, progress: Notes) -> None:
     with bench(tmp_path) as (judge, writer):
         write = write_atomically
         with pytest.MonkeyPatch.context() as patch:
@@ -110,11 +110,11 @@ def test_a_kill_between_rows_and_record_finishes_without_computing(tmp_path: Pat
 
             patch.setattr("vlmdefend.evaluation.store.run_folder.write_atomically", killed)
             with pytest.raises(KeyboardInterrupt):
-                judge.run(writer, listener)
+                judge.run(writer, progress)
         rows = (writer.folder / "rows.jsonl").read_bytes()
     with bench(tmp_path) as (judge, writer):
         judge._shard = lambda *args: pytest.fail("computed again")
-        judge.run(writer, listener)
+        judge.run(writer, progress)
         assert (writer.folder / "rows.jsonl").read_bytes() == rows
         assert sorted(p.name for p in writer.folder.iterdir()) == ["lock", "record.json", "rows.jsonl"]
 

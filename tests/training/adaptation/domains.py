@@ -13,9 +13,10 @@ from PIL import Image
 from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import save_classifier
+from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.settings import make_urda_settings
 from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
-from vlmdefend.training.loop.listener import EpochEnd, Listener
+from vlmdefend.training.loop.results import EpochResult
 
 CLASSES = ("bar", "cross", "square")
 SIDE = 28
@@ -51,20 +52,20 @@ def write_domains(root: Path, train: int = 8, test: int = 4) -> Path:
 
 
 @dataclass
-class Heard(Listener):
+class Heard(Progress):
     """Keeps what it hears, and breaks off after a step as a kill does."""
 
     at: tuple[str, int] | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
-    epochs: list[EpochEnd] = field(default_factory=list)
+    epochs: list[EpochResult] = field(default_factory=list)
 
-    def step(self, values: dict[str, Any]) -> None:
-        self.lines.append(values)
-        if (values["stage"], values["step"]) == self.at:
+    def advance(self, unit: Any, count: int = 1) -> None:
+        self.lines.append(unit)
+        if (unit["stage"], unit["step"]) == self.at:
             raise KeyboardInterrupt
 
-    def epoch(self, end: EpochEnd) -> None:
-        self.epochs.append(end)
+    def end(self, result: EpochResult, *, reused: bool = False) -> None:
+        self.epochs.append(result)
 
 
 QUICK: dict[str, Any] = {
@@ -91,7 +92,7 @@ def adaptation(root: Path, out: Path, **options: Any) -> RobustAdaptation:
 
 def run(root: Path, out: Path, **options: Any) -> Adapted:
     """The same, run to its end."""
-    return adaptation(root, out, **options).run(Listener())
+    return adaptation(root, out, **options).run(Progress())
 
 
 def saved_teacher(folder: Path, seed: int = 3) -> str:

@@ -14,11 +14,11 @@ from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation.base import UNKNOWN
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.adaptation import summary
 from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
 from vlmdefend.training.adaptation.teacher import as_teacher
-from vlmdefend.training.loop.listener import Listener
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.student import Accumulator
@@ -114,7 +114,7 @@ def test_short_memory_is_one_sentence_with_the_option_of_its_step(
 
     monkeypatch.setattr(cls, "losses", full)
     with pytest.raises(UserError, match=message) as caught:
-        adaptation(root, tmp_path / "out", **given, **options).run(Listener())
+        adaptation(root, tmp_path / "out", **given, **options).run(Progress())
     assert "\n" not in str(caught.value)
 
 
@@ -133,7 +133,7 @@ def test_where_images_do_not_see_one_another_the_batch_is_worked_on_in_halves(
     options = {"teacher": teacher, "batch_norm": "frozen", "epochs_student": 1}
     notes: list[str] = []
     for most, name in ((8, "whole"), (3, "halves")):  # noqa: B007
-        heard = Listener()
+        heard = Progress()
         heard.note = notes.append  # type: ignore[method-assign]
         adaptation(root, tmp_path / name, **options).run(heard)
     assert notes == [
@@ -154,8 +154,8 @@ def test_short_memory_in_judging_keeps_the_training(
     with monkeypatch.context() as patch:
         patch.setattr(summary, "target_numbers", full)
         with pytest.raises(UserError, match=r"out of memory while the 6 test images were judged.*--eval-limit"):
-            adaptation(root, tmp_path / "out", teacher=teacher).run(Listener())
-    assert adaptation(root, tmp_path / "out", teacher=teacher).run(Listener()).after is not None
+            adaptation(root, tmp_path / "out", teacher=teacher).run(Progress())
+    assert adaptation(root, tmp_path / "out", teacher=teacher).run(Progress()).after is not None
 
 
 def test_other_errors_are_not_taken_for_short_memory(
@@ -166,7 +166,7 @@ def test_other_errors_are_not_taken_for_short_memory(
 
     monkeypatch.setattr(summary, "target_numbers", broken)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        adaptation(root, tmp_path / "out", teacher=teacher).run(Listener())
+        adaptation(root, tmp_path / "out", teacher=teacher).run(Progress())
 
 
 def test_a_gradient_of_many_images_is_that_of_their_halves(teacher: str) -> None:

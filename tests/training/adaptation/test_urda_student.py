@@ -11,7 +11,7 @@ import torch
 from tests.training.adaptation.domains import Heard, adaptation, weights_of
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.models import load_model
-from vlmdefend.training.loop.listener import Listener
+from vlmdefend.progress import Progress
 from vlmdefend.training.loop.stage import Optimization
 
 
@@ -24,7 +24,7 @@ def test_the_teacher_stays_to_the_bit_and_all_of_the_student_trains(
     ready = adaptation(root, tmp_path / "out", teacher=teacher, init=init)
     begun = ready._fresh(16) if init == "imagenet" else load_model(teacher, device="cpu").clip
     begun = {name: tensor.clone() for name, tensor in begun.state_dict().items()}
-    ready.run(Listener())
+    ready.run(Progress())
     assert weights_of(folder) == before
     facts = json.loads((tmp_path / "out" / "vlmdefend.json").read_text())
     assert facts["teacher_weights_hash"] == hashed

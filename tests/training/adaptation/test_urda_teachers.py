@@ -14,8 +14,8 @@ from timm.models import save_for_hf
 from tests.training.adaptation.domains import CLASSES, SIDE, adaptation, saved_teacher, write_domains
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.teacher import load_teacher
-from vlmdefend.training.loop.listener import Listener
 
 CPU = torch.device("cpu")
 
@@ -83,7 +83,7 @@ def test_it_teaches_and_is_never_changed(tmp_path: Path, root: Path, network: An
     ready = adaptation(root, tmp_path / "out", teacher=name, init="imagenet", epochs_student=1)
     assert ready.given is not None
     before = ready.given.weights_hash
-    found = ready.run(Listener())
+    found = ready.run(Progress())
     assert ready.given.weights_hash == before
     assert found.before is not None
     student = load_model(f"local-dir:{tmp_path / 'out'}", device="cpu")
@@ -105,7 +105,7 @@ def test_a_timm_backbone_adapts_from_its_weights_in_both_steps(tmp_path: Path, r
     ready = adaptation(root, tmp_path / "out", backbone=name, epochs_teacher=1, epochs_student=1, limit=8)
     begun = ready._fresh(16).backbone.state_dict()
     assert torch.equal(begun["conv1.0.weight"], network.state_dict()["conv1.0.weight"])
-    ready.run(Listener())
+    ready.run(Progress())
     made = load_model(f"local-dir:{tmp_path / 'out'}", device="cpu")
     assert made.image_size == 160
     assert made.zero_shot(CLASSES, (), resize_inside=True)(torch.rand(1, 3, SIDE, SIDE)).logits.shape == (1, 3)

@@ -14,10 +14,10 @@ from tests.training.conftest import batch_of
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.augment import crop_and_flip
 from vlmdefend.training.clip.train_settings import make_train_settings
-from vlmdefend.training.loop.listener import Listener
 
 SMALL: dict[str, Any] = {"batch_size": 24, "limit": 120, "held_out": 8, "save_every": 2, "steps": 1}
 
@@ -59,8 +59,8 @@ def test_a_run_on_crops_that_was_broken_off_goes_on_to_the_same_bytes(
             with pytest.raises(KeyboardInterrupt):
                 training(tmp_path / name, method, augment=augment, **options).run(Broken())
             with pytest.raises(UserError, match="holds a run with augment = 'crop-flip', now it is 'none'"):
-                training(tmp_path / name, method, **options).run(Listener())
-        training(tmp_path / name, method, augment=augment, **options).run(Listener())
+                training(tmp_path / name, method, **options).run(Progress())
+        training(tmp_path / name, method, augment=augment, **options).run(Progress())
         hashes[name] = load_model(f"local-dir:{tmp_path / name}", device="cpu").weights_hash
     assert hashes["whole"] == hashes["broken"] != hashes["none"]
 
@@ -78,10 +78,10 @@ def test_every_epoch_has_other_crops_and_the_images_that_are_held_out_stay_whole
         return losses(self, student, teacher, batch, rng)
 
     monkeypatch.setattr(type(run.settings.objective), "losses", watched)
-    cropped = run.run(Listener())
+    cropped = run.run(Progress())
     assert len(seen) == 112
     assert all(len(images) == 2 and not torch.equal(*images) for images in seen.values())
-    plain = training(tmp_path / "plain", "tecoa", epochs=1, **SMALL).run(Listener())
+    plain = training(tmp_path / "plain", "tecoa", epochs=1, **SMALL).run(Progress())
     assert cropped.summary["vanilla"] == plain.summary["vanilla"]
 
 

@@ -9,8 +9,8 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.distill import warnings_of
 from vlmdefend.training.clip.held_out import accuracies, proxy_gap
-from vlmdefend.training.loop.listener import Counted, Gap
 from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.results import HitCount, ProxyGap
 from vlmdefend.types import Batch, Outputs, Pipeline
 
 
@@ -38,9 +38,9 @@ def own_labels(model: VisionLanguageModel, count: int) -> tuple[Pipeline, Batch]
 def test_accuracy_is_clean_and_after_pgd(target: VisionLanguageModel) -> None:
     pipeline, batch = own_labels(target, 12)
     found = accuracies(pipeline, batch, 0.5, 0, Processes("cpu"))  # these weights are random, and hard to move
-    assert found.clean == Counted(12, 12)
+    assert found.clean == HitCount(12, 12)
     assert found.robust.hits < 12
-    assert accuracies(pipeline, batch, 0.0, 0, Processes("cpu")).robust == Counted(12, 12)
+    assert accuracies(pipeline, batch, 0.0, 0, Processes("cpu")).robust == HitCount(12, 12)
 
 
 def test_the_counts_do_not_depend_on_the_number_of_processes(target: VisionLanguageModel) -> None:
@@ -69,15 +69,15 @@ def test_the_proxy_is_asked_about_the_targets_images_which_are_all_attacked(
     assert (distance <= EPS + 1e-6).all()
     with torch.no_grad():
         hits = int((pipeline(adversarial).logits.argmax(1) == batch.labels).sum())
-    assert gap.adversarial["t"] == Counted(hits, 8)
-    assert gap.clean["t"] == Counted(8, 8)
+    assert gap.adversarial["t"] == HitCount(hits, 8)
+    assert gap.clean["t"] == HitCount(8, 8)
 
 
-def gap_of(target_clean: int, proxy_clean: int, proxy_adversarial: int) -> Gap:
-    return Gap(
+def gap_of(target_clean: int, proxy_clean: int, proxy_adversarial: int) -> ProxyGap:
+    return ProxyGap(
         "t",
-        {"target": Counted(target_clean, 100), "proxy": Counted(proxy_clean, 100)},
-        {"target": Counted(0, 100), "proxy": Counted(proxy_adversarial, 100)},
+        {"target": HitCount(target_clean, 100), "proxy": HitCount(proxy_clean, 100)},
+        {"target": HitCount(0, 100), "proxy": HitCount(proxy_adversarial, 100)},
     )
 
 

@@ -19,11 +19,11 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.evaluation.statistics.paired import sign_test
+from vlmdefend.progress import Progress
 from vlmdefend.reporting.compare.compare import Paired
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.train import Training
 from vlmdefend.training.loop.data import TrainingImages
-from vlmdefend.training.loop.listener import Listener
 
 WEIGHTS = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]
 # As published, one perturbation for all images, adv-lora makes nothing robust and its docstring says so.
@@ -39,7 +39,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def folder(method: str) -> Path:
         out = root / method.replace(":", "-")
         if not out.exists():
-            training(out, method, **BUDGET).run(Listener())
+            training(out, method, **BUDGET).run(Progress())
         return out
 
     return folder
@@ -84,7 +84,7 @@ def test_apt_lifts_robust_accuracy_of_a_robust_image_tower_on_another_data_set(
     """As its authors have it: the tower is TeCoA's of one set, a context is learned for the next from few images."""
     tower = trained("tecoa")
     options = {"model": f"local-dir:{tower}", "dataset": "mnist", "limit": 400, "held_out": 0, "lr": 0.1}
-    training(tmp_path / "out", "apt", epochs=4, batch_size=16, **options).run(Listener())
+    training(tmp_path / "out", "apt", epochs=4, batch_size=16, **options).run(Progress())
     before, after = (robust(folder, "4/255", dataset="mnist", limit=400) for folder in (tower, tmp_path / "out"))
     assert points_won(before, after) >= 5
 
@@ -92,17 +92,17 @@ def test_apt_lifts_robust_accuracy_of_a_robust_image_tower_on_another_data_set(
 def test_a_short_run_of_fap_lifts_robust_accuracy_of_a_vanilla_model(robust: Any, tmp_path: Path) -> None:
     """Sixteen images of each class, ten epochs in batches of four, as published; a small lift, so many are asked."""
     options = {"eps": "4/255", "limit": 160, "epochs": 10, "batch_size": 4, "held_out": 0}
-    training(tmp_path / "out", "fap", **options).run(Listener())
+    training(tmp_path / "out", "fap", **options).run(Progress())
     before, after = (robust(model, "4/255", limit=500) for model in ("tiny-vit", tmp_path / "out"))
     assert points_won(before, after) >= 2
 
 
-class Means(Listener):
+class Means(Progress):
     def __init__(self) -> None:
         self.of: list[dict[str, float]] = []
 
-    def epoch(self, end: Any) -> None:
-        self.of.append(end.metrics)
+    def end(self, result: Any, *, reused: bool = False) -> None:
+        self.of.append(result.metrics)
 
 
 def test_apt_lowers_the_loss_at_the_adversarial_images(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_apt_lowers_the_loss_at_the_adversarial_images(tmp_path: Path) -> None:
 def test_advpt_learns_the_stored_images_and_is_no_help_against_an_attack_on_the_deployed_model(tmp_path: Path) -> None:
     """It claims none: its lesson holds for the stored features alone."""
     run: Training = training(tmp_path / "out", "advpt", eps="16/255", limit=500, epochs=6, batch_size=32, lr=0.1)
-    found = run.run(Listener())
+    found = run.run(Progress())
     images = load_dataset("fashion", "test", limit=100)
     batch = TrainingImages(images, PixelTransform(32)).batch(range(100))
     rng = ImageRng(1, batch.ids, "transfer")

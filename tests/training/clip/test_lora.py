@@ -15,11 +15,11 @@ from vlmdefend.defenses.training_time.adv_lora import DELTA
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import LowRank, choose_adapters
 from vlmdefend.training.clip.train import Training
 from vlmdefend.training.clip.train_settings import make_train_settings
-from vlmdefend.training.loop.listener import Listener
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.state_file import load_state
@@ -113,9 +113,9 @@ def training(out: Path, **options: Any) -> Training:
     return Training(make_train_settings(given | {"epochs": 1, "batch_size": 24, "save_every": 2} | options))
 
 
-class Broken(Listener):
-    def step(self, values: dict[str, Any]) -> None:
-        if values["step"] == 3:
+class Broken(Progress):
+    def advance(self, unit: Any, count: int = 1) -> None:
+        if unit["step"] == 3:
             raise KeyboardInterrupt
 
 
@@ -124,12 +124,12 @@ def carried(out: Path) -> Tensor:
 
 
 def test_a_run_of_adv_lora_that_was_broken_off_goes_on_with_its_perturbation_to_the_same_bytes(tmp_path: Path) -> None:
-    training(tmp_path / "whole").run(Listener())
+    training(tmp_path / "whole").run(Progress())
     with pytest.raises(KeyboardInterrupt):
         training(tmp_path / "broken").run(Broken())
     assert carried(tmp_path / "broken").abs().max() > 0
     assert not torch.equal(carried(tmp_path / "broken"), carried(tmp_path / "whole"))
-    training(tmp_path / "broken").run(Listener())
+    training(tmp_path / "broken").run(Progress())
     assert torch.equal(carried(tmp_path / "broken"), carried(tmp_path / "whole"))
     whole, broken = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("whole", "broken"))
     assert whole.weights_hash == broken.weights_hash
@@ -150,7 +150,7 @@ def test_every_epoch_begins_without_a_perturbation(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(run.settings.objective), "losses", watched)
-        run.run(Listener())
+        run.run(Progress())
     assert [size > 0 for size in seen] == [False, True, True, False, True, True]
 
 

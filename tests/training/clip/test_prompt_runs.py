@@ -14,9 +14,9 @@ from vlmdefend.data import load_dataset
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.reporting.verdicts.verdict import verdict_lines
 from vlmdefend.training.clip.stored_features import FILE
-from vlmdefend.training.loop.listener import Listener
 
 SMALL: dict[str, Any] = {
     "dataset": "fashion",
@@ -41,11 +41,11 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     method: str, parts: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     options = small(folders, trains=parts)
-    training(tmp_path / "whole", method, **options).run(Listener())
+    training(tmp_path / "whole", method, **options).run(Progress())
     with pytest.raises(KeyboardInterrupt):
         training(tmp_path / "broken", method, **options).run(Broken())
     assert not (tmp_path / "broken" / "learned_prompts.safetensors").exists()
-    training(tmp_path / "broken", method, **options).run(Listener())
+    training(tmp_path / "broken", method, **options).run(Progress())
     whole, broken = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("whole", "broken"))
     assert whole.weights_hash == broken.weights_hash
     assert whole.model_cfg == broken.model_cfg
@@ -53,7 +53,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     state = whole.clip.state_dict()
     assert all(torch.equal(state[name], weight) for name, weight in vanilla.items())
     assert set(state) - set(vanilla) <= {"prompts.context", "prompts.visual", "prompts.text"}
-    again = training(tmp_path / "whole", method, **options).run(Listener())
+    again = training(tmp_path / "whole", method, **options).run(Progress())
     assert again.reused
 
 
@@ -62,7 +62,7 @@ def test_a_context_for_all_classes_answers_for_another_data_set_and_one_for_each
 ) -> None:
     other = load_dataset("mnist", "test", limit=4)
     for parts in ("context:2", "class-context:2"):
-        training(tmp_path / parts, "apt", **small(folders, trains=parts, epochs=1)).run(Listener())
+        training(tmp_path / parts, "apt", **small(folders, trains=parts, epochs=1)).run(Progress())
         model = load_model(f"local-dir:{tmp_path / parts}", device="cpu")
         if parts == "context:2":
             assert model.zero_shot(other.class_names, TEMPLATES).num_classes == 10
@@ -77,7 +77,7 @@ def test_a_context_for_all_classes_answers_for_another_data_set_and_one_for_each
 def test_a_record_says_that_the_prompts_were_learned_and_the_protocols_are_not_read(
     parts: str, said: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    training(tmp_path / "out", "apt", **small(folders, trains=parts, epochs=1)).run(Listener())
+    training(tmp_path / "out", "apt", **small(folders, trains=parts, epochs=1)).run(Progress())
     names = [f"local-dir:{folder}" for folder in (folders["vit"], tmp_path / "out")]
     results = evaluate(tmp_path / "runs", model=names, dataset="fashion", limit=4, attack="none").results
     vanilla, learned = (next(r for r in results if r[0].cell.model == name) for name in names)
@@ -89,7 +89,7 @@ def test_a_record_says_that_the_prompts_were_learned_and_the_protocols_are_not_r
 
 
 def test_attacked_prompts_name_learned_vectors_as_what_they_are(folders: dict[str, Path], tmp_path: Path) -> None:
-    training(tmp_path / "out", "apt", **small(folders, trains="context:2", epochs=1)).run(Listener())
+    training(tmp_path / "out", "apt", **small(folders, trains="context:2", epochs=1)).run(Progress())
     options = {"attack": "text:candidates=4:beams=1", "eps": "1", "attacker": "whitebox"}
     done = evaluate(
         tmp_path / "runs", model=f"local-dir:{tmp_path / 'out'}", dataset="fashion", limit=8, batch_size=4, **options
@@ -109,16 +109,16 @@ def test_advpt_runs_the_image_tower_before_the_first_step_alone(
     monkeypatch.setattr(
         run.model.clip, "encode_image", lambda images, **more: seen.append(len(images)) or encode(images, **more)
     )
-    run.run(Listener())
+    run.run(Progress())
     assert sum(seen) == 48 * 3  # the clean features, one step, the adversarial features
     assert (tmp_path / "out" / "training" / FILE).exists()
 
 
 def test_weights_are_trained_under_prompts_that_were_learned_before(folders: dict[str, Path], tmp_path: Path) -> None:
     """The prompts stay; a mixture is one of weights."""
-    training(tmp_path / "apt", "apt", **small(folders, trains="context:2", epochs=1)).run(Listener())
+    training(tmp_path / "apt", "apt", **small(folders, trains="context:2", epochs=1)).run(Progress())
     options = small(folders, model=f"local-dir:{tmp_path / 'apt'}", epochs=1, mix=(0.5,))
-    found = training(tmp_path / "tecoa", "tecoa", **options).run(Listener())
+    found = training(tmp_path / "tecoa", "tecoa", **options).run(Progress())
     assert list(found.summary) == ["vanilla", "result", "mix-0.5"]
     first, second = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("apt", "tecoa"))
     assert torch.equal(first.context, second.context)  # type: ignore[arg-type]

@@ -10,12 +10,13 @@ import torch
 from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.training.clip.distill import Distillation, Distilled
 from vlmdefend.training.clip.distill_settings import make_distill_settings
 from vlmdefend.training.clip.held_out import accuracies, correct
 from vlmdefend.training.loop.data import TrainingImages
-from vlmdefend.training.loop.listener import Accuracies, Listener
 from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.trainer_state import STATE
 
@@ -42,14 +43,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gpd(out: Path) -> Distilled:
     """Both stages."""
-    return Distillation(make_distill_settings(OPTIONS | {"out": out / "gpd"})).run(Listener())
+    return Distillation(make_distill_settings(OPTIONS | {"out": out / "gpd"})).run(Progress())
 
 
 @pytest.fixture(scope="module")
 def hpt(out: Path) -> Distilled:
     """Stage b without the pull."""
     plan = {"stage": "b", "pull": 1.0, "gap_images": 0, "out": out / "hpt"}
-    return Distillation(make_distill_settings(OPTIONS | plan)).run(Listener())
+    return Distillation(make_distill_settings(OPTIONS | plan)).run(Progress())
 
 
 def judged(folder: Path | str) -> Accuracies:

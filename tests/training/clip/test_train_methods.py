@@ -15,11 +15,11 @@ from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.patches import with_patches
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import choose_adapters, folded
 from vlmdefend.training.clip.train import Training
 from vlmdefend.training.clip.train_settings import make_train_settings
-from vlmdefend.training.loop.listener import Listener
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
@@ -189,20 +189,20 @@ def training(out: Path, method: str, **options: Any) -> Training:
     return Training(make_train_settings(given | options))
 
 
-class Broken(Listener):
-    def step(self, values: dict[str, Any]) -> None:
-        if values["step"] == 3:
+class Broken(Progress):
+    def advance(self, unit: Any, count: int = 1) -> None:
+        if unit["step"] == 3:
             raise KeyboardInterrupt
 
 
 def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     options = {"epochs": 1, "batch_size": 24, "save_every": 2, "trains": "lora:2", "limit": 120, "held_out": 8}
     weights = "open_clip_model.safetensors"
-    training(tmp_path / "whole", "pmg-aft", **options).run(Listener())
+    training(tmp_path / "whole", "pmg-aft", **options).run(Progress())
     with pytest.raises(KeyboardInterrupt):
         training(tmp_path / "broken", "pmg-aft", **options).run(Broken())
     assert not (tmp_path / "broken" / weights).exists()
-    training(tmp_path / "broken", "pmg-aft", **options).run(Listener())
+    training(tmp_path / "broken", "pmg-aft", **options).run(Progress())
     whole, broken = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("whole", "broken"))
     assert whole.weights_hash == broken.weights_hash
     assert whole.weights_hash != load_model("tiny-vit", device="cpu").weights_hash
@@ -210,8 +210,8 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path: Path) -> 
 
 def test_a_mixture_lies_between_the_vanilla_and_the_trained_weights(tmp_path: Path) -> None:
     options = {"epochs": 1, "limit": 80, "held_out": 8}
-    training(tmp_path / "out", "tecoa", **options).run(Listener())
-    again = training(tmp_path / "out", "tecoa", mix=(0.25,), **options).run(Listener())  # of a run that is done
+    training(tmp_path / "out", "tecoa", **options).run(Progress())
+    again = training(tmp_path / "out", "tecoa", mix=(0.25,), **options).run(Progress())  # of a run that is done
     assert list(again.summary) == ["vanilla", "result", "mix-0.25"]
     models = [load_model(name, device="cpu") for name in ("tiny-vit", f"local-dir:{tmp_path / 'out'}")]
     vanilla, trained = (model.clip.state_dict() for model in models)

@@ -16,10 +16,10 @@ from PIL import Image
 
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.training.clip import train
 from vlmdefend.training.clip.train import Training
 from vlmdefend.training.clip.train_settings import make_train_settings
-from vlmdefend.training.loop.listener import Listener
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.trainer_state import STATE
 
@@ -81,7 +81,7 @@ def test_two_processes_on_shards_give_the_bits_of_one_that_accumulates_two_halve
     assert done.stdout.count("written, a model folder") == 1
     one = Training(make_train_settings(options(shards, tmp_path / "one") | {"micro_batch": 2}))
     assert (len(one.images), len(one.held_out)) == (13, 3)
-    one.run(Listener())
+    one.run(Progress())
     (groups, facts), (expected, expected_facts) = (
         load_state(tmp_path / name / "training" / STATE) for name in ("two", "one")
     )

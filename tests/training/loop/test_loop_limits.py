@@ -40,7 +40,7 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(make_run: Make
         patch.setattr(HptGpd, "losses", hungry)
         assert same(result(run), expected)
     assert run.accumulator.halved == [4, 2]
-    assert [note.partition(";")[0] for note in run.listener.notes] == [
+    assert [note.partition(";")[0] for note in run.progress.notes] == [
         f"out of memory: the micro-batch is halved to {size} images" for size in (4, 2)
     ]
 
@@ -140,4 +140,4 @@ def test_clipping_bounds_the_step(make_run: MakeRun) -> None:
     moved = result(run)
     length = math.sqrt(sum(float((moved[n] - vanilla[n]).square().sum()) for n in moved))
     assert length == pytest.approx(0.1 * 0.01, rel=1e-3)
-    assert run.listener.lines[0]["gradient_norm"] > 0.01
+    assert run.progress.lines[0]["gradient_norm"] > 0.01

@@ -39,7 +39,7 @@ def test_a_finished_run_is_found_done(make_run: MakeRun) -> None:
     _, expected = whole(make_run, "whole")
     again = make_run("whole")
     assert same(result(again), expected)
-    assert again.listener.lines == []
+    assert again.progress.lines == []
 
 
 def test_the_log_has_one_line_a_step_with_every_loss_and_the_proxys_accuracy(make_run: MakeRun) -> None:

@@ -9,12 +9,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from vlmdefend.data import class_names, layouts
 from vlmdefend.data.base import ImageSet, Listed, Source, data_root
 from vlmdefend.data.class_names import underscores
 from vlmdefend.data.folders import printable
 from vlmdefend.data.images import decode, to_rgb
 from vlmdefend.data.prompts import templates_for
-from vlmdefend.data.sources import SOURCES, class_names, layouts
+from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

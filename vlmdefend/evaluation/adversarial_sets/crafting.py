@@ -31,10 +31,10 @@ from vlmdefend.evaluation.adversarial_sets.set_format import (
 )
 from vlmdefend.evaluation.grid.bind import bind, evaluator_of, prepare, templates_of
 from vlmdefend.evaluation.grid.planned import Plan
-from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.evaluation.store.records import Cell, Record, Row
 from vlmdefend.evaluation.store.run_folder import Store, disk
 from vlmdefend.models import load_model
+from vlmdefend.progress import Progress
 from vlmdefend.types import Threat
 
 
@@ -50,7 +50,7 @@ class Crafted:
     reused: bool  # it was found done
 
 
-def craft_set(plan: Plan, out: Path, listener: Listener, *, png: bool = False) -> Crafted:
+def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -> Crafted:
     """Craft the one cell of ``plan`` into ``out``; the same call goes on where a killed one stopped.
 
     Raises:
@@ -65,17 +65,17 @@ def craft_set(plan: Plan, out: Path, listener: Listener, *, png: bool = False) -
     cell = bind(plan, planned, model, device, planned.images.content_hash())
     _refuse_another(store, cell)
     judge = evaluator_of(plan, planned, model, cell)
-    listener.begin(cell)
+    progress.begin(cell, len(planned.images))
     with store.writing(cell) as writer:
         record = store.record(cell)
         reused = record is not None and record.status == "done"
         if record is not None and reused:
             rows = store.rows(record)
-            listener.advance(cell, len(planned.images))
+            progress.advance(cell, len(planned.images))
         else:
             (store.folder / MANIFEST).unlink(missing_ok=True)  # whatever it spoke of is not there any more
             judge.keep = lambda number, images: _keep(store.folder, number, images)
-            record, rows = judge.run(writer, listener)
+            record, rows = judge.run(writer, progress)
         place = {name: i for i, name in enumerate(planned.images.ids)}
         images = planned.images.select([place[row.id] for row in rows])  # without those that could not be read
         pngs = None
@@ -92,7 +92,7 @@ def craft_set(plan: Plan, out: Path, listener: Listener, *, png: bool = False) -
                 pngs = write_pngs(
                     saved, images, judge.transform, lambda p, ids: judge.deployed.answer(p.to(device), ids)
                 )
-    listener.end(record, reused=reused)
+    progress.end(record, reused=reused)
     return Crafted(saved, record, images, judge.transform, pngs, reused)
 
 

@@ -22,10 +22,10 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.attack_result import Attempt, attempt
 from vlmdefend.evaluation.cell.defended_model import Deployed
 from vlmdefend.evaluation.cell.fitted_attacks import learn, sample, untaught
-from vlmdefend.evaluation.launchers.listener import Listener
 from vlmdefend.evaluation.store.environment import environment, peak_memory_mb, reset_peak_memory
 from vlmdefend.evaluation.store.records import Cell, Checks, Cost, Record, Row, Skipped
 from vlmdefend.evaluation.store.run_folder import CellWriter, Shard
+from vlmdefend.progress import Progress
 from vlmdefend.types import Batch, Outputs, Pipeline, Threat
 
 Result = TypeVar("Result")
@@ -50,20 +50,20 @@ class Judge:
         self.deployed = Deployed(self.cell, self.model, self.defense)
         self.lesson = untaught(self.deployed, self.attack)
 
-    def run(self, writer: CellWriter, listener: Listener) -> tuple[Record, list[Row]]:
+    def run(self, writer: CellWriter, progress: Progress) -> tuple[Record, list[Row]]:
         """Compute the shards that are missing, then write rows and record."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
         done = writer.finished_shards()
-        listener.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
+        progress.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
         shards = list(chunks(len(self.images), self.cell.shard_size))
         # prompts are needed for the record too, and no shard holds them
         if self.attack.learns_from and self.cell.eps > 0 and (len(done) < len(shards) or self.attack.changes_prompts):
-            self._within_memory(self._learn, listener)
+            self._within_memory(self._learn, progress)
         for number in range(len(done), len(shards)):
-            shard = self._within_memory(partial(self._shard, number, shards[number].tolist()), listener)
+            shard = self._within_memory(partial(self._shard, number, shards[number].tolist()), progress)
             writer.add(shard)
             done.append(shard)
-            listener.advance(self.cell, len(shard.rows) + len(shard.skipped))
+            progress.advance(self.cell, len(shard.rows) + len(shard.skipped))
         record, rows = self._record(done, started)
         writer.finish(record, rows)
         return record, rows
@@ -101,7 +101,7 @@ class Judge:
         )
         return record, rows
 
-    def _within_memory(self, compute: Callable[[], Result], listener: Listener) -> Result:
+    def _within_memory(self, compute: Callable[[], Result], progress: Progress) -> Result:
         """Halve the batch when memory runs out; the shard, or the lesson, is computed anew from its start."""
         while True:
             try:
@@ -112,7 +112,7 @@ class Judge:
                 if self.deployed.width == 1:
                     raise UserError(f"{self.cell.title()}: a single image does not fit into memory.") from None
             self.deployed.width //= 2
-            listener.note(f"out of memory: the batch is halved to {self.deployed.width} images")
+            progress.note(f"out of memory: the batch is halved to {self.deployed.width} images")
 
     def _load(self, index: list[int]) -> tuple[Batch, list[Skipped]]:
         """The images at ``index`` on the device, and those that cannot be read."""

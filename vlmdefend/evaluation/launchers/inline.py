@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from vlmdefend.errors import StorageError, UserError
-from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.grid.bind import bind, evaluator_of, prepare
+from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.grid.planned import Plan, PlannedCell
 from vlmdefend.evaluation.make_plan import make_plan
-from vlmdefend.evaluation.launchers.listener import Failure, Listener
 from vlmdefend.evaluation.store.records import Cell, Record, Row
 from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.progress import Failure, Progress
+
 
 @dataclass
 class Evaluation:
@@ -38,10 +39,10 @@ def evaluate(out: str | Path = "runs", **grid: Any) -> Evaluation:
     Raises:
         UserError: bad input; nothing was computed. A cell that fails later is in ``failures`` instead.
     """
-    return run_plan(make_plan(Grid.build({}, grid)), Store(out), Listener())
+    return run_plan(make_plan(Grid.build({}, grid)), Store(out), Progress())
 
 
-def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = False) -> Evaluation:
+def run_plan(plan: Plan, store: Store, progress: Progress, *, debug: bool = False) -> Evaluation:
     """Compute the cells that ``store`` does not have yet.
 
     Args:
@@ -64,13 +65,13 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
             evaluation.failures.append(failure)
             for planned in cells:
                 store.fail(bind(plan, planned, None, device, contents[planned.images]), failure.message)
-            listener.fail(failure, sum(len(planned.images) for planned in cells), len(cells))
+            progress.fail(failure, sum(len(planned.images) for planned in cells), len(cells))
             continue
         for planned in cells:
             store.forget(bind(plan, planned, None, device, contents[planned.images]))
             cell = bind(plan, planned, model, device, contents[planned.images])
             try:
-                _run_cell(plan, planned, model, cell, store, listener, evaluation)
+                _run_cell(plan, planned, model, cell, store, progress, evaluation)
             except StorageError:
                 raise
             except Exception as error:
@@ -78,7 +79,7 @@ def run_plan(plan: Plan, store: Store, listener: Listener, *, debug: bool = Fals
                     raise
                 failure = _failure(cell.title(), error)
                 evaluation.failures.append(failure)
-                listener.fail(failure, len(planned.images))
+                progress.fail(failure, len(planned.images))
     return evaluation
 
 
@@ -88,19 +89,19 @@ def _run_cell(
     model: VisionLanguageModel,
     cell: Cell,
     store: Store,
-    listener: Listener,
+    progress: Progress,
     evaluation: Evaluation,
 ) -> None:
-    listener.begin(cell)
+    progress.begin(cell, len(planned.images))
     with store.writing(cell) as writer:
         record = store.record(cell)
         reused = record is not None and record.status == "done"
         if record is not None and reused:
             rows = store.rows(record)
-            listener.advance(cell, len(planned.images))
+            progress.advance(cell, len(planned.images))
         else:
             try:
-                record, rows = evaluator_of(plan, planned, model, cell).run(writer, listener)
+                record, rows = evaluator_of(plan, planned, model, cell).run(writer, progress)
             except StorageError:
                 raise
             except Exception as error:
@@ -108,7 +109,7 @@ def _run_cell(
                 raise
     evaluation.results.append((record, rows))
     evaluation.reused += reused
-    listener.end(record, reused=reused)
+    progress.end(record, reused=reused)
 
 
 def _failure(what: str, error: Exception) -> Failure:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vlmdefend.errors import UserError
+from vlmdefend.models.classifier.timm_network import load_timm, rebuild_timm
 
 TIMM = "timm:"
 TINY_CNN = "tiny-cnn"

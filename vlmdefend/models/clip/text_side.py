@@ -5,21 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.text_tower import encode_embedded, token_embedding, tokenized
-
-
-class TextClassifier(Protocol):
-    """What :class:`TextSide` needs of a zero-shot classifier."""
-
-    clip: Any  # an open_clip model
-    text_features: Tensor  # (C, D) unit rows, one per class; replaced inside of :meth:`TextSide.using`
-
+from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 
 PROMPTS_AT_ONCE = 256
 
@@ -47,7 +40,7 @@ class TextSide:
 
     def __init__(
         self,
-        classifier: TextClassifier,
+        classifier: ZeroShotClassifier,
         tokenizer: Any,
         class_names: Sequence[str],
         templates: Sequence[str],

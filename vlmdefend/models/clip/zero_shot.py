@@ -20,7 +20,6 @@ from vlmdefend.types import Outputs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from vlmdefend.models.clip.text_side import TextSide
     from vlmdefend.rng import ImageRng
 
 
@@ -40,7 +39,6 @@ class ZeroShotClassifier(nn.Module):
 
     stochastic: bool = False
     text_features: Tensor  # (C, D)
-    _text_side: TextSide | None
     mean: Tensor  # (3, 1, 1)
     std: Tensor  # (3, 1, 1)
 
@@ -54,14 +52,14 @@ class ZeroShotClassifier(nn.Module):
         image_size: int,
         resize_inside: bool = False,
         blank: Callable[[], Tensor] | None = None,
-        text_side: Callable[[ZeroShotClassifier], TextSide] | None = None,
+        text_side: Callable[[ZeroShotClassifier], Any] | None = None,
     ) -> None:
         super().__init__()
         self.clip: Any = clip
         self.image_size = image_size
         self.resize_inside = resize_inside
         self._blank = blank
-        self._make_text_side, self._text_side = text_side, None
+        self._make_text_side, self._text_side = text_side, None  # a TextSide, whose module imports this one
         self.num_classes = len(text_features)
         device = text_features.device
         self.register_buffer("text_features", text_features, persistent=False)
@@ -108,8 +106,8 @@ class ZeroShotClassifier(nn.Module):
         return None if self._blank is None else self._blank()
 
     @property
-    def text_side(self) -> TextSide | None:
-        """The prompts as an attacker reaches them; None where no text tower was given.
+    def text_side(self) -> Any:
+        """The :class:`~.text_side.TextSide` of the prompts, for attacks on them; None where no text tower was given.
 
         Raises:
             UserError: a text tower that is not open_clip's own, or a prompt longer than its context.

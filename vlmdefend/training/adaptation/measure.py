@@ -15,7 +15,7 @@ from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View, chunks
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.loop.listener import Counted
+from vlmdefend.training.loop.results import HitCount
 from vlmdefend.types import Batch, Pipeline, Threat
 
 WIDTH = 64
@@ -25,11 +25,11 @@ STEPS = 20
 class TargetNumbers(NamedTuple):
     """A model on target images that it was not trained on, labels known to the judge alone."""
 
-    clean: Counted
-    true_labels: Counted  # right after PGD against the true labels
-    pseudo_labels: Counted  # right after PGD against the teacher's classes
-    worst: Counted  # right at the clean image and after both
-    disagreement: Counted  # other class than the teacher's after PGD against that class: A_T, from below
+    clean: HitCount
+    true_labels: HitCount  # right after PGD against the true labels
+    pseudo_labels: HitCount  # right after PGD against the teacher's classes
+    worst: HitCount  # right at the clean image and after both
+    disagreement: HitCount  # other class than the teacher's after PGD against that class: A_T, from below
 
     def spec(self) -> dict[str, list[int]]:
         """As JSON."""
@@ -38,7 +38,7 @@ class TargetNumbers(NamedTuple):
     @classmethod
     def read(cls, written: dict[str, Sequence[int]]) -> TargetNumbers:
         """From :meth:`spec`."""
-        return cls(**{name: Counted(*value) for name, value in written.items()})
+        return cls(**{name: HitCount(*value) for name, value in written.items()})
 
 
 class DomainDistance(NamedTuple):
@@ -81,9 +81,9 @@ def target_numbers(
         check_agreement(int(survived[kind].sum()), int((pseudo == batch.labels).sum()), disagreed)
     n, worst = len(batch.ids), right & survived["true"] & survived["pseudo"]
     clean, true, fooled, least = (
-        Counted(int(hits.sum()), n) for hits in (right, survived["true"], survived["pseudo"], worst)
+        HitCount(int(hits.sum()), n) for hits in (right, survived["true"], survived["pseudo"], worst)
     )
-    return TargetNumbers(clean, true, fooled, least, Counted(disagreed, n))
+    return TargetNumbers(clean, true, fooled, least, HitCount(disagreed, n))
 
 
 def check_agreement(robust: int, teacher_clean: int, disagreed: int) -> None:
@@ -128,7 +128,7 @@ def domain_distance(source: Tensor, target: Tensor, seed: int = 0, ridge: float 
     return DomainDistance(int(((logits > 0) != (truth > 0.5)).sum()), len(truth))
 
 
-def bound_terms(teacher: Any, source: Batch, target: Batch, disagreement: Counted, seed: int) -> dict[str, Any]:
+def bound_terms(teacher: Any, source: Batch, target: Batch, disagreement: HitCount, seed: int) -> dict[str, Any]:
     """R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g), term by term, as counts; lambda* needs labels of both domains.
 
     Args:
@@ -157,13 +157,13 @@ def features_at(outputs: Any, batch: Batch) -> Tensor:
     return torch.cat(parts)
 
 
-def accuracy(outputs: Any, batch: Batch) -> Counted:
+def accuracy(outputs: Any, batch: Batch) -> HitCount:
     """Of clean images."""
     hits = 0
     with torch.no_grad():
         for part in chunks(len(batch.ids), WIDTH):
             hits += int((outputs(batch.images[part]).logits.argmax(dim=1) == batch.labels[part]).sum())
-    return Counted(hits, len(batch.ids))
+    return HitCount(hits, len(batch.ids))
 
 
 def _predicted(model: Pipeline, images: Tensor, ids: list[str]) -> Tensor:

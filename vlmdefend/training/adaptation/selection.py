@@ -14,7 +14,7 @@ from vlmdefend.models.classifier.classifier import ImageClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.adaptation.settings import Select
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, predictions
-from vlmdefend.training.loop.listener import Accuracies, Counted
+from vlmdefend.training.loop.results import Accuracies, HitCount
 from vlmdefend.types import Batch, Threat
 
 WIDTH = 64
@@ -52,7 +52,7 @@ def judge_of(
             images = Pgd(last=fixed is None)(view, images, labels, Threat("linf", eps)).images
         moved = _logits(classifier, images)
         n = len(batch.ids)
-        return Accuracies(Counted(_hits(logits, fixed), n), Counted(_hits(moved, fixed), n))
+        return Accuracies(HitCount(_hits(logits, fixed), n), HitCount(_hits(moved, fixed), n))
 
     return judge
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from vlmdefend.defenses.adaptation.base import Adaptation
 from vlmdefend.models.classifier.classifier import ImageClassifier
+from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.data import DomainImages
 from vlmdefend.training.adaptation.selection import judge_of
 from vlmdefend.training.adaptation.sets import Sets
@@ -16,9 +17,9 @@ from vlmdefend.training.adaptation.student import AdaptedStudent
 from vlmdefend.training.adaptation.teacher import FrozenTeacher
 from vlmdefend.training.loop.cost import StageCost, stage_cost
 from vlmdefend.training.loop.folder import RunFolder
-from vlmdefend.training.loop.listener import Accuracies, Listener
 from vlmdefend.training.loop.log import Tracking
 from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.schedule import Decay
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.trainer import Run
@@ -69,7 +70,7 @@ class Step:
         processes: Processes,
         folder: RunFolder,
         facts: dict[str, Any],
-        listener: Listener,
+        progress: Progress,
     ) -> None:
         """Run all stages, each with a log and a state of its own; ``classifier`` ends with the chosen weights."""
         settings = self.settings
@@ -96,7 +97,7 @@ class Step:
                 self._optimization(),
                 place,
                 judge=self._judge(classifier, teacher, processes),
-                listener=listener,
+                progress=progress,
                 tracking=tracking,
                 save_every=settings.save_every,
             )

@@ -14,6 +14,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import is_classifier_folder, save_classifier
+from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.measure import TargetNumbers
 from vlmdefend.training.adaptation.methods import adaptation_of, robustification_of
 from vlmdefend.training.adaptation.sets import open_sets
@@ -24,7 +25,6 @@ from vlmdefend.training.adaptation.summary import summary_of
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, as_teacher, load_teacher
 from vlmdefend.training.loop.cost import StageCost
 from vlmdefend.training.loop.folder import RunFolder
-from vlmdefend.training.loop.listener import Listener
 from vlmdefend.training.loop.log import check_tracker
 from vlmdefend.training.loop.processes import Processes, deterministic
 
@@ -94,20 +94,20 @@ class RobustAdaptation:
         """What each stage will cost at most."""
         return [cost for step in self._steps() for cost in step.costs()]
 
-    def run(self, listener: Listener) -> Adapted:
-        """Both steps, or what is left of them; write teacher and student. ``listener`` hears of it."""
+    def run(self, progress: Progress) -> Adapted:
+        """Both steps, or what is left of them; write teacher and student. ``progress`` hears of it."""
         with deterministic(), self.folder.writing() if self.processes.is_main else nullcontext():
             if self.processes.is_main:
                 self.folder.check_settings(self._facts())
             self.processes.wait()
-            return self._run(listener)
+            return self._run(progress)
 
-    def _run(self, listener: Listener) -> Adapted:
+    def _run(self, progress: Progress) -> Adapted:
         settings = self.settings
         summary = self.folder.summary() if self.processes.is_main else {}
         reused = bool(summary.get("finished"))
-        teacher = self._teacher(listener) if self.wants_teacher else None
-        student = None if self.robust is None else self._student(self.robust, teacher, listener)
+        teacher = self._teacher(progress) if self.wants_teacher else None
+        student = None if self.robust is None else self._student(self.robust, teacher, progress)
         if not reused:
             summary = summary_of(settings, self.sets, teacher, student, self.processes.device)
             if self.processes.is_main:
@@ -123,26 +123,26 @@ class RobustAdaptation:
             return None
         return load_teacher(name, self.class_names, self.sets.source.templates, self.processes.device)
 
-    def _teacher(self, listener: Listener) -> FrozenTeacher:
+    def _teacher(self, progress: Progress) -> FrozenTeacher:
         """Step 1: adapt, unless a teacher is given."""
         if self.given is not None:
             return self.given
         classifier = self._fresh(self.settings.bottleneck).to(self.processes.device)
         step = Step(TEACHER, self.method.phases, self.settings, self.sets)
-        step.train(classifier, None, self.processes, self.folder, self._facts(), listener)
+        step.train(classifier, None, self.processes, self.folder, self._facts(), progress)
         model = ClassifierModel(TEACHER, classifier, self.class_names)
         if self.processes.is_main:
             save_classifier(model, self.folder.out / TEACHER, self._metadata(self.method.name))
         return as_teacher(model, self.class_names, TEACHER)
 
-    def _student(self, method: Adaptation, teacher: FrozenTeacher | None, listener: Listener) -> ClassifierModel:
+    def _student(self, method: Adaptation, teacher: FrozenTeacher | None, progress: Progress) -> ClassifierModel:
         """Step 2: the teacher stays as it is, to the bit."""
         classifier = self._beginning(teacher).to(self.processes.device)
         before = "" if teacher is None else teacher.weights_hash
         if teacher is not None and method.teacher != "none" and getattr(method, "augment", "off") == "off":
             teacher.look_at(self.sets.reader(self.sets.target, classifier), self.processes.device)
         step = Step(STUDENT, method.phases, self.settings, self.sets)
-        step.train(classifier, teacher, self.processes, self.folder, self._facts(), listener)
+        step.train(classifier, teacher, self.processes, self.folder, self._facts(), progress)
         if teacher is not None and teacher.weights_hash != before:
             raise RuntimeError("step 2 changed the teacher")
         return ClassifierModel(STUDENT, classifier, self.class_names)

@@ -15,15 +15,16 @@ from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
+from vlmdefend.progress import Progress
 from vlmdefend.training.clip.distill_settings import DistillSettings
 from vlmdefend.training.clip.held_out import accuracies, proxy_gap
 from vlmdefend.training.clip.pair import Pair
 from vlmdefend.training.loop.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.loop.data import TrainingImages, hold_out
 from vlmdefend.training.loop.folder import RunFolder
-from vlmdefend.training.loop.listener import Accuracies, Counted, Gap, Listener
 from vlmdefend.training.loop.log import Tracking, check_tracker
 from vlmdefend.training.loop.processes import Processes, deterministic
+from vlmdefend.training.loop.results import Accuracies, HitCount, ProxyGap
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import TrainedStudent
 from vlmdefend.training.loop.trainer import Run
@@ -42,7 +43,7 @@ class Distilled:
 
     out: Path
     summary: dict[str, Accuracies]  # of VERSIONS, on the held-out images; empty if there are none
-    gap: Gap | None
+    gap: ProxyGap | None
     reused: bool  # nothing was left to do
 
 
@@ -81,10 +82,10 @@ class Distillation:
         size = None if settings.pixel_space == "native" else self.pair.target.image_size
         self.transform = PixelTransform(size, self.pair.target.interpolation)
 
-    def run(self, listener: Listener) -> Distilled:
-        """Train, or go on, or find it done; write the pivot and the result. ``listener`` hears of it."""
+    def run(self, progress: Progress) -> Distilled:
+        """Train, or go on, or find it done; write the pivot and the result. ``progress`` hears of it."""
         with deterministic(), self.folder.writing() if self.processes.is_main else nullcontext():
-            return self._run(listener)
+            return self._run(progress)
 
     def costs(self) -> list[StageCost]:
         """What each stage will cost."""
@@ -120,7 +121,7 @@ class Distillation:
         }
         return [both[name] for name in settings.stages]
 
-    def _run(self, listener: Listener) -> Distilled:
+    def _run(self, progress: Progress) -> Distilled:
         settings, main = self.settings, self.processes.is_main
         pivot = None if settings.pivot is None else self.pair.read_pivot(settings.pivot)
         if main:
@@ -130,7 +131,7 @@ class Distillation:
         vanilla, held_out = copied(student.weights()), self._held_out_batch()
         gap = self._preflight(held_out, summary)
         if gap is not None:
-            listener.gap(gap)
+            progress.measured(gap)
         judge = None if held_out is None else partial(self._judge, held_out)
         tracking = Tracking(settings.track, self.processes, self.folder.training, self._facts(pivot))
         training = Run(
@@ -142,7 +143,7 @@ class Distillation:
             self.folder.training,
             judge=judge,
             probe=None if held_out is None or not settings.gap_images else partial(self._probe, held_out),
-            listener=listener,
+            progress=progress,
             tracking=tracking,
             pivot=pivot,
             save_every=settings.save_every,
@@ -195,7 +196,7 @@ class Distillation:
         model = self.pair.deployed(self.pair.target)
         return accuracies(model, batch, self.settings.radius, self.settings.seed, self.processes)
 
-    def _preflight(self, held_out: Batch | None, summary: dict[str, Any]) -> Gap | None:
+    def _preflight(self, held_out: Batch | None, summary: dict[str, Any]) -> ProxyGap | None:
         """What the proxy makes of the vanilla target's adversarial images: measured once, by the main process."""
         if held_out is None or not self.settings.gap_images or not self.processes.is_main:
             return None
@@ -204,24 +205,24 @@ class Distillation:
             summary["gap"] = {"clean": found.clean, "adversarial": found.adversarial}
             self.folder.write_summary(summary)
         counts = {
-            kind: {name: Counted(*pair) for name, pair in found.items()} for kind, found in summary["gap"].items()
+            kind: {name: HitCount(*pair) for name, pair in found.items()} for kind, found in summary["gap"].items()
         }
-        return Gap(self.settings.target, counts["clean"], counts["adversarial"])
+        return ProxyGap(self.settings.target, counts["clean"], counts["adversarial"])
 
-    def _probe(self, held_out: Batch) -> dict[str, Counted]:
+    def _probe(self, held_out: Batch) -> dict[str, HitCount]:
         """The proxy on the target's adversarial images again: as the target learns, both fail together more often."""
         few = self._few(held_out)
         mine = self.processes.share(few)
         hits = self._gap_on(held_out, mine).adversarial["proxy"].hits if mine else 0
         total = self.processes.sum_numbers({"hits": float(hits)})["hits"]
-        return {"proxy_on_adversarial": Counted(int(total), len(few))}
+        return {"proxy_on_adversarial": HitCount(int(total), len(few))}
 
     def _few(self, held_out: Batch) -> list[int]:
         """Some of the held-out images, class-balanced: a set may be sorted by class."""
         chosen = frozenset(self.held_out.subset(self.settings.gap_images, self.settings.seed).ids)
         return [i for i, name in enumerate(held_out.ids) if name in chosen]
 
-    def _gap_on(self, held_out: Batch, index: list[int]) -> Gap:
+    def _gap_on(self, held_out: Batch, index: list[int]) -> ProxyGap:
         device = self.processes.device
         ids = [held_out.ids[i] for i in index]
         batch = Batch(ids, held_out.images[index].to(device), held_out.labels[index].to(device))
@@ -239,7 +240,7 @@ class Distillation:
         }
 
 
-def warnings_of(gap: Gap) -> list[str]:
+def warnings_of(gap: ProxyGap) -> list[str]:
     """What the paper's sections 5.5 and 5.7 say against this pair."""
     found = []
     clean, kept = gap.clean["proxy"], gap.adversarial["proxy"]

@@ -11,8 +11,8 @@ from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View, chunks
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.loop.listener import Accuracies, Counted, Gap
 from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.results import Accuracies, HitCount, ProxyGap
 from vlmdefend.types import Batch, Pipeline, Threat
 
 WIDTH = 64
@@ -34,12 +34,12 @@ def accuracies(
     robust = 0 if found is None else int((~found.fooled).sum())
     total = processes.sum_numbers({"clean": float(clean.sum()), "robust": float(robust)})
     n = len(batch.ids)
-    return Accuracies(Counted(int(total["clean"]), n), Counted(int(total["robust"]), n))
+    return Accuracies(HitCount(int(total["clean"]), n), HitCount(int(total["robust"]), n))
 
 
 def proxy_gap(
     target: str, models: Mapping[str, Pipeline], batch: Batch, eps: float, seed: int, attack: Attack | None = None
-) -> Gap:
+) -> ProxyGap:
     """Craft images against one model and ask all about them (Fu et al. 2026, 5.5 and Fig. 7).
 
     Every image is attacked, right or wrong, with all steps, and the last iterate counts: an image that left at the
@@ -58,14 +58,14 @@ def proxy_gap(
     clean, adversarial = (
         {name: correct(model, images, batch) for name, model in models.items()} for images in (batch.images, found)
     )
-    return Gap(target, clean, adversarial)
+    return ProxyGap(target, clean, adversarial)
 
 
-def correct(model: Pipeline, images: Tensor, batch: Batch) -> Counted:
+def correct(model: Pipeline, images: Tensor, batch: Batch) -> HitCount:
     """How many of (N, 3, H, W) ``images``, clean or not, get the labels of ``batch``."""
     rng, hits = ImageRng(0, batch.ids, "deployed"), 0
     for chunk in chunks(len(batch.ids), WIDTH):
         with torch.no_grad():
             predicted = model(images[chunk], rng.select(chunk)).predictions
         hits += int((predicted == batch.labels[chunk]).sum())
-    return Counted(hits, len(batch.ids))
+    return HitCount(hits, len(batch.ids))

@@ -15,8 +15,8 @@ from vlmdefend.training.clip.adapters import folded
 from vlmdefend.training.clip.classifier import statistics
 from vlmdefend.training.clip.train_settings import TrainSettings
 from vlmdefend.training.loop.folder import TRAINING, RunFolder
-from vlmdefend.training.loop.listener import Accuracies
 from vlmdefend.training.loop.processes import Processes
+from vlmdefend.training.loop.results import Accuracies
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.progress import Progress
 from vlmdefend.training.clip.adapters import choose_adapters
 from vlmdefend.training.clip.augment import AUGMENTATIONS
 from vlmdefend.training.clip.classifier import BatchNormPolicy, TrainedClassifier, choose_trained
@@ -26,9 +27,9 @@ from vlmdefend.training.clip.train_settings import TrainSettings
 from vlmdefend.training.loop.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.loop.data import Images, TrainingImages, hold_out
 from vlmdefend.training.loop.folder import RunFolder
-from vlmdefend.training.loop.listener import Accuracies, Listener
 from vlmdefend.training.loop.log import Tracking, check_tracker
 from vlmdefend.training.loop.processes import Processes, deterministic
+from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.loop.trainer import Run
 from vlmdefend.training.loop.weight_averages import put_
@@ -91,10 +92,10 @@ class Training:
         self.transform = PixelTransform(size, self.model.interpolation)
         self.student = self._student()
 
-    def run(self, listener: Listener) -> Trained:
-        """Train, or go on, or find it done; write the result and what is mixed from it. ``listener`` hears of it."""
+    def run(self, progress: Progress) -> Trained:
+        """Train, or go on, or find it done; write the result and what is mixed from it. ``progress`` hears of it."""
         with deterministic(), self.folder.writing() if self.processes.is_main else nullcontext():
-            return self._run(listener)
+            return self._run(progress)
 
     def cost(self) -> StageCost:
         """What training will cost."""
@@ -104,7 +105,7 @@ class Training:
         """What it will take, estimated with one image."""
         return memory_cost(self.student, self.original.clip, self.settings.optimization, self.model.image_size)
 
-    def _run(self, listener: Listener) -> Trained:
+    def _run(self, progress: Progress) -> Trained:
         settings, main = self.settings, self.processes.is_main
         if main:
             self.folder.check_settings(self._facts())
@@ -120,7 +121,7 @@ class Training:
             settings.optimization,
             self.folder.training,
             judge=None if judge is None else partial(judge, self.model),
-            listener=listener,
+            progress=progress,
             tracking=tracking,
             save_every=settings.save_every,
             augment=AUGMENTATIONS[settings.augment],

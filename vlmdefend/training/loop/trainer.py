@@ -13,10 +13,11 @@ from torch import Tensor
 
 from vlmdefend.defenses.training_time.base import Teacher
 from vlmdefend.errors import UserError
+from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.loop.data import Images, batches
-from vlmdefend.training.loop.listener import Accuracies, Counted, EpochEnd, Listener
 from vlmdefend.training.loop.log import Log, Tracking
+from vlmdefend.training.loop.results import Accuracies, EpochResult, HitCount
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import Accumulator, TrainedStudent, make_optimizer, update
 from vlmdefend.training.loop.trainer_state import Memory, Position
@@ -39,7 +40,7 @@ class Run:
         folder: of the state and the log; exists.
         judge: clean and robust accuracy on the held-out images; None: nothing is held out.
         probe: what else is counted at the end of an epoch, by name; it decides nothing.
-        listener: hears of it.
+        progress: hears of it.
         tracking: where numbers go beside the log.
         pivot: weights of a pivot made elsewhere.
         save_every: steps between states, beside the end of every epoch; None: every five minutes.
@@ -53,8 +54,8 @@ class Run:
     options: Optimization
     folder: Path
     judge: Callable[[], Accuracies] | None = None
-    probe: Callable[[], dict[str, Counted]] | None = None
-    listener: Listener = field(default_factory=Listener)
+    probe: Callable[[], dict[str, HitCount]] | None = None
+    progress: Progress = field(default_factory=Progress)
     tracking: Tracking | None = None
     pivot: Weights | None = None
     save_every: int | None = None
@@ -84,7 +85,7 @@ class Run:
     def _run_stage(self, number: int) -> None:
         stage, per_epoch = self.stages[number], -(-len(self.images) // self.options.batch_size)
         begun = self.memory.position.epoch * per_epoch + self.memory.position.step
-        self.listener.begin(stage.name, stage.epochs * per_epoch, begun)
+        self.progress.begin(stage.name, stage.epochs * per_epoch, begun)
         if not begun:
             self._begin(stage)
         for epoch in range(self.memory.position.epoch, stage.epochs):
@@ -142,7 +143,7 @@ class Run:
             batch = batch._replace(images=self.augment(batch.images, rng.child("augment")))
         means = self.accumulator.gradients(stage.objective, batch, rng)
         for size in self.accumulator.halved[halved:]:
-            self.listener.note(f"out of memory: the micro-batch is halved to {size} images; the batch stays as it is")
+            self.progress.note(f"out of memory: the micro-batch is halved to {size} images; the batch stays as it is")
         if not math.isfinite(means["loss"]):
             raise UserError(self._stopped(stage, f"the loss is {means['loss']}"))
         norm = update(self.student, self.optimizer, rate, self.options.clip)
@@ -181,8 +182,8 @@ class Run:
             shares = {name: counted.share for name, counted in counts.items()}
             self.tracking.log({"step": line["step"], "stage": stage.name, **shares})
         seconds = time.monotonic() - started
-        self.listener.epoch(
-            EpochEnd(stage.name, epoch + 1, stage.epochs, means["loss"], means, held_out, seconds, probed)
+        self.progress.end(
+            EpochResult(stage.name, epoch + 1, stage.epochs, means["loss"], means, held_out, seconds, probed)
         )
         memory.position = memory.position._replace(epoch=epoch + 1, step=0)
         self._save()
@@ -191,7 +192,7 @@ class Run:
         return [line for line in self.memory.epochs if line["stage"] == stage.name]
 
     def _tell(self, line: dict[str, Any]) -> None:
-        self.listener.step(line)
+        self.progress.advance(line)
         if self.log is not None:
             self.log.write(line)
         if self.tracking is not None:
