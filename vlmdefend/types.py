@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from vlmdefend.rng import ImageRng
 
+Attacker = Literal["transfer", "whitebox", "adaptive"]
 Norm = Literal["linf", "l2", "patch", "corruption", "tokens"]
 NORMS: tuple[Norm, ...] = ("linf", "l2", "patch", "corruption", "tokens")
 ABSTAINED = -1  # the class of a prediction that was not made

@@ -3,63 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmdefend.cli import complete, grid_options
-from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
+from vlmdefend.cli.common import RUN, Debug, resumable
+from vlmdefend.cli.grid_options import Config, DryRun, Plugin, make_grid, read_file
+from vlmdefend.cli.parameters import options_of
+from vlmdefend.evaluation.grid.grid import Grid
 
 if TYPE_CHECKING:
     from vlmdefend.evaluation.adversarial_sets.crafting import Crafted
     from vlmdefend.evaluation.grid.planned import Plan
 
 
+@options_of(Grid, single=True)
 def attack(
-    ctx: typer.Context,
-    model: Annotated[str | None, MODEL] = None,
-    defense: Annotated[str | None, DEFENSE] = None,
-    dataset: Annotated[str | None, DATASET] = None,
-    split: grid_options.Split = None,
-    limit: grid_options.Limit = None,
-    full: grid_options.Full = False,
-    classes: grid_options.Classes = None,
-    templates: grid_options.Templates = None,
-    weights: grid_options.Weights = None,
-    root: grid_options.Root = None,
-    skip_bad: grid_options.SkipBad = False,
-    attack: Annotated[
-        str | None,
-        OPTION(
-            "--attack",
-            "-a",
-            help="pgd, fgsm, pgd:steps=100:loss=dlr ...  \\[default: pgd]",
-            autocompletion=complete.attacks,
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    eps: Annotated[str | None, OPTION(help="Radius, 4/255 or 0.03.", rich_help_panel=HOW)] = None,
-    norm: grid_options.Norm = None,
-    steps: grid_options.Steps = None,
-    attacker: Annotated[
-        str | None, OPTION(help="transfer, whitebox, adaptive.  \\[default: adaptive]", rich_help_panel=HOW)
-    ] = None,
-    protocol: grid_options.Protocol = None,
-    seed: Annotated[str | None, OPTION(help="\\[default: 0]", rich_help_panel=HOW)] = None,
+    given: dict[str, Any],
     out: Annotated[
-        Path | None, OPTION(help="Folder of the set, needed; the same command resumes in it.", rich_help_panel=RUN)
+        Path | None,
+        typer.Option(help="Folder of the set, needed; the same command resumes in it.", rich_help_panel=RUN),
     ] = None,
     png: Annotated[
         bool,
-        OPTION("--png", help="Also 8-bit PNG files inside the budget, judged as they are.", rich_help_panel=RUN),
+        typer.Option("--png", help="Also 8-bit PNG files inside the budget, judged as they are.", rich_help_panel=RUN),
     ] = False,
-    config: grid_options.Config = None,
-    batch_size: grid_options.BatchSize = None,
-    device: grid_options.Device = None,
-    threads: grid_options.Threads = None,
-    plugin: grid_options.Plugin = None,
-    dry_run: grid_options.DryRun = False,
-    debug: grid_options.Debug = False,
+    config: Config = None,
+    plugin: Plugin = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
 ) -> None:
     """Craft adversarial images of one model, alone or behind a defense, check them and save them to the bit.
 
@@ -67,13 +39,13 @@ def attack(
     """
     from vlmdefend.errors import UserError
 
-    settings = grid_options.read_file(config)
+    settings = read_file(config)
     folder, also_png = settings.pop("out", None), settings.pop("png", False)
     if not isinstance(also_png, bool):
         raise UserError(f"--config {config}: has png: {also_png!r}; write true or false.")
     if "adversarial" in settings:
         raise UserError(f"--config {config}: adversarial is an option of `vlmdefend evaluate`; leave it out.")
-    grid = grid_options.make_grid(ctx.params, {"attacker": "adaptive"} | settings)
+    grid = make_grid(given, {"attacker": "adaptive"} | settings, plugin)
 
     from vlmdefend.evaluation.adversarial_sets.crafting import check_plan
     from vlmdefend.evaluation.make_plan import make_plan
@@ -91,6 +63,7 @@ def attack(
 
 
 def _run(plan: Plan, out: Path, *, png: bool) -> None:
+    """Crafts the set, draws its contact sheet, prints what it holds."""
     from vlmdefend.cli.progress import show_progress
     from vlmdefend.cli.progress_text import GridText
     from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
@@ -98,16 +71,13 @@ def _run(plan: Plan, out: Path, *, png: bool) -> None:
     from vlmdefend.evaluation.store.run_folder import disk
     from vlmdefend.reporting.figures.contact_sheet import contact_sheet
 
-    try:
+    with resumable(out, "done"):
         with show_progress(GridText(plan)) as progress:
             crafted = craft_set(plan, out, progress, png=png)
         sheet = crafted.saved.folder / SHEET
         if not sheet.exists() and (content := contact_sheet(crafted)) is not None:
             with disk(sheet):
                 write_whole(sheet, content)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; what is done is kept in {out}, the same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
     _print_verdict(crafted, sheet)
 
 

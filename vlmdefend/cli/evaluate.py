@@ -3,75 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmdefend.cli import complete, grid_options
-from vlmdefend.cli.grid_options import DATASET, DEFENSE, HOW, MODEL, OPTION, RUN
+from vlmdefend.cli.common import RUN, Debug, resumable
+from vlmdefend.cli.grid_options import Config, DryRun, Plugin, make_grid, read_file
+from vlmdefend.cli.parameters import options_of
+from vlmdefend.evaluation.grid.grid import Grid
 
 if TYPE_CHECKING:
     from vlmdefend.evaluation.grid.planned import Plan
 
-Names = list[str] | None
 
-
+@options_of(Grid)
 def evaluate(
-    ctx: typer.Context,
-    model: Annotated[Names, MODEL] = None,
-    defense: Annotated[Names, DEFENSE] = None,
-    dataset: Annotated[Names, DATASET] = None,
-    split: grid_options.Split = None,
-    limit: grid_options.Limit = None,
-    full: grid_options.Full = False,
-    classes: grid_options.Classes = None,
-    templates: grid_options.Templates = None,
-    weights: grid_options.Weights = None,
-    root: grid_options.Root = None,
-    skip_bad: grid_options.SkipBad = False,
-    attack: Annotated[
-        Names,
-        OPTION(
-            "--attack",
-            "-a",
-            help="pgd, fgsm, none, pgd:steps=100:loss=dlr ...  \\[default: pgd]",
-            autocompletion=complete.attacks,
-            rich_help_panel=HOW,
-        ),
-    ] = None,
-    eps: Annotated[
-        Names, OPTION(help="Radius, 4/255 or 0.03.  \\[default: the protocol's list]", rich_help_panel=HOW)
-    ] = None,
-    norm: grid_options.Norm = None,
-    steps: grid_options.Steps = None,
-    attacker: Annotated[
-        Names, OPTION(help="transfer, whitebox, adaptive.  \\[default: all three]", rich_help_panel=HOW)
-    ] = None,
-    adversarial: Annotated[
-        Names,
-        OPTION(help="Folders of `vlmdefend attack`: score these images, attack nothing.", rich_help_panel=HOW),
-    ] = None,
-    protocol: grid_options.Protocol = None,
-    seed: Annotated[Names, OPTION(help="One or several.  \\[default: 0]", rich_help_panel=HOW)] = None,
+    given: dict[str, Any],
     out: Annotated[
         Path | None,
-        OPTION(help="Run folder; the same command resumes in it.  \\[default: runs]", rich_help_panel=RUN),
+        typer.Option(help="Run folder; the same command resumes in it.  \\[default: runs]", rich_help_panel=RUN),
     ] = None,
-    config: grid_options.Config = None,
-    batch_size: grid_options.BatchSize = None,
-    device: grid_options.Device = None,
-    threads: grid_options.Threads = None,
-    plugin: grid_options.Plugin = None,
-    dry_run: grid_options.DryRun = False,
-    debug: grid_options.Debug = False,
+    config: Config = None,
+    plugin: Plugin = None,
+    dry_run: DryRun = False,
+    debug: Debug = False,
 ) -> None:
     """Attack models behind defenses and print how many images survive. Every list-valued option multiplies the grid.
 
     [bold]vlmdefend evaluate --attack pgd[/bold] runs anywhere: the embedded model on the embedded images.
     """
-    settings = grid_options.read_file(config)
+    settings = read_file(config)
     folder = settings.pop("out", None) or "runs"
-    grid = grid_options.make_grid(ctx.params, settings)
+    grid = make_grid(given, settings, plugin)
 
     from vlmdefend.evaluation.make_plan import make_plan
 
@@ -83,6 +46,7 @@ def evaluate(
 
 
 def _run(plan: Plan, out: Path, *, debug: bool) -> None:
+    """Computes the cells and prints their table; exit code 2 or 1 where cells failed."""
     from vlmdefend.cli.progress import show_progress
     from vlmdefend.cli.progress_text import GridText
     from vlmdefend.evaluation.launchers.inline import run_plan
@@ -91,12 +55,8 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
     from vlmdefend.reporting.tables.transfer import print_transfer
 
     store = Store(out)
-    try:
-        with show_progress(GridText(plan)) as progress:
-            evaluation = run_plan(plan, store, progress, debug=debug)
-    except KeyboardInterrupt:
-        typer.echo(f"interrupted; what is done is kept in {out}, the same command goes on from there.", err=True)
-        raise typer.Exit(130) from None
+    with resumable(out, "done"), show_progress(GridText(plan)) as progress:
+        evaluation = run_plan(plan, store, progress, debug=debug)
     if evaluation.results:
         (print_transfer if plan.grid.adversarial else print_verdict)(evaluation.results)
         found = f", {evaluation.reused} of them found done" if evaluation.reused else ""

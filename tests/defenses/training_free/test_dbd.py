@@ -15,9 +15,8 @@ from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.defenses.training_free.dbd import Dbd
 from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.evaluation.cell.attackers import craft, variants
-from vlmdefend.evaluation.store.records import Attacker
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Threat
+from vlmdefend.types import Attacker, Threat
 
 
 def test_dbd_extrapolates_where_the_views_agree_and_averages_where_they_do_not() -> None:

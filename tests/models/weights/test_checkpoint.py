@@ -16,8 +16,8 @@ from torch import Tensor
 from tests.models.conftest import is_one_sentence, write_folder
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
+from vlmdefend.models.clip import folder as folder_module
 from vlmdefend.models.clip.folder import save_folder
-from vlmdefend.models.weights import checkpoint
 from vlmdefend.models.weights.checkpoint import CONFIG, METADATA, WEIGHTS, read_weights
 
 CLASSES, TEMPLATES = ["cat", "dog"], ["a photo of a {c}."]
@@ -80,7 +80,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(folder_module, "save_file", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\)"):
         save_folder(load_model(f"local-dir:{folders['vit']}", device="cpu"), tmp_path / "model", {})
     assert list(tmp_path.iterdir()) == []

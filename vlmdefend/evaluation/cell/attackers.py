@@ -12,9 +12,8 @@ from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.criterion import SURE, Goal
 from vlmdefend.attacks.view import View, chunks, quiet_margin
 from vlmdefend.defenses.base import Defense
-from vlmdefend.evaluation.store.records import Attacker
 from vlmdefend.rng import ImageRng
-from vlmdefend.types import Outputs, Pipeline, Threat, per_image
+from vlmdefend.types import Attacker, Outputs, Pipeline, Threat, per_image
 
 BARE = -1
 JUDGED = 4  # draws of a random pipeline by which the findings of several variants are compared, the same for all

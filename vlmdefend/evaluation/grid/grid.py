@@ -3,45 +3,109 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlmdefend.errors import UserError, did_you_mean
-from vlmdefend.evaluation.store.records import Attacker
-from vlmdefend.types import Norm
+from vlmdefend.options import Option
+from vlmdefend.types import Attacker, Norm
 
 ATTACKERS: tuple[Attacker, ...] = ("transfer", "whitebox", "adaptive")
+
+WHAT, HOW, RUN = "Models and images", "How to attack", "How to run"
 
 
 class Grid(BaseModel):
     """One evaluation: every combination of the list-valued fields is a cell. Keys of ``--config`` are these names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
-    model: list[str] = ["tiny-vit"]
-    defense: list[str] = ["none"]
-    dataset: list[str] = ["fashion"]
-    attack: list[str] = ["pgd"]
-    attacker: list[Attacker] = list(ATTACKERS)
-    adversarial: list[str] | None = None  # folders of `vlmdefend attack`, scored instead of attacking
-    eps: list[str] | None = None  # None: the protocol's list
-    norm: Norm | None = None
-    seed: list[int] = [0]
-    protocol: str = "unified"
-    templates: list[str] | Literal["dataset"] | None = None
-    classes: Path | None = None
-    split: str = "test"
-    limit: int | None = Field(default=None, description="None: the protocol's")
-    full: bool = False
-    steps: int | None = None
-    batch_size: int = 64
-    weights: Path | None = None
-    root: Path | None = None
-    device: str | None = None
-    threads: int | None = None
-    skip_bad: bool = False
+    model: Annotated[
+        list[str],
+        Option(
+            "tiny-vit, ViT-B/32, ARCH:TAG, hf-hub:..., local-dir:PATH.  \\[default: tiny-vit]",
+            WHAT,
+            flags=("--model", "-m"),
+            complete="models",
+            cells=True,
+        ),
+    ] = ["tiny-vit"]
+    defense: Annotated[
+        list[str],
+        Option(
+            "none, jpeg, noise:sigma=0.03, ttc+jpeg ...  \\[default: none]",
+            WHAT,
+            flags=("--defense", "-d"),
+            complete="defenses",
+            cells=True,
+        ),
+    ] = ["none"]
+    dataset: Annotated[
+        list[str],
+        Option(
+            "fashion, emoji:sketch, cifar10, folder:PATH, wds:PATH ...  \\[default: fashion]",
+            WHAT,
+            complete="datasets",
+            cells=True,
+        ),
+    ] = ["fashion"]
+    attack: Annotated[
+        list[str],
+        Option(
+            "pgd, fgsm, none, pgd:steps=100:loss=dlr ...  \\[default: pgd]",
+            HOW,
+            flags=("--attack", "-a"),
+            complete="attacks",
+            cells=True,
+            single="pgd, fgsm, pgd:steps=100:loss=dlr ...  \\[default: pgd]",
+        ),
+    ] = ["pgd"]
+    attacker: Annotated[
+        list[Attacker],
+        Option(
+            "transfer, whitebox, adaptive.  \\[default: all three]",
+            HOW,
+            cells=True,
+            single="transfer, whitebox, adaptive.  \\[default: adaptive]",
+        ),
+    ] = list(ATTACKERS)
+    adversarial: Annotated[
+        list[str] | None,
+        Option("Folders of `vlmdefend attack`: score these images, attack nothing.", HOW, grid_only=True),
+    ] = None
+    eps: Annotated[
+        list[str] | None,
+        Option(
+            "Radius, 4/255 or 0.03.  \\[default: the protocol's list]", HOW, cells=True, single="Radius, 4/255 or 0.03."
+        ),
+    ] = None
+    norm: Annotated[Norm | None, Option("linf or l2.  \\[default: the protocol's]", HOW)] = None
+    seed: Annotated[list[int], Option("One or several.  \\[default: 0]", HOW, cells=True, single="\\[default: 0]")] = [
+        0
+    ]
+    protocol: Annotated[str, Option("Named set of choices.  \\[default: unified]", HOW)] = "unified"
+    templates: Annotated[
+        list[str] | Literal["dataset"] | None,
+        Option(
+            "Prompt with {c} for the class (repeat to ensemble), or 'dataset' for the set's own list.",
+            WHAT,
+            flags=("--template",),
+        ),
+    ] = None
+    classes: Annotated[Path | None, Option("File of class names, one per line.", WHAT)] = None
+    split: Annotated[str, Option("Split of the data set.  \\[default: test]", WHAT)] = "test"
+    limit: Annotated[
+        int | None, Option("Class-balanced, seeded subset of so many images.  \\[default: 1000]", WHAT)
+    ] = Field(default=None, description="None: the protocol's")
+    full: Annotated[bool, Option("All images of the split.", WHAT)] = False
+    steps: Annotated[int | None, Option("Steps of an attack that takes steps.", HOW)] = None
+    batch_size: Annotated[int, Option("Images in the model at once.  \\[default: 64]", RUN)] = 64
+    weights: Annotated[Path | None, Option("Local weights file for the model.", WHAT)] = None
+    root: Annotated[Path | None, Option("Folder of downloaded data sets.", WHAT)] = None
+    device: Annotated[str | None, Option("cpu, cuda, cuda:1.  \\[default: the GPU if any]", RUN)] = None
+    threads: Annotated[int | None, Option("CPU threads.  \\[default: torch's]", RUN)] = None
+    skip_bad: Annotated[bool, Option("Record and skip images that cannot be read.", WHAT)] = False
 
     @field_validator("model", "defense", "dataset", "attack", "attacker", "adversarial", "eps", "seed", mode="before")
     @classmethod
@@ -110,6 +174,8 @@ def read_config(file: Path) -> dict[str, Any]:
     Raises:
         UserError: missing, not YAML, or not a mapping.
     """
+    import yaml
+
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:

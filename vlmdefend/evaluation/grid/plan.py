@@ -16,8 +16,7 @@ from vlmdefend.evaluation.grid.planned import Plan, PlannedCell, check_templates
 from vlmdefend.evaluation.grid.protocol import Protocol, get_protocol
 from vlmdefend.evaluation.store.environment import choose_device
 from vlmdefend.evaluation.store.fingerprint import check_files
-from vlmdefend.evaluation.store.records import Attacker
-from vlmdefend.types import Norm, parse_eps
+from vlmdefend.types import Attacker, Norm, parse_eps
 
 # for the threats that no protocol lists
 DEFAULT_EPS: dict[Norm, tuple[str, ...]] = {"patch": ("0.05",), "corruption": ("1", "3", "5"), "tokens": ("1", "2")}

@@ -13,8 +13,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.attackers import variants
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.grid.protocol import Protocol
-from vlmdefend.evaluation.store.records import Attacker
-from vlmdefend.types import Norm
+from vlmdefend.types import Attacker, Norm
 
 
 @dataclass(frozen=True)

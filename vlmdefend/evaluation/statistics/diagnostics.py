@@ -13,9 +13,9 @@ from itertools import groupby
 from typing import Literal, NamedTuple, get_args
 
 from vlmdefend.evaluation.statistics.paired import MATERIAL, clearly_lower, compared, percent, robust_under_all, share
-from vlmdefend.evaluation.store.records import Attacker, Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, Record, Row
 from vlmdefend.registry import split_outside
-from vlmdefend.types import format_eps
+from vlmdefend.types import Attacker, format_eps
 
 ATTACKERS: tuple[Attacker, ...] = get_args(Attacker)
 ZERO_GRADIENTS = 0.01  # more exactly-zero pixel gradients than this

@@ -12,14 +12,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from vlmdefend.types import Norm
+from vlmdefend.types import Attacker, Norm
 
 SCHEMA_VERSION = 1
-Attacker = Literal["transfer", "whitebox", "adaptive"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
 
 class Cell(_Strict):

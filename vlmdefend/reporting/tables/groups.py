@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
-from vlmdefend.evaluation.store.records import Attacker
 from vlmdefend.reporting.verdicts.attack_names import differing
 from vlmdefend.reporting.verdicts.certified import certified_text
 from vlmdefend.reporting.verdicts.cost import PerImage, mean_cost
 from vlmdefend.reporting.verdicts.line import Line, Pipeline
 from vlmdefend.reporting.verdicts.seeds import over_seeds
-from vlmdefend.types import format_eps
+from vlmdefend.types import Attacker, format_eps
 
 Word = Literal["MASKED?", "BUDGET!", "ERROR", "note"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS, Result, attack_label
-from vlmdefend.evaluation.store.records import Attacker
+from vlmdefend.types import Attacker
 
 
 def attack_names(results: Sequence[Result]) -> dict[Attacker, tuple[str, ...]]:

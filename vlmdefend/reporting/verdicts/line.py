@@ -9,8 +9,9 @@ from typing import Any
 
 from vlmdefend.evaluation.statistics.diagnostics import Reason
 from vlmdefend.evaluation.statistics.intervals import mean_and_spread, wilson
-from vlmdefend.evaluation.store.records import Attacker, Cell
+from vlmdefend.evaluation.store.records import Cell
 from vlmdefend.reporting.verdicts.cost import PerImage
+from vlmdefend.types import Attacker
 
 
 @dataclass(frozen=True)

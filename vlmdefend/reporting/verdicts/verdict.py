@@ -19,12 +19,13 @@ from vlmdefend.evaluation.statistics.diagnostics import (
     reasons,
 )
 from vlmdefend.evaluation.statistics.paired import robust_under_all
-from vlmdefend.evaluation.store.records import Attacker, Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, Record, Row
 from vlmdefend.reporting.verdicts.attack_names import attack_names
 from vlmdefend.reporting.verdicts.certified import abstained, certified_curve
 from vlmdefend.reporting.verdicts.cost import per_image
 from vlmdefend.reporting.verdicts.line import Line, Pipeline, Share
 from vlmdefend.reporting.verdicts.notes import notes
+from vlmdefend.types import Attacker
 
 
 def verdict_lines(cells: Iterable[tuple[Record, Sequence[Row]]]) -> list[Line]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 from torch import Tensor
 
 from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.rng import ImageRng
-
-Augment = Literal["none", "crop-flip"]
+from vlmdefend.training.clip.train_settings import Augment
 
 
 def crop_and_flip(images: Tensor, rng: ImageRng) -> Tensor:

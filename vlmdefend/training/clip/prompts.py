@@ -17,8 +17,8 @@ from vlmdefend.models.prompts.learned_prompts import (
     text_transformer,
 )
 from vlmdefend.training.clip.classifier import TrainedClassifier
+from vlmdefend.training.clip.settings import PROMPT_KINDS
 
-KINDS = ("context", "class-context", "deep")
 DEPTH = 9  # blocks with tokens of their own, the first counted, in the published runs of MaPLe and FAP
 DEVIATION = 0.02  # of where learned vectors begin that begin at no word
 
@@ -84,7 +84,7 @@ def choose_prompts(classifier: TrainedClassifier, parts: str, seed: int) -> dict
         UserError: a number that does not fit, or a tower that has no place for them.
     """
     kind, _, count = parts.partition(":")
-    if kind not in KINDS:
+    if kind not in PROMPT_KINDS:
         return None
     length, depth = _numbers(kind, count, parts)
     model, generator = classifier.model, torch.Generator().manual_seed(seed)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import field_validator
 
 from vlmdefend.errors import UserError
+from vlmdefend.options import Option
 from vlmdefend.training.settings.option_types import AtLeastOne, Count
-from vlmdefend.training.settings.run_settings import RunSettings
+from vlmdefend.training.settings.run_settings import METHOD, TRAIN, WHAT, RunSettings
 
+PROMPT_KINDS = ("context", "class-context", "deep")  # what --trains takes of prompt-learning methods, as KIND:M
 TEST_SPLITS = frozenset(("test", "val", "valid", "validation"))
 
 
@@ -19,23 +21,64 @@ class ClipSettings(RunSettings):
 
     anyway = RunSettings.anyway | {"micro_batch", "weights"}  # the weights are known by the hash of what they hold
 
-    dataset: str
-    split: str = "train"
-    held_out: Count = 500
-    classes: Path | None = None
-    templates: tuple[str, ...]
-    weights: Path | None = None
+    dataset: Annotated[
+        str,
+        Option(
+            "What to train on.  \\[default: the method's; of the embedded models: fashion]", WHAT, complete="datasets"
+        ),
+    ]
+    split: Annotated[str, Option("Its split; never a test split.  \\[default: train]", WHAT)] = "train"
+    held_out: Annotated[
+        Count, Option("Training images held out to measure on and choose by; at most a fifth.  \\[default: 500]", WHAT)
+    ] = 500
+    classes: Annotated[Path | None, Option("File of class names, one per line.", WHAT)] = None
+    templates: Annotated[
+        tuple[str, ...], Option("Prompt with {c} for the class; repeat to ensemble.", WHAT, flags=("--template",))
+    ]
+    weights: Annotated[Path | None, Option("Local weights file for the model.", WHAT)] = None
 
-    logit_scale: str = "model"
-    normalization: Literal["model", "clip", "imagenet"] = "model"
-    pixel_space: Literal["model", "native"] = "model"
-    trains: str = "image"
-    batch_norm: Literal["frozen", "train"] = "frozen"
-    select: Literal["last", "best"] = "last"
+    logit_scale: Annotated[str, Option("model, or a number to train with.  \\[default: the method's]", METHOD)] = (
+        "model"
+    )
+    normalization: Annotated[
+        Literal["model", "clip", "imagenet"],
+        Option("model, clip or imagenet: mean and deviation.  \\[default: model]", METHOD),
+    ] = "model"
+    pixel_space: Annotated[
+        Literal["model", "native"],
+        Option(
+            "model: perturb at the model's size. native: at the images' own, resized inside.  \\[default: model]",
+            METHOD,
+        ),
+    ] = "model"
+    trains: Annotated[
+        str,
+        Option(
+            "image: the image tower. all: text and scale too. last:K: its last K tensors. lora:R: rank R in its "
+            "attention; lora-all:R: in the text tower's too; lora:R:P: with dropout P. prompt:N: a border of N pixels "
+            "(ViT). These are folded into plain weights at the end. context:M, class-context:M, deep:M: learned "
+            "prompts of apt, advpt, fap.  \\[default: the method's, see `vlmdefend list methods`]",
+            METHOD,
+        ),
+    ] = "image"
+    batch_norm: Annotated[
+        Literal["frozen", "train"],
+        Option(
+            "frozen: statistics stay. train: batch statistics in the update, never in the attack; one process.  "
+            "\\[default: frozen]",
+            METHOD,
+        ),
+    ] = "frozen"
+    select: Annotated[
+        Literal["last", "best"], Option("last epoch, or the best on the held-out images.  \\[default: last]", METHOD)
+    ] = "last"
 
-    optimizer: Literal["sgd", "adamw"]
-    warm_up: Count | None
-    micro_batch: AtLeastOne | None = None
+    optimizer: Annotated[Literal["sgd", "adamw"], Option("sgd or adamw.  \\[default: the method's]", TRAIN)]
+    warm_up: Annotated[Count | None, Option("Steps of linear warm-up, then a cosine to 0.", TRAIN)]
+    micro_batch: Annotated[
+        AtLeastOne | None,
+        Option("Images at once in a process; halved when memory runs out.  \\[default: its share]", TRAIN),
+    ] = None
 
     @field_validator("templates", mode="before")
     @classmethod

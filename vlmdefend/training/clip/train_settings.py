@@ -1,28 +1,30 @@
-"""What the user of ``vlmdefend train`` asked for, checked and filled in from the method's schedule and the profile."""
+"""Options of ``vlmdefend train``, completed from the method's schedule and the profile. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ValidationError
 
 from vlmdefend.defenses.training_time import OBJECTIVES
-from vlmdefend.defenses.training_time.base import Objective, Schedule
 from vlmdefend.errors import UserError
 from vlmdefend.models.names import EMBEDDED as EMBEDDED_MODELS
+from vlmdefend.options import Option
 from vlmdefend.registry import check_options, parse_spec
-from vlmdefend.training.clip.augment import Augment
-from vlmdefend.training.clip.prompts import KINDS as PROMPTS
-from vlmdefend.training.clip.settings import ClipSettings
-from vlmdefend.training.loop.stage import ONLY, Optimization, Stage
+from vlmdefend.training.clip.settings import PROMPT_KINDS, ClipSettings
 from vlmdefend.training.settings.option_types import AtLeastOne, NotNegative, Share, option
-from vlmdefend.training.settings.run_settings import as_name, refusal
+from vlmdefend.training.settings.run_settings import METHOD, TRAIN, WHAT, as_name, refusal
 from vlmdefend.types import format_eps
 
+if TYPE_CHECKING:
+    from vlmdefend.defenses.training_time.base import Objective, Schedule
+    from vlmdefend.training.loop.stage import Optimization, Stage
+
 TrainProfile = Literal["paper", "scaled"]
+Augment = Literal["none", "crop-flip"]
 OWN = ("eps", "steps", "alpha", "batch_size")  # options of objectives that are options of the command
 PROMPT_RATE = 40.0  # the published rate of a visual prompt (Mao et al. 2023)
 TOY = {"eps": "8/255", "batch_size": 64, "epochs": 2}
@@ -33,13 +35,46 @@ class TrainSettings(ClipSettings):
 
     anyway = ClipSettings.anyway | {"mix"}
 
-    method: str
-    model: str
-    profile: TrainProfile
-    augment: Augment = "none"
-    mix: tuple[Share, ...] = ()
-    epochs: AtLeastOne
-    lr: NotNegative
+    method: Annotated[
+        str,
+        Option(
+            "tecoa, fare, pmg-aft, tga-zsr, sim-clip, agft, adv-lora; apt, fap, advpt learn prompts; baselines at, "
+            "trades; with options: at:images=clean. What each is: `vlmdefend list methods`.",
+            METHOD,
+            flags=("--method", "-m"),
+            complete="objectives",
+            required=True,
+        ),
+    ]
+    model: Annotated[
+        str, Option("Model to make robust: ViT-B/32, tiny-vit ...", WHAT, complete="models", required=True)
+    ]
+    profile: Annotated[
+        TrainProfile,
+        Option(
+            "paper: as published. scaled: the same, with warm-up at most a tenth of the run and gradients no longer "
+            "than 1; the embedded models have rates of their own.  \\[default: scaled]",
+            METHOD,
+        ),
+    ]
+    augment: Annotated[
+        Augment,
+        Option(
+            "crop-flip: every image as another random crop, flipped or not, in each epoch. none.  \\[default: none; "
+            "--profile paper: as published]",
+            METHOD,
+        ),
+    ] = "none"
+    mix: Annotated[
+        tuple[Share, ...],
+        Option(
+            "Also write OUT/mix-A: (1-A) x vanilla + A x trained weights (WiSE-FT); repeat for several. May be given "
+            "to a finished run.",
+            METHOD,
+        ),
+    ] = ()
+    epochs: Annotated[AtLeastOne, Option("\\[default: the method's; embedded: 2]", TRAIN)]
+    lr: Annotated[NotNegative, Option("Base rate.  \\[default: the method's; of a visual prompt: 40]", TRAIN)]
 
     @property
     def objective(self) -> Objective:
@@ -49,11 +84,15 @@ class TrainSettings(ClipSettings):
     @property
     def stage(self) -> Stage:
         """The one stage of the run."""
+        from vlmdefend.training.loop.stage import ONLY, Stage
+
         return Stage(name=ONLY, objective=self.objective, epochs=self.epochs, rate=self.lr)
 
     @property
     def optimization(self) -> Optimization:
-        """How the weights move."""
+        """The optimizer and its options."""
+        from vlmdefend.training.loop.stage import Optimization
+
         names = ("optimizer", "momentum", "weight_decay", "warm_up", "clip", "batch_size", "micro_batch", "seed")
         return Optimization(**{name: getattr(self, name) for name in names})
 
@@ -64,7 +103,7 @@ class TrainSettings(ClipSettings):
         if method.learns and kind not in method.learns:
             kinds = " or ".join(f"{one}:M" for one in method.learns)
             raise UserError(f"--trains {self.trains}: {method.name} learns prompts; write {kinds}.")
-        if not method.learns and kind in PROMPTS:
+        if not method.learns and kind in PROMPT_KINDS:
             raise UserError(
                 f"--trains {self.trains}: {method.name} trains weights; apt, advpt and fap are made to learn prompts."
             )

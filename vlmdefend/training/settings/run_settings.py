@@ -4,44 +4,65 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vlmdefend.errors import UserError
+from vlmdefend.options import Option
 from vlmdefend.training.settings.option_types import AtLeastOne, Count, NotNegative, Positive, Seed, Share, option
 from vlmdefend.types import parse_eps
+
+WHAT, METHOD, TRAIN, RUN = "Models and images", "The method", "How to train", "How to run"
 
 
 class RunSettings(BaseModel):
     """One run, every choice made. The names are those of the options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     anyway: ClassVar[frozenset[str]] = frozenset(("out", "device", "threads", "track", "save_every", "root"))
     """What may differ when a run goes on: it changes how it runs, or what is made of it, not what comes out."""
 
-    out: Path
+    out: Annotated[
+        Path, Option("Model folder to write; the same command resumes.  \\[default: trained/MODEL-METHOD]", RUN)
+    ]
 
-    limit: AtLeastOne | None = None
-    held_out: Count
-    root: Path | None = None
-    skip_bad: bool = False
+    limit: Annotated[AtLeastOne | None, Option("Class-balanced subset of so many images.", WHAT)] = None
+    held_out: Annotated[
+        Count, Option("Training images held out to measure on and choose by; at most a fifth.  \\[default: 500]", WHAT)
+    ]
+    root: Annotated[Path | None, Option("Folder of downloaded data sets.", WHAT)] = None
+    skip_bad: Annotated[bool, Option("Leave out images that cannot be read.", WHAT)] = False
 
-    eps: str
-    alpha: str
-    steps: Count
+    eps: Annotated[str, Option("Radius of the training attack.  \\[default: the method's; embedded: 8/255]", METHOD)]
+    alpha: Annotated[str, Option("Its step size: eps, eps/4, 1/255.  \\[default: the method's share of eps]", METHOD)]
+    steps: Annotated[Count, Option("Its steps.  \\[default: the method's]", METHOD)]
 
-    momentum: Share = 0.9
-    weight_decay: NotNegative
-    clip: Positive | None = None
-    batch_size: AtLeastOne
-    precision: Literal["float32", "bfloat16", "float16"] | None = None
-    seed: Seed = 0
+    momentum: Annotated[Share, Option("Of SGD.  \\[default: 0.9]", TRAIN)] = 0.9
+    weight_decay: Annotated[NotNegative, Option("\\[default: the method's]", TRAIN)]
+    clip: Annotated[Positive | None, Option("Longest gradient norm.  \\[default: 1; paper: none]", TRAIN)] = None
+    batch_size: Annotated[
+        AtLeastOne, Option("Images of a step, over all processes.  \\[default: the method's; embedded: 64]", TRAIN)
+    ]
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        Option(
+            "float32, bfloat16 or float16 of the update; the attack is always float32.  \\[default: accelerate's, "
+            "else float32]",
+            TRAIN,
+        ),
+    ] = None
+    seed: Annotated[Seed, Option("\\[default: 0]", TRAIN)] = 0
 
-    save_every: AtLeastOne | None = None
-    track: Literal["tensorboard", "trackio", "wandb"] | None = None
-    device: str | None = None
-    threads: AtLeastOne | None = None
+    save_every: Annotated[
+        AtLeastOne | None, Option("Steps between saved states.  \\[default: each epoch, and five minutes]", RUN)
+    ] = None
+    track: Annotated[
+        Literal["tensorboard", "trackio", "wandb"] | None,
+        Option("tensorboard, trackio or wandb, beside the log in OUT/training.", RUN),
+    ] = None
+    device: Annotated[str | None, Option("cpu, cuda, cuda:1.  \\[default: the GPU if any]", RUN)] = None
+    threads: Annotated[AtLeastOne | None, Option("CPU threads.  \\[default: torch's]", RUN)] = None
 
     @property
     def radius(self) -> float:
