@@ -14,8 +14,8 @@ from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.evaluation.statistics.intervals import wilson
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.training.clip.distill import Distillation
 from vlmdefend.training.clip.distill_settings import make_distill_settings
+from vlmdefend.training.clip.distillation_job import DistillationJob
 from vlmdefend.training.clip.held_out import correct
 from vlmdefend.training.loop.data import TrainingImages
 from vlmdefend.training.loop.results import HitCount
@@ -39,7 +39,7 @@ def tiny(out: Path) -> list[Row]:
             {"proxy": "tiny-vit", "target": "tiny-rn", "device": "cpu", "threads": 1, "out": folder, **changes}
         )
         clock = time.process_time()
-        found = Distillation(settings).run(Progress())
+        found = DistillationJob(settings).run(Progress())
         seconds[name] = "found done" if found.reused else f"{(time.process_time() - clock) / 60:.1f}"
         if name == "HPT-GPD":
             models["pivot"] = f"local-dir:{folder / 'pivot'}"

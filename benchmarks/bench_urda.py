@@ -21,11 +21,11 @@ from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
+from vlmdefend.training.adaptation.job import AdaptationJob, Adapted
 from vlmdefend.training.adaptation.measure import TargetNumbers
 from vlmdefend.training.adaptation.settings import make_urda_settings
 from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
 from vlmdefend.training.adaptation.teacher import as_teacher
-from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import HitCount
 from vlmdefend.training.loop.stage import Optimization
@@ -179,7 +179,7 @@ def _run(out: Path, source: str, target: str, seed: int, **options: Any) -> tupl
     folder, started = _folder(out, source, target, seed, options), time.monotonic()
     given = {"source": source, "target": target, "seed": seed, "out": folder, "device": "cpu", "threads": 1}
     try:
-        found = RobustAdaptation(make_urda_settings(given | options)).run(Progress())
+        found = AdaptationJob(make_urda_settings(given | options)).run(Progress())
     except UserError as error:  # diverged: one row, not the end of the table
         return None, f"stopped: {str(error).partition(';')[0]}"
     return found, "–" if found.reused else f"{time.monotonic() - started:.0f}"

@@ -162,13 +162,13 @@ def table(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
 
 def made(asked: argparse.Namespace, method: str, model: str, seed: int) -> Any:
     """A run of the command's own defaults, all methods with the same images and epochs."""
-    from vlmdefend.training.clip.train import Training
     from vlmdefend.training.clip.train_settings import make_train_settings
+    from vlmdefend.training.clip.training_job import DefenseTrainingJob
 
     given = {"method": method, "model": model, "seed": seed, "eps": EPS[model], "epochs": asked.epochs}
     out = asked.out / f"{model}-{method.replace(':', '-')}-{seed}-{asked.epochs}-{asked.limit}"
     settings = {**given, "limit": asked.limit, "device": "cpu", "out": out, "held_out": 100}
-    return Training(make_train_settings(settings))
+    return DefenseTrainingJob(make_train_settings(settings))
 
 
 def measured(spec: str, asked: argparse.Namespace, name: str, kept: Path) -> dict[str, list[int]]:

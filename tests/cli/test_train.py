@@ -11,7 +11,7 @@ import pytest
 from tests.cli.conftest import Cli, one_sentence
 from vlmdefend.models import load_model
 from vlmdefend.training.clip.train_settings import make_train_settings
-from vlmdefend.training.loop.trainer import Run
+from vlmdefend.training.loop.trainer import Trainer
 
 SMALL = ("--model", "tiny-vit", "--device", "cpu", "--limit", "60", "--held-out", "8", "--batch-size", "32")
 SHORT = (*SMALL, "--epochs", "1")
@@ -52,7 +52,7 @@ def test_the_same_command_again_trains_nothing(cli: Cli, tmp_path: Path, monkeyp
     command = ("train", "--method", "tecoa", *SHORT, "--out", tmp_path / "out")
     first = cli(*command)
     assert first.code == 0, first
-    monkeypatch.setattr(Run, "_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "_step", lambda *args: pytest.fail("trained again"))
     second = cli(*command)
     assert second.code == 0, second
     assert "found done" in second.out

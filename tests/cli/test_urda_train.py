@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.conftest import Cli, Outcome, one_sentence
 from vlmdefend.defenses.adaptation import ADAPTATIONS
-from vlmdefend.training.adaptation.urda import RobustAdaptation
+from vlmdefend.training.adaptation.job import AdaptationJob
 
 SMALL = ("--limit", "72", "--eval-limit", "20", "--batch-size", "18", "--batch-size-student", "18", "--device", "cpu")
 SHORT = (
@@ -177,17 +177,17 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(
 def test_ctrl_c_keeps_what_is_done_and_says_how_to_go_on(
     urda: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    student = RobustAdaptation._student
+    student = AdaptationJob._student
 
     def interrupted(*args: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(RobustAdaptation, "_student", interrupted)
+        patch.setattr(AdaptationJob, "_student", interrupted)
         outcome = urda()
     assert outcome.code == 130
     assert "the same command goes on from there" in outcome.err
-    assert RobustAdaptation._student is student
+    assert AdaptationJob._student is student
     whole = urda("--out", tmp_path / "whole")
     resumed = urda()
     assert resumed.code == 0, resumed.err

@@ -30,7 +30,7 @@ from vlmdefend.training.loop.data import TrainingImages
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
-from vlmdefend.training.loop.trainer import Run
+from vlmdefend.training.loop.trainer import Trainer
 from vlmdefend.types import Batch
 
 SIZE = 32
@@ -140,7 +140,7 @@ class Stopper(Progress):
         self.notes.append(message)
 
 
-MakeRun = Callable[..., Run]
+MakeRun = Callable[..., Trainer]
 
 
 @pytest.fixture
@@ -163,14 +163,14 @@ def build_run(
     pivot: Any = None,
     judged: bool = False,
     **options: Any,
-) -> Run:
+) -> Trainer:
     """A run of 20 images in batches of 8 (the last has 4) that breaks off after step ``at``."""
     target = load_model(f"local-dir:{folders['rn']}", device="cpu")
     proxy = load_model(f"local-dir:{folders['vit']}", device="cpu")
     student = student_of(target, trains, precision, batch_norm=batch_norm)
     folder.mkdir(exist_ok=True)
     judge = partial(accuracies, target.zero_shot(CLASSES, TEMPLATES), batch_of(7), EPS, 0, student.processes)
-    return Run(
+    return Trainer(
         student,
         AutocastTeacher(classifier(proxy), student.processes),
         TrainingImages(image_set(images), PixelTransform(SIZE), threads=1),

@@ -39,9 +39,9 @@ def run_distillation(settings: DistillSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.distill_report import print_choices, print_cost, print_result
     from vlmdefend.cli.progress import show_progress
     from vlmdefend.cli.progress_text import DistillText
-    from vlmdefend.training.clip.distill import Distillation
+    from vlmdefend.training.clip.distillation_job import DistillationJob
 
-    job = Distillation(settings)
+    job = DistillationJob(settings)
     print_choices(job)
     if dry_run:
         print_cost(job)

@@ -9,10 +9,10 @@ import typer
 from vlmdefend.types import format_eps
 
 if TYPE_CHECKING:
-    from vlmdefend.training.clip.distill import Distillation, Distilled
     from vlmdefend.training.clip.distill_settings import DistillSettings
+    from vlmdefend.training.clip.distillation_job import DistillationJob, Distilled
     from vlmdefend.training.clip.settings import ClipSettings
-    from vlmdefend.training.clip.train import Trained
+    from vlmdefend.training.clip.training_job import Trained
     from vlmdefend.training.loop.results import HitCount, ProxyGap
 
 
@@ -21,7 +21,7 @@ def held_out_text(count: int, asked: int) -> str:
     return f"{count} held out" + (f" (a fifth of the set, which is fewer than {asked})" if count < asked else "")
 
 
-def print_choices(distillation: Distillation) -> None:
+def print_choices(distillation: DistillationJob) -> None:
     """Every choice that decides the result, defaults too."""
     settings, scheduled = distillation.settings, distillation.costs()
     held = held_out_text(len(distillation.held_out), settings.held_out)
@@ -67,7 +67,7 @@ def print_choices(distillation: Distillation) -> None:
             typer.echo(f"warning: {warning}", err=True)
 
 
-def schedule_warnings(distillation: Distillation) -> list[str]:
+def schedule_warnings(distillation: DistillationJob) -> list[str]:
     """A stage that never reaches its rate, a warm-up that was shortened."""
     found = []
     for cost in distillation.costs():
@@ -84,7 +84,7 @@ def schedule_warnings(distillation: Distillation) -> list[str]:
     return found
 
 
-def print_cost(distillation: Distillation) -> None:
+def print_cost(distillation: DistillationJob) -> None:
     """``--dry-run``: what the choices cost."""
     from tabulate import tabulate
 
@@ -116,7 +116,7 @@ def print_gap(gap: ProxyGap, eps: str, target: str, proxy: str) -> None:
         )
 
 
-def print_result(distillation: Distillation, found: Distilled) -> None:
+def print_result(distillation: DistillationJob, found: Distilled) -> None:
     """Vanilla, pivot and result on the held-out images, and what to do next."""
     settings = distillation.settings
     print_held_out(settings.target, settings, found, "open_clip reads")

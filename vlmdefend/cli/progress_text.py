@@ -107,7 +107,7 @@ class DistillText(TrainingText):
     def measured(self, result: ProxyGap, console: Console) -> None:
         """Prints the proxy gap and its warnings."""
         from vlmdefend.cli.distill_report import print_gap
-        from vlmdefend.training.clip.distill import warnings_of
+        from vlmdefend.training.clip.distillation_job import warnings_of
 
         print_gap(result, self.settings.eps, self.settings.target, self.settings.proxy)
         for line in (*(f"warning: {warning}" for warning in warnings_of(result)), ""):

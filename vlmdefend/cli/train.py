@@ -64,9 +64,9 @@ def _run(settings: TrainSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.progress import show_progress
     from vlmdefend.cli.progress_text import TrainingText
     from vlmdefend.cli.train_report import print_choices, print_cost, print_result
-    from vlmdefend.training.clip.train import Training
+    from vlmdefend.training.clip.training_job import DefenseTrainingJob
 
-    job = Training(settings)
+    job = DefenseTrainingJob(settings)
     print_choices(job)
     if dry_run:
         print_cost(job)

@@ -9,10 +9,10 @@ import typer
 from vlmdefend.cli.distill_report import held_out_text, print_held_out
 
 if TYPE_CHECKING:
-    from vlmdefend.training.clip.train import Trained, Training
+    from vlmdefend.training.clip.training_job import DefenseTrainingJob, Trained
 
 
-def print_choices(training: Training) -> None:
+def print_choices(training: DefenseTrainingJob) -> None:
     """Every choice that decides the result, defaults too."""
     if not training.processes.is_main:
         return
@@ -55,7 +55,7 @@ def print_choices(training: Training) -> None:
         )
 
 
-def print_cost(training: Training) -> None:
+def print_cost(training: DefenseTrainingJob) -> None:
     """``--dry-run``: what the choices cost."""
     cost, memory, held = training.cost(), training.memory(), len(training.held_out)
     typer.echo(
@@ -68,7 +68,7 @@ def print_cost(training: Training) -> None:
     )
 
 
-def print_result(training: Training, found: Trained) -> None:
+def print_result(training: DefenseTrainingJob, found: Trained) -> None:
     """Vanilla, result and mixtures on the held-out images, and what to do next."""
     settings = training.settings
     reader = "evaluate reads, plain open_clip does not" if settings.objective.learns else "open_clip reads"

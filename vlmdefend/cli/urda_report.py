@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
+    from vlmdefend.training.adaptation.job import AdaptationJob, Adapted
 
 SEEN = {"tiny-vit", "tiny-rn"}
 
 
-def print_choices(adaptation: RobustAdaptation) -> None:
+def print_choices(adaptation: AdaptationJob) -> None:
     """Every choice that decides the result, defaults too."""
     settings, robust = adaptation.settings, adaptation.robust
     step_1 = "not needed"
@@ -42,14 +42,14 @@ def print_choices(adaptation: RobustAdaptation) -> None:
         typer.echo(f"warning: {warning}", err=True)
 
 
-def network_text(adaptation: RobustAdaptation) -> str:
+def network_text(adaptation: AdaptationJob) -> str:
     """Backbone, bottleneck and head."""
     settings = adaptation.settings
     weights = "published weights" if settings.pretrained and settings.backbone != "tiny-cnn" else "random weights"
     return f"{settings.backbone} ({weights}), bottleneck {settings.bottleneck}, {settings.head} head"
 
 
-def update_text(adaptation: RobustAdaptation) -> str:
+def update_text(adaptation: AdaptationJob) -> str:
     """Optimizer and precision."""
     settings = adaptation.settings
     return (
@@ -68,7 +68,7 @@ def selection_text(select: str) -> str:
     }[select]
 
 
-def warnings_of(adaptation: RobustAdaptation) -> list[str]:
+def warnings_of(adaptation: AdaptationJob) -> list[str]:
     """Choices under which the numbers do not mean what they seem to."""
     settings, found = adaptation.settings, []
     if settings.backbone in SEEN or settings.teacher in SEEN:
@@ -91,7 +91,7 @@ def warnings_of(adaptation: RobustAdaptation) -> list[str]:
     return found
 
 
-def print_cost(adaptation: RobustAdaptation) -> None:
+def print_cost(adaptation: AdaptationJob) -> None:
     """``--dry-run``: steps and passes of each stage."""
     from tabulate import tabulate
 
@@ -105,7 +105,7 @@ def print_cost(adaptation: RobustAdaptation) -> None:
     typer.echo("Nothing was trained (--dry-run).")
 
 
-def print_result(adaptation: RobustAdaptation, found: Adapted) -> None:
+def print_result(adaptation: AdaptationJob, found: Adapted) -> None:
     """The table, the bound, and what to do next."""
     from vlmdefend.reporting.training.adaptation import result_text
 
@@ -116,7 +116,7 @@ def print_result(adaptation: RobustAdaptation, found: Adapted) -> None:
     typer.echo(f"\n{found.out}: {done}{what}.")
 
 
-def _stage(adaptation: RobustAdaptation, *, first: bool) -> str:
+def _stage(adaptation: AdaptationJob, *, first: bool) -> str:
     settings = adaptation.settings
     epochs, rate, size = (
         (settings.epochs_teacher, settings.lr_teacher, settings.batch_size)

@@ -54,9 +54,9 @@ def _run(settings: UrdaSettings, *, dry_run: bool) -> None:
     from vlmdefend.cli.progress import show_progress
     from vlmdefend.cli.progress_text import TrainingText
     from vlmdefend.cli.urda_report import print_choices, print_cost, print_result
-    from vlmdefend.training.adaptation.urda import RobustAdaptation
+    from vlmdefend.training.adaptation.job import AdaptationJob
 
-    job = RobustAdaptation(settings)
+    job = AdaptationJob(settings)
     main = job.processes.is_main
     if main:
         print_choices(job)

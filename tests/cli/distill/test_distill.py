@@ -15,7 +15,7 @@ from tests.cli.distillation import PAIR, WEIGHTS, same_weights
 from vlmdefend.data import load_dataset
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models import load_model
-from vlmdefend.training.loop.trainer import Run
+from vlmdefend.training.loop.trainer import Trainer
 from vlmdefend.types import Batch
 
 # what it makes
@@ -83,7 +83,7 @@ def test_the_same_command_again_trains_nothing_and_says_the_same(
     first = distill()
     assert first.code == 0, first
     written = (tmp_path / "out" / WEIGHTS).read_bytes()
-    monkeypatch.setattr(Run, "_step", lambda *args: pytest.fail("trained again"))
+    monkeypatch.setattr(Trainer, "_step", lambda *args: pytest.fail("trained again"))
     second = distill()
     assert second.code == 0, second
     assert "found done" in second.out

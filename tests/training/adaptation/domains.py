@@ -14,8 +14,8 @@ from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassifier
 from vlmdefend.models.classifier.folder import save_classifier
 from vlmdefend.progress import Progress
+from vlmdefend.training.adaptation.job import AdaptationJob, Adapted
 from vlmdefend.training.adaptation.settings import make_urda_settings
-from vlmdefend.training.adaptation.urda import Adapted, RobustAdaptation
 from vlmdefend.training.loop.results import EpochResult
 
 CLASSES = ("bar", "cross", "square")
@@ -81,13 +81,13 @@ QUICK: dict[str, Any] = {
     "augment": "off",
     "device": "cpu",
 }
-Make = Callable[..., RobustAdaptation]
+Make = Callable[..., AdaptationJob]
 
 
-def adaptation(root: Path, out: Path, **options: Any) -> RobustAdaptation:
+def adaptation(root: Path, out: Path, **options: Any) -> AdaptationJob:
     """A run made ready: light to dark."""
     given = {"source": f"folder:{root / 'light'}", "target": f"folder:{root / 'dark'}", "out": out}
-    return RobustAdaptation(make_urda_settings({**QUICK, **given, **options}))
+    return AdaptationJob(make_urda_settings({**QUICK, **given, **options}))
 
 
 def run(root: Path, out: Path, **options: Any) -> Adapted:

@@ -9,18 +9,18 @@ import torch
 from tests.training.conftest import EPS, MakeRun
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.training.loop.stage import Stage
-from vlmdefend.training.loop.trainer import Run
+from vlmdefend.training.loop.trainer import Trainer
 from vlmdefend.training.loop.weight_averages import Weights, copied
 
 EPOCHS = 3
 
 
-def result(run: Run) -> Weights:
+def result(run: Trainer) -> Weights:
     run.run()
     return copied(run.student.weights())
 
 
-def whole(make_run: MakeRun, name: str, **options: object) -> tuple[Run, Weights]:
+def whole(make_run: MakeRun, name: str, **options: object) -> tuple[Trainer, Weights]:
     run = make_run(name, **options)
     return run, result(run)
 

@@ -7,7 +7,7 @@ import torch
 from tests.training.conftest import CLASSES, EPS, TEMPLATES, batch_of
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.clip.distill import warnings_of
+from vlmdefend.training.clip.distillation_job import warnings_of
 from vlmdefend.training.clip.held_out import accuracies, proxy_gap
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import HitCount, ProxyGap

@@ -22,7 +22,7 @@ from vlmdefend.evaluation.statistics.paired import sign_test
 from vlmdefend.progress import Progress
 from vlmdefend.reporting.compare.compare import Paired
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.clip.train import Training
+from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.data import TrainingImages
 
 WEIGHTS = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]
@@ -116,7 +116,9 @@ def test_apt_lowers_the_loss_at_the_adversarial_images(tmp_path: Path) -> None:
 
 def test_advpt_learns_the_stored_images_and_is_no_help_against_an_attack_on_the_deployed_model(tmp_path: Path) -> None:
     """It claims none: its lesson holds for the stored features alone."""
-    run: Training = training(tmp_path / "out", "advpt", eps="16/255", limit=500, epochs=6, batch_size=32, lr=0.1)
+    run: DefenseTrainingJob = training(
+        tmp_path / "out", "advpt", eps="16/255", limit=500, epochs=6, batch_size=32, lr=0.1
+    )
     found = run.run(Progress())
     images = load_dataset("fashion", "test", limit=100)
     batch = TrainingImages(images, PixelTransform(32)).batch(range(100))

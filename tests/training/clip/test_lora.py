@@ -18,8 +18,8 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import LowRank, choose_adapters
-from vlmdefend.training.clip.train import Training
 from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.state_file import load_state
@@ -108,9 +108,9 @@ def test_a_text_tower_without_clips_attention_is_refused(vit: VisionLanguageMode
 # a run
 
 
-def training(out: Path, **options: Any) -> Training:
+def training(out: Path, **options: Any) -> DefenseTrainingJob:
     given = {"method": "adv-lora", "model": "tiny-vit", "device": "cpu", "out": out, "limit": 120, "held_out": 8}
-    return Training(make_train_settings(given | {"epochs": 1, "batch_size": 24, "save_every": 2} | options))
+    return DefenseTrainingJob(make_train_settings(given | {"epochs": 1, "batch_size": 24, "save_every": 2} | options))
 
 
 class Broken(Progress):

@@ -11,8 +11,8 @@ from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.training.clip.distill import Distillation, Distilled
 from vlmdefend.training.clip.distill_settings import make_distill_settings
+from vlmdefend.training.clip.distillation_job import DistillationJob, Distilled
 from vlmdefend.training.clip.held_out import accuracies, correct
 from vlmdefend.training.loop.data import TrainingImages
 from vlmdefend.training.loop.processes import Processes
@@ -43,14 +43,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def gpd(out: Path) -> Distilled:
     """Both stages."""
-    return Distillation(make_distill_settings(OPTIONS | {"out": out / "gpd"})).run(Progress())
+    return DistillationJob(make_distill_settings(OPTIONS | {"out": out / "gpd"})).run(Progress())
 
 
 @pytest.fixture(scope="module")
 def hpt(out: Path) -> Distilled:
     """Stage b without the pull."""
     plan = {"stage": "b", "pull": 1.0, "gap_images": 0, "out": out / "hpt"}
-    return Distillation(make_distill_settings(OPTIONS | plan)).run(Progress())
+    return DistillationJob(make_distill_settings(OPTIONS | plan)).run(Progress())
 
 
 def judged(folder: Path | str) -> Accuracies:

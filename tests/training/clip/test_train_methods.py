@@ -18,8 +18,8 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import choose_adapters, folded
-from vlmdefend.training.clip.train import Training
 from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
@@ -184,9 +184,9 @@ def test_an_adapter_that_does_not_fit_is_refused(kind: str, parts: str, message:
 # runs
 
 
-def training(out: Path, method: str, **options: Any) -> Training:
+def training(out: Path, method: str, **options: Any) -> DefenseTrainingJob:
     given = {"method": method, "model": "tiny-vit", "device": "cpu", "out": out, "held_out": 60, "limit": 300}
-    return Training(make_train_settings(given | options))
+    return DefenseTrainingJob(make_train_settings(given | options))
 
 
 class Broken(Progress):

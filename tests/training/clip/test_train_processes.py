@@ -17,9 +17,9 @@ from PIL import Image
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.training.clip import train
-from vlmdefend.training.clip.train import Training
+from vlmdefend.training.clip import training_job
 from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.trainer_state import STATE
 
@@ -79,7 +79,7 @@ def test_two_processes_on_shards_give_the_bits_of_one_that_accumulates_two_halve
     assert done.returncode == 0, done.stderr[-3000:]
     assert "batch 4, 2 processes" in " ".join(done.stderr.split())
     assert done.stdout.count("written, a model folder") == 1
-    one = Training(make_train_settings(options(shards, tmp_path / "one") | {"micro_batch": 2}))
+    one = DefenseTrainingJob(make_train_settings(options(shards, tmp_path / "one") | {"micro_batch": 2}))
     assert (len(one.images), len(one.held_out)) == (13, 3)
     one.run(Progress())
     (groups, facts), (expected, expected_facts) = (
@@ -98,15 +98,15 @@ def test_two_processes_on_shards_give_the_bits_of_one_that_accumulates_two_halve
 def test_a_method_that_needs_the_whole_batch_refuses_several_processes(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Two(train.Processes):
+    class Two(training_job.Processes):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             self.count = 2
 
-    monkeypatch.setattr(train, "Processes", Two)
-    Training(make_train_settings(options(shards, tmp_path / "out")))
+    monkeypatch.setattr(training_job, "Processes", Two)
+    DefenseTrainingJob(make_train_settings(options(shards, tmp_path / "out")))
     with pytest.raises(UserError, match="must come in one piece: run one process without --micro-batch"):
-        Training(make_train_settings(options(shards, tmp_path / "out") | {"method": "at"}))
+        DefenseTrainingJob(make_train_settings(options(shards, tmp_path / "out") | {"method": "at"}))
     assert not (tmp_path / "out").exists()
 
 

@@ -19,18 +19,18 @@ SOURCE, TARGET = "source/", "target/"
 AGAIN = "\0"  # what follows in an id is the number of the pass in which the image comes again in one epoch
 
 
-class Place(NamedTuple):
+class ImageRef(NamedTuple):
     """One image of an epoch: the how manieth of its set, in the how manieth pass over it."""
 
     at: int
     turn: int
 
 
-class Places(NamedTuple):
+class ImageRefs(NamedTuple):
     """One image of each domain; None where the domain is not asked for."""
 
-    source: Place | None
-    target: Place | None
+    source: ImageRef | None
+    target: ImageRef | None
 
 
 class DomainImages:
@@ -53,13 +53,13 @@ class DomainImages:
     def __len__(self) -> int:
         return self.epoch
 
-    def order(self, seed: int, purpose: str) -> list[Places]:
+    def order(self, seed: int, purpose: str) -> list[ImageRefs]:
         """A function of seed and purpose."""
         source = [None] * self.epoch if self.source is None else self._turns(len(self.source), seed, f"{purpose}/s")
         target = [None] * self.epoch if self.target is None else self._turns(len(self.target), seed, f"{purpose}/t")
-        return [Places(*pair) for pair in zip(source, target, strict=True)]
+        return [ImageRefs(*pair) for pair in zip(source, target, strict=True)]
 
-    def batch(self, places: Sequence[Places]) -> Batch:
+    def batch(self, places: Sequence[ImageRefs]) -> Batch:
         """The images of both domains, on the CPU."""
         parts = []
         if self.source is not None:
@@ -70,7 +70,7 @@ class DomainImages:
         ids = [name for part in parts for name in part.ids]
         return Batch(ids, torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
 
-    def stream(self, parts: Sequence[Sequence[Places]]) -> Iterator[Batch]:
+    def stream(self, parts: Sequence[Sequence[ImageRefs]]) -> Iterator[Batch]:
         """One batch after the other, the next one read while the last one is used."""
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self.batch, part) for part in parts[:1]]
@@ -80,13 +80,13 @@ class DomainImages:
                     ahead.append(reader.submit(self.batch, following))
                 yield ready
 
-    def _turns(self, count: int, seed: int, purpose: str) -> list[Place]:
+    def _turns(self, count: int, seed: int, purpose: str) -> list[ImageRef]:
         turns = -(-self.epoch // count)
-        places = [Place(i, turn) for turn in range(turns) for i in epoch_order(count, seed, f"{purpose}/{turn}")]
+        places = [ImageRef(i, turn) for turn in range(turns) for i in epoch_order(count, seed, f"{purpose}/{turn}")]
         return places[: self.epoch]
 
 
-def _read(images: TrainingImages, places: Sequence[Place], prefix: str) -> Batch:
+def _read(images: TrainingImages, places: Sequence[ImageRef], prefix: str) -> Batch:
     batch = images.batch([place.at for place in places])
     if len(batch.ids) < len(places):  # some were skipped as bad
         return batch._replace(ids=[prefix + name for name in batch.ids])

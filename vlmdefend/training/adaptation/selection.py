@@ -1,4 +1,4 @@
-"""How an epoch is chosen: by what a model says of held-out target images, without their labels unless asked for."""
+"""Scores an epoch by predictions on held-out target images; their labels are read only with ``--oracle``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDTH = 64
 SURE = 0.5  # certainty (1 - normalised entropy) from which an image counts
 
 
-def judge_of(
+def selection_score(
     select: Select,
     classifier: ImageClassifier,
     teacher: FrozenTeacher | None,
@@ -29,7 +29,7 @@ def judge_of(
     eps: float,
     seed: int,
 ) -> Callable[[], Accuracies]:
-    """The judge of each epoch: counts at clean and at PGD-10 images; the loop keeps the best by (adversarial, clean).
+    """Returns the score of an epoch: counts at clean and PGD-10 images; the best by (adversarial, clean) is kept.
 
     ``agreement`` counts the teacher's class, ``oracle`` the true one (``batch`` then holds it), ``entropy`` images
     whose prediction is sure, whatever it is; the attack is then on the model's own class.
@@ -43,7 +43,7 @@ def judge_of(
         assert teacher is not None
         fixed = predictions(teacher, batch)
 
-    def judge() -> Accuracies:
+    def score() -> Accuracies:
         logits = _logits(classifier, batch.images)
         labels = logits.argmax(dim=1) if fixed is None else fixed
         images = batch.images
@@ -54,7 +54,7 @@ def judge_of(
         n = len(batch.ids)
         return Accuracies(HitCount(_hits(logits, fixed), n), HitCount(_hits(moved, fixed), n))
 
-    return judge
+    return score
 
 
 def _hits(logits: Tensor, labels: Tensor | None) -> int:

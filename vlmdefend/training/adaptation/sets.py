@@ -21,7 +21,7 @@ LEAST = 4  # held-out images of a domain
 
 
 @dataclass(frozen=True)
-class Sets:
+class AdaptationSets:
     """All sets, classes in the source's order."""
 
     source: ImageSet  # labelled
@@ -42,7 +42,7 @@ class Sets:
         return Batch(found.ids, found.images.to(device), found.labels.to(device))
 
 
-def open_sets(settings: UrdaSettings) -> Sets:
+def open_sets(settings: UrdaSettings) -> AdaptationSets:
     """Open both domains.
 
     Raises:
@@ -71,4 +71,4 @@ def open_sets(settings: UrdaSettings) -> Sets:
                 f"{images.name}, split {images.split}: {len(images)} images to measure on, {LEAST} are the least that "
                 "the distance of the domains needs; give a larger --eval-limit or another --eval-split."
             )
-    return Sets(source, target, held, tested, source_tested, settings.skip_bad)
+    return AdaptationSets(source, target, held, tested, source_tested, settings.skip_bad)

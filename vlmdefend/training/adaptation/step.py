@@ -10,19 +10,17 @@ from vlmdefend.defenses.adaptation.base import Adaptation
 from vlmdefend.models.classifier.classifier import ImageClassifier
 from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.data import DomainImages
-from vlmdefend.training.adaptation.selection import judge_of
-from vlmdefend.training.adaptation.sets import Sets
+from vlmdefend.training.adaptation.selection import selection_score
+from vlmdefend.training.adaptation.sets import AdaptationSets
 from vlmdefend.training.adaptation.settings import UrdaSettings
 from vlmdefend.training.adaptation.student import AdaptedStudent
 from vlmdefend.training.adaptation.teacher import FrozenTeacher
+from vlmdefend.training.job import TrainingJob
 from vlmdefend.training.loop.cost import StageCost, stage_cost
-from vlmdefend.training.loop.folder import RunFolder
-from vlmdefend.training.loop.log import Tracking
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.schedule import Decay
 from vlmdefend.training.loop.stage import Optimization, Stage
-from vlmdefend.training.loop.trainer import Run
 from vlmdefend.training.loop.weight_averages import put_
 
 StepName = Literal["teacher", "student"]
@@ -38,7 +36,7 @@ class StepStage(Stage):
 
 
 @dataclass(frozen=True)
-class Step:
+class AdaptationStep:
     """Step 1 makes the ``teacher``, step 2 the ``student``.
 
     Args:
@@ -51,7 +49,7 @@ class Step:
     name: StepName
     phases: tuple[Adaptation, ...]
     settings: UrdaSettings
-    sets: Sets
+    sets: AdaptationSets
 
     @property
     def size(self) -> int:
@@ -67,44 +65,32 @@ class Step:
         self,
         classifier: ImageClassifier,
         teacher: FrozenTeacher | None,
-        processes: Processes,
-        folder: RunFolder,
-        facts: dict[str, Any],
+        job: TrainingJob[UrdaSettings, Any],
         progress: Progress,
     ) -> None:
-        """Run all stages, each with a log and a state of its own; ``classifier`` ends with the chosen weights."""
-        settings = self.settings
+        """Runs all stages, each with a log and a state of its own; ``classifier`` ends with the chosen weights."""
         for method in self.phases:
             stage = self._stage(method)
             student = AdaptedStudent(
                 classifier,
                 (method,),
-                processes,
+                job.processes,
                 backbone_factor=self._factor(classifier),
                 steps=stage.epochs * -(-self._epoch(method) // self.size),
-                seed=settings.seed,
+                seed=self.settings.seed,
             )
-            place = folder.training / stage.name
-            if processes.is_main:
-                place.mkdir(parents=True, exist_ok=True)
-            processes.wait()
-            tracking = Tracking(settings.track, processes, place, facts)
-            run = Run(
+            state = job.fit(
                 student,
                 teacher if method.teacher != "none" else None,
                 self._images(method, classifier),
                 [stage],
                 self._optimization(),
-                place,
-                judge=self._judge(classifier, teacher, processes),
-                progress=progress,
-                tracking=tracking,
-                save_every=settings.save_every,
+                job.folder.training / stage.name,
+                progress,
+                measure=self._score(classifier, teacher, job.processes),
             )
-            memory = run.run()
-            tracking.close()
-            if settings.select != "last":
-                put_(student.weights(), memory.best)
+            if self.settings.select != "last":
+                put_(student.weights(), state.best)
         classifier.requires_grad_(False)
 
     def _stage(self, method: Adaptation) -> Stage:
@@ -153,7 +139,7 @@ class Step:
         iterations = self.settings.iterations_teacher if first else self.settings.iterations_student
         return self.size * (iterations or max(1, longest // self.size))
 
-    def _judge(
+    def _score(
         self, classifier: ImageClassifier, teacher: FrozenTeacher | None, processes: Processes
     ) -> Callable[[], Accuracies] | None:
         select, first = self.settings.select, self.name == "teacher"
@@ -161,4 +147,4 @@ class Step:
             return None
         batch = self.sets.batch(self.sets.held_out, classifier, processes.device)
         eps = 0.0 if first else self.settings.radius
-        return judge_of(select, classifier, teacher, batch, eps, self.settings.seed)
+        return selection_score(select, classifier, teacher, batch, eps, self.settings.seed)

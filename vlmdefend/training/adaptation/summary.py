@@ -10,7 +10,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel
 from vlmdefend.training.adaptation.measure import TargetNumbers, bound_terms, target_numbers
-from vlmdefend.training.adaptation.sets import Sets
+from vlmdefend.training.adaptation.sets import AdaptationSets
 from vlmdefend.training.adaptation.settings import UrdaSettings
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, TeacherPipeline, as_teacher, predictions
 from vlmdefend.training.loop.processes import is_out_of_memory
@@ -18,7 +18,7 @@ from vlmdefend.training.loop.processes import is_out_of_memory
 
 def summary_of(
     settings: UrdaSettings,
-    sets: Sets,
+    sets: AdaptationSets,
     teacher: FrozenTeacher | None,
     student: ClassifierModel | None,
     device: torch.device,
@@ -41,7 +41,7 @@ def summary_of(
 
 def _measured(
     settings: UrdaSettings,
-    sets: Sets,
+    sets: AdaptationSets,
     teacher: FrozenTeacher | None,
     student: ClassifierModel | None,
     device: torch.device,

@@ -1,4 +1,4 @@
-"""The loop: stages of epochs of steps, saved so that it can go on at any of them as if it had never stopped."""
+"""The training loop: stages of epochs of steps, saved so that a resumed run gives the same bits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vlmdefend.training.loop.log import Log, Tracking
 from vlmdefend.training.loop.results import Accuracies, EpochResult, HitCount
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import Accumulator, TrainedStudent, make_optimizer, update
-from vlmdefend.training.loop.trainer_state import Memory, Position
+from vlmdefend.training.loop.trainer_state import Position, TrainerState
 from vlmdefend.training.loop.weight_averages import Weights, average_, copied, pull_, put_
 from vlmdefend.types import Batch
 
@@ -28,7 +28,7 @@ SECONDS_BETWEEN_STATES = 300
 
 
 @dataclass
-class Run:
+class Trainer:
     """All stages, resumed from ``folder`` if it holds a state.
 
     Args:
@@ -38,9 +38,9 @@ class Run:
         stages: in order.
         options: how the weights move.
         folder: of the state and the log; exists.
-        judge: clean and robust accuracy on the held-out images; None: nothing is held out.
-        probe: what else is counted at the end of an epoch, by name; it decides nothing.
-        progress: hears of it.
+        measure: returns clean and robust accuracy on the held-out images; None: nothing is held out.
+        count: returns further counts at the end of an epoch, by name; they choose nothing.
+        progress: receives steps, epochs and notes.
         tracking: where numbers go beside the log.
         pivot: weights of a pivot made elsewhere.
         save_every: steps between states, beside the end of every epoch; None: every five minutes.
@@ -53,8 +53,8 @@ class Run:
     stages: list[Stage]
     options: Optimization
     folder: Path
-    judge: Callable[[], Accuracies] | None = None
-    probe: Callable[[], dict[str, HitCount]] | None = None
+    measure: Callable[[], Accuracies] | None = None
+    count: Callable[[], dict[str, HitCount]] | None = None
     progress: Progress = field(default_factory=Progress)
     tracking: Tracking | None = None
     pivot: Weights | None = None
@@ -65,73 +65,73 @@ class Run:
         self.processes = self.student.processes
         self.accumulator = Accumulator(self.student, self.teacher, self.options)
         self.vanilla = copied(self.student.weights())
-        self.memory = Memory(best=copied(self.vanilla), pivot=self.pivot)
+        self.state = TrainerState(best=copied(self.vanilla), pivot=self.pivot)
         self.optimizer = make_optimizer(self.student.parameters, self.options, self.student.rate_factors)
         self.log: Log | None = None
         self._saved_at = time.monotonic()
 
-    def run(self) -> Memory:
-        """Train what is left to train; what is remembered at the end holds pivot, best weights and all epochs.
+    def run(self) -> TrainerState:
+        """Train what is left to train; the returned state holds pivot, best weights and all epochs.
 
         Raises:
             UserError: a loss or gradient that is not finite; the last saved state is kept.
         """
-        self.memory.load(self.folder, self.student, self.optimizer)
-        self.log = Log(self.folder, self.memory.position.done) if self.processes.is_main else None
-        for number in range(self.memory.position.stage, len(self.stages)):
+        self.state.load(self.folder, self.student, self.optimizer)
+        self.log = Log(self.folder, self.state.position.done) if self.processes.is_main else None
+        for number in range(self.state.position.stage, len(self.stages)):
             self._run_stage(number)
-        return self.memory
+        return self.state
 
     def _run_stage(self, number: int) -> None:
         stage, per_epoch = self.stages[number], -(-len(self.images) // self.options.batch_size)
-        begun = self.memory.position.epoch * per_epoch + self.memory.position.step
+        begun = self.state.position.epoch * per_epoch + self.state.position.step
         self.progress.begin(stage.name, stage.epochs * per_epoch, begun)
         if not begun:
             self._begin(stage)
-        for epoch in range(self.memory.position.epoch, stage.epochs):
+        for epoch in range(self.state.position.epoch, stage.epochs):
             self._run_epoch(stage, epoch)
         if stage.ema is not None:
-            self.memory.pivot = self.memory.ema
-        self.memory.position = Position(number + 1, 0, 0, self.memory.position.done)
+            self.state.pivot = self.state.ema
+        self.state.position = Position(number + 1, 0, 0, self.state.position.done)
         self._save()
 
     def _begin(self, stage: Stage) -> None:
         if stage.restart:
             put_(self.student.weights(), self.vanilla)
-        if stage.pull is not None and stage.pull < 1 and self.memory.pivot is None:
+        if stage.pull is not None and stage.pull < 1 and self.state.pivot is None:
             raise UserError(
                 f"stage {stage.name} pulls towards a pivot and there is none; run stage a first or give --pivot."
             )
         self.optimizer = make_optimizer(self.student.parameters, self.options, self.student.rate_factors)
-        self.memory.ema = copied(self.student.weights()) if stage.ema is not None else None
+        self.state.ema = copied(self.student.weights()) if stage.ema is not None else None
         self.student.refresh()
 
     def _run_epoch(self, stage: Stage, epoch: int) -> None:
-        purpose, started, memory = f"{stage.name}/{epoch}", time.monotonic(), self.memory
+        purpose, started, state = f"{stage.name}/{epoch}", time.monotonic(), self.state
         order = batches(self.images.order(self.options.seed, purpose), self.options.batch_size)
         steps = stage.epochs * len(order)
-        if memory.position.step == 0:
-            memory.sums = {}
+        if state.position.step == 0:
+            state.sums = {}
             self.student.carried.clear()
             self._pull(stage, epoch)
-        shares = [self.processes.share(index) for index in order[memory.position.step :]]
+        shares = [self.processes.share(index) for index in order[state.position.step :]]
         for batch in self.images.stream(shares):
-            step = memory.position.step
+            step = state.position.step
             self.student.iteration = epoch * len(order) + step
             warm_up = self.options.warm_up_of(steps)
             rate = stage.rate_at(self.student.iteration, steps, warm_up)
             values = self._step(stage, purpose, batch, rate)
             for name, value in values.items():
-                memory.sums[name] = memory.sums.get(name, 0.0) + value * len(order[step])
-            memory.position = memory.position._replace(step=step + 1, done=memory.position.done + 1)
-            self._tell({"step": memory.position.done, "stage": stage.name, "epoch": epoch + 1, "rate": rate, **values})
+                state.sums[name] = state.sums.get(name, 0.0) + value * len(order[step])
+            state.position = state.position._replace(step=step + 1, done=state.position.done + 1)
+            self._log({"step": state.position.done, "stage": stage.name, "epoch": epoch + 1, "rate": rate, **values})
             if step + 1 < len(order) and self._save_is_due():
                 self._save()
         self._end_epoch(stage, epoch, started)
 
     def _pull(self, stage: Stage, epoch: int) -> None:
-        if stage.pulls_at(epoch) and stage.pull is not None and self.memory.pivot is not None:
-            pull_(self.student.weights(), self.memory.pivot, stage.pull)
+        if stage.pulls_at(epoch) and stage.pull is not None and self.state.pivot is not None:
+            pull_(self.student.weights(), self.state.pivot, stage.pull)
             self.student.refresh()
 
     def _step(self, stage: Stage, purpose: str, batch: Batch, rate: float) -> dict[str, float]:
@@ -155,26 +155,26 @@ class Run:
         raise UserError(self._stopped(stage, f"the norm of the gradient is {norm}"))
 
     def _stopped(self, stage: Stage, reason: str) -> str:
-        position = self.memory.position
+        position = self.state.position
         return (
             f"stage {stage.name}, epoch {position.epoch + 1}, step {position.done + 1}: {reason}; nothing of this step "
             f"was kept, the last good state is in {self.folder}. Give a smaller {stage.rate_option}, or --clip 1."
         )
 
     def _end_epoch(self, stage: Stage, epoch: int, started: float) -> None:
-        memory = self.memory
-        if stage.ema is not None and memory.ema is not None:
-            average_(memory.ema, self.student.weights(), stage.ema)
-        held_out = self.judge() if self.judge is not None else None
-        probed = self.probe() if self.probe is not None else {}
-        means = {name: value / len(self.images) for name, value in memory.sums.items()}
-        line: dict[str, Any] = {"step": memory.position.done, "stage": stage.name, "epoch": epoch + 1, "mean": means}
+        state = self.state
+        if stage.ema is not None and state.ema is not None:
+            average_(state.ema, self.student.weights(), stage.ema)
+        held_out = self.measure() if self.measure is not None else None
+        probed = self.count() if self.count is not None else {}
+        means = {name: value / len(self.images) for name, value in state.sums.items()}
+        line: dict[str, Any] = {"step": state.position.done, "stage": stage.name, "epoch": epoch + 1, "mean": means}
         if held_out is not None:
             line |= {"clean": list(held_out.clean), "robust": list(held_out.robust)}
         line |= {name: list(counted) for name, counted in probed.items()}
         if held_out is None or _score(line) > max(map(_score, self._epochs_of(stage)), default=(-1, -1)):
-            memory.best = copied(self.student.weights())
-        memory.epochs.append(line)
+            state.best = copied(self.student.weights())
+        state.epochs.append(line)
         if self.log is not None:
             self.log.write(line, flush=True)
         if self.tracking is not None:
@@ -185,13 +185,13 @@ class Run:
         self.progress.end(
             EpochResult(stage.name, epoch + 1, stage.epochs, means["loss"], means, held_out, seconds, probed)
         )
-        memory.position = memory.position._replace(epoch=epoch + 1, step=0)
+        state.position = state.position._replace(epoch=epoch + 1, step=0)
         self._save()
 
     def _epochs_of(self, stage: Stage) -> list[dict[str, Any]]:
-        return [line for line in self.memory.epochs if line["stage"] == stage.name]
+        return [line for line in self.state.epochs if line["stage"] == stage.name]
 
-    def _tell(self, line: dict[str, Any]) -> None:
+    def _log(self, line: dict[str, Any]) -> None:
         self.progress.advance(line)
         if self.log is not None:
             self.log.write(line)
@@ -200,13 +200,13 @@ class Run:
 
     def _save_is_due(self) -> bool:
         if self.save_every is not None:
-            return self.memory.position.done % self.save_every == 0
+            return self.state.position.done % self.save_every == 0
         # by the clock in one process only: several would not agree on the step
         return self.processes.count == 1 and time.monotonic() - self._saved_at > SECONDS_BETWEEN_STATES
 
     def _save(self) -> None:
         if self.processes.is_main:
-            self.memory.save(self.folder, self.student, self.optimizer)
+            self.state.save(self.folder, self.student, self.optimizer)
         self._saved_at = time.monotonic()
         self.processes.wait()
 

@@ -25,7 +25,7 @@ class Position(NamedTuple):
 
 
 @dataclass
-class Memory:
+class TrainerState:
     """Beside the weights themselves and the optimizer's own. Random numbers need no memory: they are functions of
     (seed, stage, epoch, image)."""
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from vlmdefend.defenses.adaptation.base import Adaptation
 from vlmdefend.errors import UserError
@@ -19,28 +15,24 @@ from vlmdefend.training.adaptation.measure import TargetNumbers
 from vlmdefend.training.adaptation.methods import adaptation_of, robustification_of
 from vlmdefend.training.adaptation.sets import open_sets
 from vlmdefend.training.adaptation.settings import UrdaSettings
-from vlmdefend.training.adaptation.step import Step, StepName
+from vlmdefend.training.adaptation.step import AdaptationStep, StepName
 from vlmdefend.training.adaptation.student import copy_of
 from vlmdefend.training.adaptation.summary import summary_of
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, as_teacher, load_teacher
+from vlmdefend.training.job import JobResult, TrainingJob
 from vlmdefend.training.loop.cost import StageCost
-from vlmdefend.training.loop.folder import RunFolder
-from vlmdefend.training.loop.log import check_tracker
-from vlmdefend.training.loop.processes import Processes, deterministic
 
 TEACHER: StepName = "teacher"
 STUDENT: StepName = "student"
 
 
-@dataclass(frozen=True)
-class Adapted:
-    """What a run made. Accuracies are on held-out target images."""
+@dataclass(frozen=True, kw_only=True)
+class Adapted(JobResult):
+    """The result of an adaptation. Accuracies are on held-out target images."""
 
-    out: Path
     before: TargetNumbers | None  # of the teacher; None: there was none
     after: TargetNumbers | None  # of the student; None: step 2 was left out
     theory: dict[str, Any]  # the terms of the bound that can be estimated
-    reused: bool  # nothing was left to do
 
     @property
     def written(self) -> bool:
@@ -53,27 +45,18 @@ class Adapted:
         return {**{name: n.spec() for name, n in numbers.items() if n is not None}, "theory": self.theory}
 
 
-class RobustAdaptation:
-    """A run, made ready: methods named, folder checked, sets opened, a given teacher loaded.
+class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
+    """One run of unsupervised robust domain adaptation: an adapted teacher (step 1), a robust student (step 2)."""
 
-    Args:
-        settings: every choice.
-
-    Raises:
-        UserError: what is missing or does not fit; nothing was trained.
-    """
-
-    def __init__(self, settings: UrdaSettings) -> None:
-        self.settings = settings
-        check_tracker(settings.track)
-        if settings.threads:
-            torch.set_num_threads(settings.threads)
-        self.method, self.robust = adaptation_of(settings), robustification_of(settings)
-        self.folder = RunFolder(settings.out)
-        self.processes = Processes(settings.device, settings.precision)
-        if settings.batch_norm == "train" and self.processes.count > 1:
+    def refuse(self) -> None:
+        """Creates both methods, and refuses batch statistics of a batch that several processes share."""
+        self.method, self.robust = adaptation_of(self.settings), robustification_of(self.settings)
+        if self.settings.batch_norm == "train" and self.processes.count > 1:
             raise UserError("--batch-norm train needs the whole batch in one process; give --batch-norm frozen.")
-        self.sets = open_sets(settings)
+
+    def open(self) -> None:
+        """Opens the image sets and loads a teacher that needs no training."""
+        self.sets = open_sets(self.settings)
         self.class_names = self.sets.source.class_names
         self.given = self._given_teacher()
         if self.processes.count > 1:
@@ -94,27 +77,19 @@ class RobustAdaptation:
         """What each stage will cost at most."""
         return [cost for step in self._steps() for cost in step.costs()]
 
-    def run(self, progress: Progress) -> Adapted:
-        """Both steps, or what is left of them; write teacher and student. ``progress`` hears of it."""
-        with deterministic(), self.folder.writing() if self.processes.is_main else nullcontext():
-            if self.processes.is_main:
-                self.folder.check_settings(self._facts())
-            self.processes.wait()
-            return self._run(progress)
-
-    def _run(self, progress: Progress) -> Adapted:
-        settings = self.settings
-        summary = self.folder.summary() if self.processes.is_main else {}
+    def train(self, progress: Progress, summary: dict[str, Any]) -> Adapted:
+        """Runs both steps, or what is left of them; measures and writes teacher and student."""
         reused = bool(summary.get("finished"))
         teacher = self._teacher(progress) if self.wants_teacher else None
         student = None if self.robust is None else self._student(self.robust, teacher, progress)
         if not reused:
-            summary = summary_of(settings, self.sets, teacher, student, self.processes.device)
+            summary = summary_of(self.settings, self.sets, teacher, student, self.processes.device)
             if self.processes.is_main:
                 self._write(student or _model_of(teacher), teacher, summary)
                 self.folder.write_summary({**summary, "finished": True})
         read = {name: TargetNumbers.read(summary[name]) if name in summary else None for name in ("before", "after")}
-        return Adapted(self.folder.out, read["before"], read["after"], summary.get("theory", {}), reused)
+        theory = summary.get("theory", {})
+        return Adapted(out=self.folder.out, before=read["before"], after=read["after"], theory=theory, reused=reused)
 
     def _given_teacher(self) -> FrozenTeacher | None:
         """A teacher that needs no training."""
@@ -128,8 +103,8 @@ class RobustAdaptation:
         if self.given is not None:
             return self.given
         classifier = self._fresh(self.settings.bottleneck).to(self.processes.device)
-        step = Step(TEACHER, self.method.phases, self.settings, self.sets)
-        step.train(classifier, None, self.processes, self.folder, self._facts(), progress)
+        step = AdaptationStep(TEACHER, self.method.phases, self.settings, self.sets)
+        step.train(classifier, None, self, progress)
         model = ClassifierModel(TEACHER, classifier, self.class_names)
         if self.processes.is_main:
             save_classifier(model, self.folder.out / TEACHER, self._metadata(self.method.name))
@@ -141,8 +116,8 @@ class RobustAdaptation:
         before = "" if teacher is None else teacher.weights_hash
         if teacher is not None and method.teacher != "none" and getattr(method, "augment", "off") == "off":
             teacher.look_at(self.sets.reader(self.sets.target, classifier), self.processes.device)
-        step = Step(STUDENT, method.phases, self.settings, self.sets)
-        step.train(classifier, teacher, self.processes, self.folder, self._facts(), progress)
+        step = AdaptationStep(STUDENT, method.phases, self.settings, self.sets)
+        step.train(classifier, teacher, self, progress)
         if teacher is not None and teacher.weights_hash != before:
             raise RuntimeError("step 2 changed the teacher")
         return ClassifierModel(STUDENT, classifier, self.class_names)
@@ -200,8 +175,8 @@ class RobustAdaptation:
             "selected_by": self.settings.select,
         }
 
-    def _facts(self) -> dict[str, Any]:
-        """What must not change between the beginning of a run and its end."""
+    def facts(self) -> dict[str, Any]:
+        """Settings, and hashes of the images and a given teacher."""
         return {
             **self.settings.decisive(),
             "source_images": self.sets.source.ids_hash,
@@ -220,9 +195,11 @@ class RobustAdaptation:
                 "run it in one process."
             )
 
-    def _steps(self) -> list[Step]:
-        found = [Step(TEACHER, self.method.phases, self.settings, self.sets)] if self.trains_teacher else []
-        return found + ([] if self.robust is None else [Step(STUDENT, self.robust.phases, self.settings, self.sets)])
+    def _steps(self) -> list[AdaptationStep]:
+        found = [AdaptationStep(TEACHER, self.method.phases, self.settings, self.sets)] if self.trains_teacher else []
+        return found + (
+            [] if self.robust is None else [AdaptationStep(STUDENT, self.robust.phases, self.settings, self.sets)]
+        )
 
 
 def _model_of(teacher: FrozenTeacher | None) -> ClassifierModel | None:

@@ -20,7 +20,7 @@ from vlmdefend.training.loop.results import Accuracies
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ResultWriter:
     """A trained model beside what it was.
 
     Args:

@@ -22,7 +22,7 @@ from vlmdefend.types import Pipeline
 
 
 @dataclass
-class Pair:
+class DistillationModels:
     """Target and proxy, as the settings name them; the same class list for both.
 
     Raises:
