@@ -1,8 +1,8 @@
-"""``vlmdefend list defenses`` says of each defense what it does, changes, and how it is attacked, in 80 columns."""
+"""``vlmdefend list defenses`` is one line per defense in 80 columns; with a name it prints the whole of one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,6 @@ class Charm(Defense):
     summary = "a charm"
     citation = "Nobody 2026"
     changes = "nothing at all"
-    evidence = "none, here 0.0 % adaptive"
     stochastic = True
     recipe = Recipe("wait until it wears off")
 
@@ -31,38 +30,83 @@ class Charm(Defense):
 
 
 @pytest.fixture
-def listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    """``listing("jpeg")``: the printed lines of ``list defenses jpeg`` in 80 columns, the plugin loaded."""
     from vlmdefend.cli.main import app
     from vlmdefend.defenses import DEFENSES
 
     monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "charm.py"
     file.write_text(PLUGIN)
-    outcome = CliRunner().invoke(app, ["list", "defenses", "--plugin", str(file)])
-    assert outcome.exit_code == 0, outcome.output
-    yield outcome.output.splitlines()
-    del DEFENSES._classes["charm"]
+
+    def call(*args: str) -> list[str]:
+        outcome = CliRunner().invoke(app, ["list", "defenses", *args, "--plugin", str(file)])
+        assert outcome.exit_code == 0, outcome.output
+        return outcome.output.splitlines()
+
+    yield call
+    DEFENSES._classes.pop("charm", None)
 
 
-def test_each_thing_that_is_known_starts_a_line(listed: list[str]) -> None:
-    about = listed[0].index("about")
-    at = next(i for i, line in enumerate(listed) if line.startswith("charm "))
-    assert [line[:about].split() for line in listed[at : at + 2]] == [["charm", "test-time"], ["adaptation"]]
-    assert [line[about:].strip() for line in listed[at : at + 4]] == [
-        "a charm (Nobody 2026); random",
-        "changes: nothing at all",
-        "adaptive attack: wait until it wears off",
-        "evidence: none, here 0.0 % adaptive",
-    ]
-
-
-def test_it_fits_80_columns(listed: list[str]) -> None:
-    assert max(map(len, listed)) <= 80
-
-
-def test_every_defense_says_how_it_is_attacked_and_all_but_none_what_they_change(listed: list[str]) -> None:
+def test_every_defense_is_one_line_of_80_columns(listing: Callable[..., list[str]]) -> None:
     from vlmdefend.defenses import DEFENSES
 
-    text = "\n".join(listed)
-    assert text.count("adaptive attack: ") == len(DEFENSES.names())
-    assert text.count("changes: ") == len(DEFENSES.names()) - 1
+    lines = listing()
+    table = lines[1 : lines.index("")]
+    assert [line.split()[0] for line in table] == sorted(
+        DEFENSES.names(), key=lambda name: (name != "none", DEFENSES.get(name).paradigm, name)
+    )
+    assert max(map(len, lines)) <= 80
+    assert lines[0].split() == ["defense", "paradigm", "changes", "worst", "here", "gradient"]
+
+
+def test_a_line_shows_paradigm_changes_worst_and_gradient(listing: Callable[..., list[str]]) -> None:
+    rows = {line.split()[0]: line.split()[1:] for line in listing() if line.strip()}
+    assert rows["charm"] == ["test-time", "nothing", "at", "all", "surrogate"], "a plugin has no measured row"
+    assert rows["jpeg"] == ["training-free", "image", "51.0", "masked"]
+    assert rows["low_pass"] == ["training-free", "image", "53.0", "exact"]
+
+
+def test_the_page_of_one_has_options_recipe_citation_and_evidence(listing: Callable[..., list[str]]) -> None:
+    page = " ".join(" ".join(listing("jpeg")).split())
+    for part in (
+        "quality=75",
+        "Dziugaite et al. 2016",
+        "adaptive attack: BPDA: the codec's values",
+        "Measured here tiny-rn on fashion (n = 200), pgd:steps=10 linf 4/255: clean 92.5, transfer 77.5",
+        "worst 51.0 [44.1, 57.8] %",
+    ):
+        assert part in page
+    charm = " ".join(" ".join(listing("charm")).split())
+    assert "adaptive attack: wait until it wears off" in charm
+    assert "random" in charm
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("attacks", "apgd-ce", "Croce & Hein 2020"),
+        ("methods", "tecoa", "Mao et al."),
+        ("adaptations", "mdd", "margin"),
+        ("datasets", "fashion", "embedded"),
+        ("models", "tiny-vit", "embedded"),
+        ("protocols", "unified", "pixel_space: model"),
+    ],
+)
+def test_every_kind_has_a_page(kind: str, name: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmdefend.cli.main import app
+
+    monkeypatch.setenv("COLUMNS", "80")
+    outcome = CliRunner().invoke(app, ["list", kind, name])
+    assert outcome.exit_code == 0, outcome.output
+    assert expected in " ".join(outcome.output.split())
+    assert max(map(len, outcome.output.splitlines())) <= 80
+
+
+def test_an_unknown_name_is_met_with_the_nearest() -> None:
+    from vlmdefend.cli.main import app
+    from vlmdefend.errors import UserError
+
+    outcome = CliRunner().invoke(app, ["list", "defenses", "jpge"])
+    assert isinstance(outcome.exception, UserError)
+    assert "did you mean 'jpeg'" in str(outcome.exception)

@@ -15,6 +15,7 @@ from tests.defenses.fashion import fashion_batch
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Recipe
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.published.evidence import evidence_on
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
@@ -43,7 +44,8 @@ def test_says_what_it_is(name: str) -> None:
     instance = DEFENSES.create(name)
     assert cls.summary
     assert cls.citation
-    assert cls.evidence or cls.paradigm == "none"
+    evidence = evidence_on(name)
+    assert evidence.papers or evidence.measured, f"write vlmdefend/published/defenses/{name}.yaml"
     assert cls.recipe.text
     assert cls.changes
     assert cls.recipe.samples >= 1

@@ -33,10 +33,16 @@ class Defense(ABC):
     Class attributes: ``name`` (the file's name), ``paradigm``, ``summary`` and ``citation`` (one line each),
     ``stochastic`` (its outputs are drawn anew at every call), ``neutral`` (options at which it does nothing, if there
     are such: a test holds it to that), ``changes`` (what of image, embedding, prompt or weights it changes),
-    ``evidence`` (what is published and what was measured here, one line), ``rejects`` (an image of high detector score
-    is to be turned away: scored as accuracy against rejection, see evaluation/rejection.py), ``certifies`` (its outputs
-    have a certified radius), ``follows_gradient`` (it needs the model's gradient at the image itself), and ``recipe``:
-    without one a defense cannot be defined, for then nobody could tell whether it defends.
+    ``rejects`` (an image of high detector score is turned away: scored as accuracy against rejection, see
+    evaluation/statistics/rejection.py), ``certifies`` (its outputs have a certified radius), ``follows_gradient`` (it
+    needs the model's gradient at the image itself), and ``recipe``, how it is attacked adaptively: a defense without
+    one cannot be defined. What papers report and what was measured is data: ``vlmdefend/published/defenses/NAME.yaml``.
+
+    Determinism, which contract tests hold every defense to: the same seed and the same image, in its place in a batch
+    of the same size, give the same prediction, whatever the other images of the batch are. A batch of another size may
+    change the last bits of a float (matrix products are blocked differently, and differently on each processor), and a
+    method that takes sign steps may amplify them into another prediction. The plan of batches is therefore part of a
+    cell, and a resumed run repeats it.
     """
 
     name: ClassVar[str]
@@ -44,7 +50,6 @@ class Defense(ABC):
     summary: ClassVar[str]
     citation: ClassVar[str]
     changes: ClassVar[str] = "image"
-    evidence: ClassVar[str] = ""
     rejects: ClassVar[bool] = False
     certifies: ClassVar[bool] = False
     follows_gradient: ClassVar[bool] = False

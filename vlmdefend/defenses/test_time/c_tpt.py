@@ -28,10 +28,6 @@ class CTpt(Tpt):
     name: ClassVar[str] = "c_tpt"
     summary: ClassVar[str] = "TPT that keeps the class features apart"
     citation: ClassVar[str] = "Yoon et al., ICLR 2024"
-    evidence: ClassVar[str] = (
-        "0.6 % at 1/255 on RN50 under transfer (T-VSS): no defense; here (tiny-rn on fashion, 10-step PGD at 4/255, "
-        "n = 64): clean 90.6, transfer, whitebox and adaptive 32.8 %, all as undefended"
-    )
     dispersion: float = 50.0
 
     def __post_init__(self) -> None:

@@ -44,12 +44,6 @@ class Ensemble(Defense):
     paradigm: ClassVar[Paradigm] = "test-time adaptation"
     summary: ClassVar[str] = "mean logits over random crops, the control of prompt tuning"
     citation: ClassVar[str] = "control in T-VSS and RITA; votes: ZERO, Farina et al. 2024"
-    evidence: ClassVar[str] = (
-        "level with R-TPT under transfer (RITA, T-VSS); here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % "
-        "undefended (tiny-vit / tiny-rn on fashion, n = 200): clean 75.0 / 77.0, transfer 70.0 / 71.0, adaptive "
-        "52.5 / 44.0 % (n = 40 / 100); 60 steps or loss cw broke no more. smallest=0.5 on tiny-rn, one template: clean "
-        "85.5, transfer 75.0, against 87.0 and 80.5 of r_tpt (n = 200); adaptive 59.4 of 81.6 % (n = 64)"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 1}
     recipe: ClassVar[Recipe] = Recipe("EOT: fresh views at every step, mean gradient over 2 draws of them", samples=2)

@@ -51,13 +51,6 @@ class Mta(Defense):
     paradigm: ClassVar[Paradigm] = "test-time adaptation"
     summary: ClassVar[str] = "mean shift over the embeddings of random crops"
     citation: ClassVar[str] = "Zanella & Ben Ayed, CVPR 2024"
-    evidence: ClassVar[str] = (
-        "28.8 % at 1/255 on RN50 under transfer (T-VSS); here (tiny-rn on fashion, one template, 10-step PGD at 4/255, "
-        "n = 100, mean of 3 scorings, 33 % undefended): clean 86.7, adaptive 60.3 % (57.3 where large crops alone were "
-        "tried); transfer 63.0 of 87.5 % (n = 200); constant or milder proportions 65 to 69 of 82.8 % (n = 64); "
-        "APGD-50 58.3 where PGD-10 leaves 60.4 (n = 48); 33 % at 8/255, 7 % at 16/255 (n = 100): level with its "
-        "control ensemble:smallest=0.5 (59.4 of 81.6, n = 64; 26 and 4 %)"
-    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 1}

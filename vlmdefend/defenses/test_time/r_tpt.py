@@ -40,13 +40,6 @@ class RTpt(PromptTuning):
     name: ClassVar[str] = "r_tpt"
     summary: ClassVar[str] = "tunes the prompt, weighs crops by how much they resemble others"
     citation: ClassVar[str] = "Sheng et al., CVPR 2025"
-    evidence: ClassVar[str] = (
-        "45.2 % at 1/255 on RN50 under transfer, 0.5 to 4.4 % at 4/255 under EOT-PGD with 100 steps (T-VSS); here "
-        "(tiny-rn on fashion, one template, 10-step PGD at 4/255, n = 64, mean of 5 scorings, 32.8 % undefended): "
-        "clean 79.7, transfer 73.4, adaptive 56.6 %; 30 steps 55.9, six other gradients 56.2 to 60.9; APGD-50 60.4 "
-        "where PGD-10 leaves 62.5 (n = 48); 31 % at 8/255, 5 % at 16/255 (n = 100): level with its control "
-        "ensemble:smallest=0.5 (59.4 of 81.6; 26 and 4 %)"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0, "views": 1}
     recipe: ClassVar[Recipe] = Recipe(
         "tuned prompt constant, or unrolled, best per image, with the gradient of weights at 5 times the temperature; "

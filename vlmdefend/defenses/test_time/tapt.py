@@ -55,15 +55,7 @@ class Tapt(PromptTuning):
     name: ClassVar[str] = "tapt"
     summary: ClassVar[str] = "tunes tokens inside both towers, aligns them with known statistics"
     citation: ClassVar[str] = "Wang et al., CVPR 2025"
-    evidence: ClassVar[str] = (
-        "published gain of 48.9 points under AutoAttack is over plain CLIP, with trained tokens, not adaptive; here "
-        "(fashion, 10-step PGD at 4/255) it adds nothing to its tokens: tiny-vit has 59.0 % undefended, with tokens of "
-        "fap 66.0, and with tapt on these clean 91.0, transfer 66.0, whitebox 66.0, adaptive 65.0 % (n = 100; "
-        "statistics=fashion 65.0 in all three); on plain models as undefended: tiny-vit with statistics=fashion "
-        "(n = 50) clean 88.0, transfer, whitebox and adaptive 56.0 %; tiny-rn, text alone (n = 100), 93.0, 37.0, 36.0, "
-        "36.0 %"
-    )
-    changes: ClassVar[str] = "prompt, tokens inside the towers"
+    changes: ClassVar[str] = "prompt, tokens"
     follows_gradient: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}
     recipe: ClassVar[Recipe] = Recipe(

@@ -29,10 +29,6 @@ class Tpt(PromptTuning):
     name: ClassVar[str] = "tpt"
     summary: ClassVar[str] = "tunes the prompt to the marginal entropy of confident crops"
     citation: ClassVar[str] = "Shu et al., NeurIPS 2022"
-    evidence: ClassVar[str] = (
-        "1.5 % at 1/255 on RN50 under transfer (T-VSS): no defense; here (tiny-rn on fashion, 10-step PGD at 4/255, "
-        "n = 64): clean 90.6, transfer, whitebox and adaptive 32.8 %, all as undefended"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}
     recipe: ClassVar[Recipe] = Recipe(
         "tuned prompt constant, or one unrolled step, best per image; EOT: fresh views at every step", surrogates=2

@@ -60,10 +60,6 @@ class Ttp(Defense):
     paradigm: ClassVar[Paradigm] = "test-time adaptation"
     summary: ClassVar[str] = "where a border moves the embedding, tunes the border and averages framed crops"
     citation: ClassVar[str] = "Li et al., CVPR 2026"
-    evidence: ClassVar[str] = (
-        "42.9 % at 4/255 on ViT-B/16 under transfer, 0.9 to 1.7 % under EOT (T-VSS); here (tiny-rn on fashion, 10-step "
-        "PGD at 4/255, n = 100, 36.0 % undefended): clean 90.0, transfer 46.0, whitebox 41.0, adaptive 38.0 %"
-    )
     stochastic: ClassVar[bool] = True
     follows_gradient: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"threshold": -1.0}

@@ -41,10 +41,6 @@ class Agreement(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "detector: embeddings of the image and of its low-pass version or shifts differ"
     citation: ClassVar[str] = "control; low-pass as in CSR, 2601.19210"
-    evidence: ClassVar[str] = (
-        "a control; here (PGD-10, 4/255, fashion, tiny-rn, n = 200), turning away 5 % of the clean images, robust "
-        "80.5 % under transfer and 64.0 % whitebox but 53.0 % adaptive, and accuracy falls from 92.5 to 88.0 %"
-    )
     changes: ClassVar[str] = "nothing; may reject"
     rejects: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {}

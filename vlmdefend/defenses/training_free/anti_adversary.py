@@ -42,11 +42,6 @@ class AntiAdversary(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "steps on the image towards the model's own answer"
     citation: ClassVar[str] = "Alfarra et al. 2022"
-    evidence: ClassVar[str] = (
-        "others report 1.1 to 22.6 % at 4/255; here (PGD-10, 4/255, fashion) white-box 80.5 / 79.7 but "
-        "transfer 57.5 / 32.8, adaptive 56.5 / 32.8 %, no better than the bare model (tiny-vit n = 200 / "
-        "tiny-rn n = 64)"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}
     recipe: ClassVar[Recipe] = Recipe(
         "BPDA: step constant, unrolled, or ignored, best per image", surrogates=2, bare=True

@@ -35,10 +35,6 @@ class Aom(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "moves the embedding past the mean of noisy copies (a guess at the method)"
     citation: ClassVar[str] = "after descriptions of Tong et al. 2025, unverified"
-    evidence: ClassVar[str] = (
-        "nothing of it could be verified; here (PGD-10, 4/255, fashion, n = 64) adaptive 57.8 / 35.9 % "
-        "(tiny-vit / tiny-rn)"
-    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"kappa": -1.0}

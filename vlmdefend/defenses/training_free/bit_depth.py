@@ -30,11 +30,6 @@ class BitDepth(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "few levels per colour channel"
     citation: ClassVar[str] = "Xu et al. 2018; Guo et al. 2018"
-    evidence: ClassVar[str] = (
-        "on CLIP no adaptive result is known to us; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % "
-        "undefended (tiny-vit / tiny-rn on fashion, n = 200): transfer 67.0 / 61.5, adaptive 66.0 / 57.0 %; no "
-        "other stand-in broke more, and at 3 bits such an attack reaches 11 % of the pixels"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"bits": 16}
     recipe: ClassVar[Recipe] = Recipe("BPDA: the rounded values, the gradient of the identity")
     bits: int = 3

@@ -33,10 +33,6 @@ class Blur(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "Gaussian blur of the input"
     citation: ClassVar[str] = "control"
-    evidence: ClassVar[str] = (
-        "a control; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % undefended (tiny-vit / tiny-rn on "
-        "fashion, n = 200): transfer 76.0 / 79.0, white-box 65.5 / 54.0 %"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"sigma": 0.0}
     recipe: ClassVar[Recipe] = Recipe("exact: the filter is linear and differentiable")
     sigma: float = 1.0

@@ -43,11 +43,6 @@ class ClipureCos(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "turns the image embedding towards the blank text embedding"
     citation: ClassVar[str] = "Zhang et al. 2025"
-    evidence: ClassVar[str] = (
-        "published 72.6 % (ImageNet, AutoAttack at 4/255) comes from the masked gradient; here (PGD-10, "
-        "4/255, fashion, anchor=classes) white-box 82.5 / 84.4 but transfer and adaptive 57.5 / 32.8 %, "
-        "the bare model's (tiny-vit n = 200 / tiny-rn n = 64)"
-    )
     changes: ClassVar[str] = "embedding"
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}
     recipe: ClassVar[Recipe] = Recipe("exact: the inner gradient keeps its graph")

@@ -62,11 +62,6 @@ class ClipureDiff(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "moves the image embedding down a diffusion prior's loss"
     citation: ClassVar[str] = "Zhang et al. 2025"
-    evidence: ClassVar[str] = (
-        "published numbers come from a cut gradient, as clipure_cos's; here, the Gaussian stand-in with anchor=classes "
-        "(tiny-rn on fashion, 10-step PGD at 4/255, n = 100, 36.0 % undefended): clean 92.0, white-box 85.0, but "
-        "transfer 37.0 and adaptive 35.0 %, the bare model's"
-    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}

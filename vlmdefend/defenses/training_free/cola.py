@@ -39,12 +39,6 @@ class Cola(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "embeddings of crops projected onto the span of the class texts, weighted mean"
     citation: ClassVar[str] = "after Zhu et al. 2025, one text per class"
-    evidence: ClassVar[str] = (
-        "published without code or adaptive attack; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 64, mean of 4 "
-        "scorings, 32.8 % undefended): clean 80.1, transfer 69.8, adaptive 51.2 %; constant weights, twice the draws "
-        "or the gradient of a plain mean: 50.8 to 52.0; APGD-50 49.0 where PGD-10 leaves 50.0, 24 % at 8/255, 5 % at "
-        "16/255 (n = 100); level with ensemble (47.4 of 76.6)"
-    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 1, "project": False}

@@ -40,11 +40,6 @@ class Csr(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "images that disagree with their low-pass version are moved towards it"
     citation: ClassVar[str] = "CSR, 2601.19210"
-    evidence: ClassVar[str] = (
-        "its published adaptive attack does not see the detector; here (PGD-10, 4/255, fashion) tiny-vit "
-        "never falls below the threshold, and adaptive 57.5 / 32.8 % is the bare model's (tiny-vit n = 200 "
-        "/ tiny-rn n = 64)"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"threshold": -1.0}
     recipe: ClassVar[Recipe] = Recipe(
         "BPDA: perturbation constant, unrolled, or ignored, best per image; cosine pushed over the threshold",

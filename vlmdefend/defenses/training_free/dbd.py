@@ -43,12 +43,6 @@ class Dbd(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "moves the embedding towards, or past, the mean of confident crops"
     citation: ClassVar[str] = "Liu et al. 2026"
-    evidence: ClassVar[str] = (
-        "published 98.8 % is without an adaptive attack; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 100, mean "
-        "of 3 scorings, 33 % undefended): clean 72.3, adaptive 12.7 %: worse than no defense; transfer 63.5, and "
-        "through its own gradient 43.8 % (n = 64); tiny-vit, whose gate opens for 3 % of clean images: 62.0 of 77.0 % "
-        "(n = 100, 59.0 undefended)"
-    )
     changes: ClassVar[str] = "embedding"
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"views": 0}

@@ -55,11 +55,6 @@ class Doc(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "TTC with momentum, a random direction beside the gradient, and a soft gate"
     citation: ClassVar[str] = "DOC, AAAI 2026"
-    evidence: ClassVar[str] = (
-        "31.0 % at 4/255 on ViT-B/32 under transfer; here, with our guesses at what is not published (tiny-rn on "
-        "fashion, 10-step PGD at 4/255, n = 100, 36.0 % undefended): clean 71.0, transfer 69.0, whitebox 66.0, "
-        "adaptive 38.0, worst 37.0 %"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
     recipe: ClassVar[Recipe] = Ttc.recipe._replace(detector_weights=(0.0, 50.0))

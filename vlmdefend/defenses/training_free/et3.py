@@ -37,10 +37,6 @@ class Et3(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "steps on the image towards lower energy"
     citation: ClassVar[str] = "Mirza et al. 2026"
-    evidence: ClassVar[str] = (
-        "others report about 0 % at 4/255; here (PGD-10, 4/255, fashion) transfer 58.0 / 34.4, adaptive "
-        "58.0 / 34.4 %, the bare model 57.5 / 32.8 (tiny-vit n = 200 / tiny-rn n = 64)"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"steps": 0}
     recipe: ClassVar[Recipe] = Recipe(
         "BPDA: step constant, unrolled, or ignored, best per image", surrogates=2, bare=True

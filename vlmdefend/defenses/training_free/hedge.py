@@ -46,11 +46,6 @@ class Hedge(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "a perturbation that raises the cross-entropy of all classes"
     citation: ClassVar[str] = "Wu et al. 2021"
-    evidence: ClassVar[str] = (
-        "others report 0.5 to 1.4 % at 4/255; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 100, mean of 3 "
-        "scorings, 33 % undefended): clean 92.3, transfer 45.7, adaptive 44.7 %; whitebox 68.8 % (n = 64), and "
-        "through fewer steps, constant or unrolled, 58 to 60; APGD-50 44.0, 6 % at 8/255, 0 % at 16/255 (n = 100)"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
     recipe: ClassVar[Recipe] = Recipe(

@@ -45,12 +45,7 @@ class Interpolate(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "the mean of the bare model and another defense"
     citation: ClassVar[str] = "control"
-    evidence: ClassVar[str] = (
-        "a control; here (tiny-rn on fashion, 10-step PGD at 4/255, n = 100, 36.0 % undefended) half of jpeg: clean "
-        "92.0, transfer 55.0, whitebox 53.0, adaptive 49.0 % (all of it: 79.0, 92.0, 53.0 %); half of ensemble: clean "
-        "93.0, transfer 46.0, adaptive 43.0 %"
-    )
-    changes: ClassVar[str] = "what the other defense changes, in part"
+    changes: ClassVar[str] = "as the mixed defense"
     neutral: ClassVar[dict[str, Any] | None] = {"weight": 0.0}
     recipe: ClassVar[Recipe] = Recipe("that of the other defense, mixed; what fools the bare model is tried too")
     of: str = "jpeg"

@@ -34,11 +34,6 @@ class Jpeg(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "JPEG compression of the input"
     citation: ClassVar[str] = "Dziugaite et al. 2016"
-    evidence: ClassVar[str] = (
-        "on CLIP no adaptive result is known to us; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % undefended "
-        "(tiny-vit / tiny-rn on fashion, n = 200): clean 89.0 / 92.5, worst 67.0 / 51.0 %; on tiny-rn transfer 77.5, "
-        "white-box 92.0 (the codec hides the gradient), adaptive 51.0 %"
-    )
     recipe: ClassVar[Recipe] = Recipe("BPDA: the codec's values, the gradient of a differentiable JPEG")
     quality: int = 75
 

@@ -30,10 +30,6 @@ class LowPass(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "Gaussian low-pass filter on the input"
     citation: ClassVar[str] = "control; radius as in CSR (2026)"
-    evidence: ClassVar[str] = (
-        "a control; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % undefended (tiny-vit / tiny-rn on fashion, "
-        "n = 200): clean 87.5 / 89.0, worst 66.0 / 53.0 %; on tiny-rn transfer 80.0, white-box, which is exact, 53.0 %"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"radius": 1e6}
     recipe: ClassVar[Recipe] = Recipe("exact: the filter is linear and differentiable")
     radius: float = 40 / 224

@@ -43,12 +43,6 @@ class Mac(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "counter-attacks on the image and a changed copy, where changes move the embedding"
     citation: ClassVar[str] = "Kim, CVPR 2026"
-    evidence: ClassVar[str] = (
-        "45.2 % at 4/255 on ViT-B/32 under transfer, 17.5 % under its own BPDA; here (tiny-rn on fashion, 10-step PGD "
-        "at 4/255, n = 100, 36.0 % undefended) no image reaches the threshold, so it is a mean with one changed copy: "
-        "clean 92.0, transfer 62.0, whitebox 59.0, adaptive 56.0 %; 40 steps over 8 draws broke no more (55 %, n = 64);"
-        " threshold=0.2 (n = 24): 75.0, 70.8, 66.7, 45.8 %"
-    )
     stochastic: ClassVar[bool] = True
     follows_gradient: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0, "views": 1}

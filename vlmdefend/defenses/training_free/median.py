@@ -34,10 +34,6 @@ class Median(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "median filter on the input"
     citation: ClassVar[str] = "Xu et al. 2018"
-    evidence: ClassVar[str] = (
-        "on CLIP no adaptive result is known to us; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % "
-        "undefended (tiny-vit / tiny-rn on fashion, n = 200): transfer 75.0 / 77.0, adaptive 63.5 / 40.5 %"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"size": 1}
     recipe: ClassVar[Recipe] = Recipe("BPDA: the median's values, the gradient of a mean of the pixels close to it")
     softness: ClassVar[float] = 2 / 255

@@ -30,10 +30,6 @@ class Noise(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "Gaussian noise on the input, one draw per prediction"
     citation: ClassVar[str] = "Cohen et al. 2019 (without the vote)"
-    evidence: ClassVar[str] = (
-        "a control; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % undefended (tiny-vit / tiny-rn on fashion, "
-        "n = 200): clean 87.5 / 89.0, worst 59.0 / 35.5 %; on tiny-rn transfer 47.5, white-box 44.0, adaptive 35.5 %"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"sigma": 0.0}
     recipe: ClassVar[Recipe] = Recipe("EOT: mean gradient over 20 draws", samples=20)

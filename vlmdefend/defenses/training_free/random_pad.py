@@ -34,11 +34,6 @@ class RandomPad(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "the image shrunk into a border of random pixels"
     citation: ClassVar[str] = "TTP (2026), its padding alone"
-    evidence: ClassVar[str] = (
-        "a summary of TTP gives about 38 % for fixed padding alone at 4/255 under transfer, T-VSS gives TTP 0.9 "
-        "to 1.7 % under EOT; here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % undefended (tiny-vit / tiny-rn "
-        "on fashion, n = 200): transfer 76.5 / 80.5, worst 54.5 / 32.5 %"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"border": 0.0}
     recipe: ClassVar[Recipe] = Recipe("EOT: mean gradient over 20 draws of the border", samples=20)

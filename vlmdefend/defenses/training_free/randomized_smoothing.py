@@ -54,11 +54,6 @@ class RandomizedSmoothing(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "majority over noisy copies, with abstention and a certified L2 radius"
     citation: ClassVar[str] = "Cohen et al. 2019"
-    evidence: ClassVar[str] = (
-        "the certificate is proved (Cohen et al. 2019); here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % "
-        "undefended (tiny-vit / tiny-rn on fashion, n = 200): transfer 60.0 / 45.0, adaptive 60.0 / 29.0, "
-        "certified at L2 0.1: 82.5 / 67.0 % (n = 40 / 100)"
-    )
     stochastic: ClassVar[bool] = True
     certifies: ClassVar[bool] = True
     recipe: ClassVar[Recipe] = Recipe("EOT: log of the mean probability over 32 fresh draws in place of the vote")

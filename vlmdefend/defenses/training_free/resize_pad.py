@@ -34,11 +34,6 @@ class ResizePad(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "the image shrunk at random, at a random place"
     citation: ClassVar[str] = "Xie et al. 2018"
-    evidence: ClassVar[str] = (
-        "broken by EOT on ImageNet models (Athalye et al. 2018); here, where 10-step PGD at 4/255 leaves 57.5 / "
-        "33.5 % undefended (tiny-vit / tiny-rn on fashion, n = 200): transfer 73.5 / 67.5, worst 69.0 / 57.5 %; "
-        "40 steps broke 3 points more (n = 60)"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"smallest": 1.0}
     recipe: ClassVar[Recipe] = Recipe("EOT: mean gradient over 20 draws", samples=20)

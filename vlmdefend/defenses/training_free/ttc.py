@@ -50,10 +50,6 @@ class Ttc(CounterAttack):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "a perturbation that moves a falsely stable embedding away"
     citation: ClassVar[str] = "Xing et al. 2025"
-    evidence: ClassVar[str] = (
-        "2.4 % under BPDA at 4/255 (MAC); here (PGD-10, 4/255, fashion, n = 64) transfer 70.3 / 70.3, "
-        "adaptive 60.9 / 39.1 % (tiny-vit / tiny-rn)"
-    )
     stochastic: ClassVar[bool] = True
     neutral: ClassVar[dict[str, Any] | None] = {"eps": 0.0}
     recipe: ClassVar[Recipe] = Recipe(

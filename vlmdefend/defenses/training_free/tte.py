@@ -40,10 +40,6 @@ class Tte(Defense):
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "mean logits over flip and shifted crops"
     citation: ClassVar[str] = "Pérez et al. 2021"
-    evidence: ClassVar[str] = (
-        "23.7 % at 1/255 under transfer on ViT-B/16 (BaP); here, where 10-step PGD at 4/255 leaves 57.5 / 33.5 % "
-        "undefended (tiny-vit / tiny-rn on fashion, n = 200): transfer 69.5 / 64.0, white-box 49.5 / 40.0 %"
-    )
     neutral: ClassVar[dict[str, Any] | None] = {"crops": 0, "flip": False}
     recipe: ClassVar[Recipe] = Recipe("exact: a fixed average of differentiable views")
     crops: int = 4
