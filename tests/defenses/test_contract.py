@@ -19,6 +19,8 @@ from vlmdefend.published.evidence import evidence_on
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
+pytestmark = pytest.mark.numerics
+
 # The evaluator's own tolerance.
 RTOL, ATOL = 1e-3, 1e-2
 

@@ -169,7 +169,7 @@ def build_run(
     proxy = load_model(f"local-dir:{folders['vit']}", device="cpu")
     student = student_of(target, trains, precision, batch_norm=batch_norm)
     folder.mkdir(exist_ok=True)
-    judge = partial(accuracies, target.zero_shot(CLASSES, TEMPLATES), batch_of(7), EPS, 0, student.processes)
+    measure = partial(accuracies, target.zero_shot(CLASSES, TEMPLATES), batch_of(7), EPS, 0, student.processes)
     return Trainer(
         student,
         AutocastTeacher(classifier(proxy), student.processes),
@@ -177,7 +177,7 @@ def build_run(
         stages() if plan is None else plan,
         Optimization(**({"batch_size": 8, "clip": 1.0} | options)),
         folder,
-        judge=judge if judged else None,
+        measure=measure if judged else None,
         progress=Stopper(at),
         save_every=save_every,
         pivot=pivot,

@@ -197,7 +197,7 @@ def _entry(
     cls: type[Any] | None,
     trouble: str,
     columns: tuple[str, ...],
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Entry:
     """A class by what it says of itself, or why there is none."""

@@ -66,8 +66,8 @@ def _parameters(model: type[BaseModel], *, single: bool) -> Iterator[inspect.Par
         kind = _plain_type(hint)
         if single and option.grid_only:
             continue
-        if single and option.cells:
-            kind = str
+        if option.cells:  # each value is checked with its own sentence by the settings
+            kind = str if single else list[str]
         flag = "--" + name.replace("_", "-")
         flags = option.flags or ((flag,) if kind is bool else ())
         default = (

@@ -14,6 +14,8 @@ from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Threat
 
+pytestmark = pytest.mark.numerics
+
 SHAPE = (3, 8, 8)
 COMPOSITION = {
     "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],

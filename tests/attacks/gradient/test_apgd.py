@@ -19,6 +19,8 @@ from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Threat
 
+pytestmark = pytest.mark.numerics
+
 NAMES = ["apgd-ce", "apgd-dlr", "apgd-t"]
 SHAPE = (3, 8, 8)
 

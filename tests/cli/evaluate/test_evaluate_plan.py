@@ -12,6 +12,8 @@ from tests.cli.conftest import Cli
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
 
+pytestmark = pytest.mark.numerics
+
 
 def planned(evaluate: Cli, *options: str) -> list[list[str]]:
     """The cells that ``--dry-run`` prints: model, defense, attack, eps, attacker, seed, forwards, backwards."""

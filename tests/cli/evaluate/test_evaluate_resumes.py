@@ -75,7 +75,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_bytes_of_one_that_wa
     assert cli("evaluate", *LONG, "--out", whole).code == 0
     rng = random.Random(20)
     hits = 0
-    for _ in range(5):
+    for _ in range(2):
         process = start(killed, *LONG)
         wait_for_progress(killed, process, progress(killed))
         time.sleep(rng.uniform(0.0, 0.3))

@@ -26,6 +26,8 @@ from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
+pytestmark = pytest.mark.numerics
+
 VIEWS = 24
 
 

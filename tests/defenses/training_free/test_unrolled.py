@@ -21,6 +21,8 @@ from vlmdefend.defenses.training_free.ttc import Ttc
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
+pytestmark = pytest.mark.numerics
+
 # Steps inside the balls, and gates and thresholds that are open: at a corner nothing follows the image.
 TTC = Ttc(eps=0.2, alpha=0.06, threshold=9.0)
 DOC = Doc(eps=0.2, alpha=0.06, steps=2, draws=2, threshold=0.02, sharpness=50.0)

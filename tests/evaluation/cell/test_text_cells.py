@@ -112,16 +112,17 @@ class Stops(Progress):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("after", [20, 40])
 @pytest.mark.parametrize(("attack", "eps"), [(TEXT, "2"), (CO, "4/255")])
-def test_a_resumed_run_repeats_the_lesson_and_its_result(attack: str, eps: str, after: int, tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_the_fitted_prompts_and_the_result(attack: str, eps: str, tmp_path: Path) -> None:
+    """Killed in the middle, and at the end; both are held against one uninterrupted run."""
     whole, rows = one(tmp_path / "whole", attack=attack, eps=eps)
-    plan = make_plan(Grid.build({}, {**FASHION, "attack": attack, "eps": eps}))
-    with pytest.raises(KeyboardInterrupt):
-        run_plan(plan, Store(tmp_path / "killed"), Stops(after))
-    again, again_rows = one(tmp_path / "killed", attack=attack, eps=eps)
-    assert again.attacked_prompts == whole.attacked_prompts
-    assert again_rows == rows
+    for after in (20, 40):
+        plan, folder = make_plan(Grid.build({}, {**FASHION, "attack": attack, "eps": eps})), tmp_path / str(after)
+        with pytest.raises(KeyboardInterrupt):
+            run_plan(plan, Store(folder), Stops(after))
+        again, again_rows = one(folder, attack=attack, eps=eps)
+        assert again.attacked_prompts == whole.attacked_prompts
+        assert again_rows == rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,8 @@ from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Pipeline, Threat
 
+pytestmark = pytest.mark.numerics
+
 EPS = 8 / 255
 
 

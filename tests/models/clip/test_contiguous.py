@@ -13,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.contiguous import BatchFirstAttention, FirstTokenPool, use_contiguous_attention
 
+pytestmark = pytest.mark.numerics
+
 
 def plain(folder: Path) -> Any:
     return open_clip.create_model(f"local-dir:{folder}").eval()

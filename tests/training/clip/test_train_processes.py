@@ -17,7 +17,7 @@ from PIL import Image
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.training.clip import training_job
+from vlmdefend.training import job
 from vlmdefend.training.clip.train_settings import make_train_settings
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.state_file import load_state
@@ -98,12 +98,12 @@ def test_two_processes_on_shards_give_the_bits_of_one_that_accumulates_two_halve
 def test_a_method_that_needs_the_whole_batch_refuses_several_processes(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Two(training_job.Processes):
+    class Two(job.Processes):
         def __init__(self, *given: Any) -> None:
             super().__init__(*given)
             self.count = 2
 
-    monkeypatch.setattr(training_job, "Processes", Two)
+    monkeypatch.setattr(job, "Processes", Two)
     DefenseTrainingJob(make_train_settings(options(shards, tmp_path / "out")))
     with pytest.raises(UserError, match="must come in one piece: run one process without --micro-batch"):
         DefenseTrainingJob(make_train_settings(options(shards, tmp_path / "out") | {"method": "at"}))

@@ -16,6 +16,8 @@ from vlmdefend.training.loop.processes import Processes, deterministic
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.trainer_state import STATE
 
+pytestmark = pytest.mark.numerics
+
 ROOT = Path(__file__).parents[3]
 
 

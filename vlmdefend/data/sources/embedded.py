@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -40,4 +41,10 @@ class Embedded(Source):
         Raises:
             UserError: there is no such split.
         """
-        return open_layout(name, ASSETS / name.replace(":", "-"), split)
+        return _opened(name, ASSETS / name.replace(":", "-"), split)
+
+
+@cache
+def _opened(name: str, folder: Path, split: str) -> ImageSet:
+    """Reads a set once per process: package data does not change while it runs."""
+    return open_layout(name, folder, split)

@@ -7,6 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,19 @@ def _is_safetensors(file: Path) -> bool:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".xz":
-            return dict(load_bytes(lzma.decompress(file.read_bytes())))
+            found = file.stat()
+            return dict(load_bytes(_decompressed(file, found.st_size, found.st_mtime_ns)))
         return dict(load_file(file))
     except (SafetensorError, lzma.LZMAError, EOFError, ValueError, OSError) as error:
         raise UserError(
             f"{file} is cut short or not a safetensors file ({_first_line(error)}); download or write it again."
         ) from None
+
+
+@lru_cache(maxsize=4)
+def _decompressed(file: Path, size: int, modified: int) -> bytes:
+    """The content of an .xz file; kept in memory, since the embedded models are loaded again and again."""
+    return lzma.decompress(file.read_bytes())
 
 
 def _read_pickle(file: Path) -> Any:
