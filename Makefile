@@ -38,6 +38,6 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Hours; `benchmarks/quality/training.py step` takes minutes.
+# Hours; `python -m benchmarks.quality.training step` takes minutes.
 bench-training: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality/training.py table
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.quality.training table

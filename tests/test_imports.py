@@ -38,7 +38,7 @@ except SystemExit as ended:
         HELP.format(args=["evaluate", "--help"]),
         HELP.format(args=["--version"]),
         HELP.format(args=["list", "protocols"]),
-        "from vlmdefend.cli import complete\n"
+        "from vlmdefend.cli.options import complete\n"
         "assert 'pgd' in complete.attacks('pg') and complete.defenses('jp') and complete.models('tiny')\n"
         "assert complete.datasets('fashion,fas') == ['fashion,fashion', 'fashion,fashion-mnist']",
     ],

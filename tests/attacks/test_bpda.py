@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tests.attacks.conftest import Noisy, Wrapped, convolutional, labelled
 from vlmdefend.attacks.bpda import Bpda
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.view import View
@@ -54,8 +54,8 @@ def test_bpda_sees_through_a_pipeline_that_cuts_the_gradient(conv: Wrapped) -> N
 def test_bpda_shows_both_pipelines_the_same_draws(conv: Wrapped) -> None:
     conv.__class__ = Noisy
     images, labels, ids = labelled(convolutional(), SHAPE, 3)
-    own = View(conv, ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["cw"])
-    both = View(Bpda(conv, conv), ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["cw"])
+    own = View(conv, ImageRng(0, ids)).gradient(images, Criterion(labels), LOSSES["cw"])
+    both = View(Bpda(conv, conv), ImageRng(0, ids)).gradient(images, Criterion(labels), LOSSES["cw"])
     assert torch.equal(own.logits, both.logits)
     assert torch.equal(own.pixels, both.pixels)
     view = View(Bpda(conv, conv), ImageRng(0, ids))

@@ -10,7 +10,7 @@ import torch
 from tests.attacks.conftest import Wrapped, convolutional, labelled
 from tests.attacks.spoken import Spoken
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.base import Attack, Attacked
+from vlmdefend.attacks.base import Attack, AttackResult
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -41,10 +41,10 @@ def prepared(name: str, model: Wrapped, threat: Threat, width: int = 4) -> Attac
     chosen = ATTACKS.create(name, **ATTACKS.get(name).quick)
     if not chosen.learns_from:
         return chosen
-    lesson, classes, names = labelled(model, SHAPE, 12, seed=7)
+    fitted, classes, names = labelled(model, SHAPE, 12, seed=7)
     whole = Threat(threat.norm, float(torch.as_tensor(threat.eps).max()))
     view = View(model, ImageRng(0, names), width=width, model=Spoken(model))
-    return chosen.fit(view, lesson, classes, whole)
+    return chosen.fit(view, fitted, classes, whole)
 
 
 def attack(
@@ -55,7 +55,7 @@ def attack(
     ids: list[str],
     threat: Threat,
     width: int = 4,
-) -> Attacked:
+) -> AttackResult:
     view = View(model, ImageRng(0, ids), width=width, model=Spoken(model))
     return prepared(name, model, threat, width)(view, images, labels, threat)
 

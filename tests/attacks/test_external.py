@@ -165,7 +165,7 @@ def test_it_is_their_attack_to_the_bit(conv: Wrapped) -> None:
     made = ATTACKS.create("torchattacks:MIFGSM:steps=5:alpha=1/255")
     ours = made.perturb(view, images, labels, Threat("linf", EPS["linf"]), view.rng)
     assert torch.equal(ours, theirs)
-    assert view.ledger.backwards.tolist() == view.ledger.forwards.tolist() == [5] * 8
+    assert view.queries.backwards.tolist() == view.queries.forwards.tolist() == [5] * 8
 
 
 def test_cw_is_not_void_where_logits_are_negative() -> None:
@@ -218,7 +218,7 @@ def test_targets_are_nine_at_most() -> None:
     images, labels, ids = labelled(model, SHAPE, 2)
     view = View(model, ImageRng(0, ids), stop=False)
     ATTACKS.create("torchattacks:APGDT:steps=1").perturb(view, images, labels, Threat("linf", 1e-6), view.rng)
-    assert int(view.ledger.backwards.max()) == 9 * 2
+    assert int(view.queries.backwards.max()) == 9 * 2
 
 
 def test_a_random_pipeline_and_draws_per_query(conv: Wrapped) -> None:
@@ -234,7 +234,7 @@ def test_a_random_pipeline_and_draws_per_query(conv: Wrapped) -> None:
     conv.__class__ = Noisy
     view = View(conv, ImageRng(0, ids), samples=3, stop=False)
     ATTACKS.create("torchattacks:EOTPGD:steps=2").perturb(view, images, labels, Threat("linf", 0.05), view.rng)
-    assert view.ledger.backwards.tolist() == [2 * 2 * 3] * 4
+    assert view.queries.backwards.tolist() == [2 * 2 * 3] * 4
 
 
 def test_a_cut_gradient_is_a_zero_gradient_and_is_counted(conv: Wrapped) -> None:
@@ -246,4 +246,4 @@ def test_a_cut_gradient_is_a_zero_gradient_and_is_counted(conv: Wrapped) -> None
     conv.__class__ = Cut
     view = View(conv, ImageRng(0, ids))
     ATTACKS.create("torchattacks:PGD")(view, images, labels, Threat("linf", 0.05))
-    assert int(view.ledger.zero_gradients) == view.ledger.gradient_values > 0
+    assert int(view.queries.zero_gradients) == view.queries.gradient_values > 0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.attacks.conftest import Wrapped, labelled
 from vlmdefend.attacks import ATTACKS, cuda_graph
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.cuda_graph import WARM, WORTH, ReplayedGradient, replayable
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.view import View
@@ -41,7 +41,7 @@ class Tape:
 
 @pytest.fixture
 def as_if_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graph, "replayable", lambda view, images, goal: len(images) == view.width)
+    monkeypatch.setattr(cuda_graph, "replayable", lambda view, images, criterion: len(images) == view.width)
 
 
 def views(conv: Wrapped) -> tuple[View, View, Tensor, Tensor]:
@@ -60,17 +60,17 @@ def test_a_replay_gives_and_counts_what_a_query_does(conv: Wrapped, targeted: bo
         x = (images + 0.01 * number).clamp(0, 1)
         x[0] = images[0] if number else 0.5
         turned = labels.roll(number)  # other images in the slots
-        goal = Goal(turned, (turned + 1) % 5 if targeted else None)
-        found, expected = ask(view, x, goal), plain.gradient(x, goal, LOSSES["ce"])
+        criterion = Criterion(turned, (turned + 1) % 5 if targeted else None)
+        found, expected = ask(view, x, criterion), plain.gradient(x, criterion, LOSSES["ce"])
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
         kept.append((found.logits, expected.logits))
         found.pixels.zero_()  # the caller's to overwrite
     assert (tape.captures, tape.replays) == (1, 3)
     assert all(torch.equal(one, other) for one, other in kept)  # later replays leave earlier logits alone
-    assert torch.equal(view.ledger.forwards, plain.ledger.forwards)
-    assert torch.equal(view.ledger.backwards, plain.ledger.backwards)
-    assert view.ledger.gradient_values == plain.ledger.gradient_values
-    assert torch.equal(view.ledger.zero_gradients, plain.ledger.zero_gradients)
+    assert torch.equal(view.queries.forwards, plain.queries.forwards)
+    assert torch.equal(view.queries.backwards, plain.queries.backwards)
+    assert view.queries.gradient_values == plain.queries.gradient_values
+    assert torch.equal(view.queries.zero_gradients, plain.queries.zero_gradients)
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -84,10 +84,10 @@ def test_a_capture_that_fails_is_tried_once_and_the_run_goes_on(conv: Wrapped) -
 
     ask = ReplayedGradient(LOSSES["ce"], WORTH, refuse)
     for _ in range(WARM + 3):
-        found, expected = ask(view, images, Goal(labels)), plain.gradient(images, Goal(labels), LOSSES["ce"])
+        found, expected = ask(view, images, Criterion(labels)), plain.gradient(images, Criterion(labels), LOSSES["ce"])
         assert torch.equal(found.pixels, expected.pixels)
     assert len(tried) == 1
-    assert torch.equal(view.ledger.forwards, plain.ledger.forwards)
+    assert torch.equal(view.queries.forwards, plain.queries.forwards)
 
 
 @pytest.mark.usefixtures("as_if_on_a_gpu")
@@ -97,8 +97,8 @@ def test_a_batch_that_shrank_and_a_short_run_are_queried_as_usual(conv: Wrapped)
     short, long = ReplayedGradient(LOSSES["ce"], WORTH - 1, tape), ReplayedGradient(LOSSES["ce"], WORTH, tape)
     part = view.select(torch.arange(2))
     for _ in range(WARM + 2):
-        short(view, images, Goal(labels))
-        long(part, images[:2], Goal(labels[:2]))
+        short(view, images, Criterion(labels))
+        long(part, images[:2], Criterion(labels[:2]))
     assert tape.captures == 0
 
 
@@ -111,7 +111,7 @@ def test_nothing_is_captured_on_the_cpu(name: str, conv: Wrapped, monkeypatch: p
     images, labels, ids = labelled(conv, SHAPE, COUNT)
     view = View(conv, ImageRng(0, ids), width=2, stop=False)
     ATTACKS.create(name, steps=WORTH)(view, images, labels, Threat("linf", 0.01))
-    assert int(view.ledger.backwards.min()) == WORTH
+    assert int(view.queries.backwards.min()) == WORTH
 
 
 class OnGpu:
@@ -125,14 +125,14 @@ class OnGpu:
 
 def test_only_a_plain_query_of_a_full_batch_is_replayable(conv: Wrapped) -> None:
     view, _, images, labels = views(conv)
-    goal, there = Goal(labels), OnGpu()
-    assert replayable(view, there, goal)  # type: ignore[arg-type]
-    assert not replayable(view, images, goal)
-    assert not replayable(view, there, Goal(labels, reference=Outputs(images)))  # type: ignore[arg-type]
+    criterion, there = Criterion(labels), OnGpu()
+    assert replayable(view, there, criterion)  # type: ignore[arg-type]
+    assert not replayable(view, images, criterion)
+    assert not replayable(view, there, Criterion(labels, reference=Outputs(images)))  # type: ignore[arg-type]
     view.samples = 2
-    assert not replayable(view, there, goal)  # type: ignore[arg-type]
+    assert not replayable(view, there, criterion)  # type: ignore[arg-type]
     view.samples, view.width = 1, COUNT + 1
-    assert not replayable(view, there, goal)  # type: ignore[arg-type]
+    assert not replayable(view, there, criterion)  # type: ignore[arg-type]
     view.width = COUNT
     view.pipeline.stochastic = True
-    assert not replayable(view, there, goal)  # type: ignore[arg-type]
+    assert not replayable(view, there, criterion)  # type: ignore[arg-type]

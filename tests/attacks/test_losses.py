@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.errors import UserError
 from vlmdefend.types import Outputs
@@ -46,9 +46,9 @@ def test_losses_equal_the_formulas(name: str, classes: int, targeted: bool) -> N
     targets = (labels + 1) % classes if targeted else None
     if name == "dlr" and classes < (4 if targeted else 3):
         with pytest.raises(UserError, match="classes"):
-            LOSSES[name](Outputs(z), Goal(labels, targets))
+            LOSSES[name](Outputs(z), Criterion(labels, targets))
         return
-    found = LOSSES[name](Outputs(z), Goal(labels, targets))
+    found = LOSSES[name](Outputs(z), Criterion(labels, targets))
     assert found.shape == labels.shape
     for i in range(len(z)):
         if name == "dlr" and i == 64:
@@ -59,7 +59,7 @@ def test_losses_equal_the_formulas(name: str, classes: int, targeted: bool) -> N
 
 def test_dlr_of_equal_logits_is_zero_and_finite() -> None:
     z = torch.ones(1, 5, requires_grad=True)
-    value = LOSSES["dlr"](Outputs(z), Goal(torch.tensor([0])))
+    value = LOSSES["dlr"](Outputs(z), Criterion(torch.tensor([0])))
     assert value.item() == 0
     (gradient,) = torch.autograd.grad(value.sum(), z)
     assert gradient.isfinite().all()
@@ -68,27 +68,27 @@ def test_dlr_of_equal_logits_is_zero_and_finite() -> None:
 @pytest.mark.parametrize("targeted", [False, True])
 def test_dlr_knows_neither_scale_nor_shift(targeted: bool) -> None:
     z, labels = logits_and_labels(8)
-    goal = Goal(labels, (labels + 3) % 8 if targeted else None)
-    plain = LOSSES["dlr"](Outputs(z.double()), goal)
-    assert torch.allclose(plain, LOSSES["dlr"](Outputs(z.double() * 100 - 10), goal), rtol=1e-9)
+    criterion = Criterion(labels, (labels + 3) % 8 if targeted else None)
+    plain = LOSSES["dlr"](Outputs(z.double()), criterion)
+    assert torch.allclose(plain, LOSSES["dlr"](Outputs(z.double() * 100 - 10), criterion), rtol=1e-9)
 
 
 def test_kl_and_feature_losses_measure_the_way_from_the_clean_outputs() -> None:
     clean = Outputs(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 4.0]]))
     moved = Outputs(torch.tensor([[0.0, 1.0]]), torch.tensor([[3.0, 0.0]]))
-    goal = Goal(torch.tensor([0]), reference=clean)
+    criterion = Criterion(torch.tensor([0]), reference=clean)
     p = torch.tensor([1.0, 0.0]).softmax(0)
     q = torch.tensor([0.0, 1.0]).softmax(0)
-    assert LOSSES["kl"](moved, goal).item() == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
-    assert LOSSES["feature"](moved, goal).item() == pytest.approx(16.0)
-    assert LOSSES["feature_cos"](moved, goal).item() == pytest.approx(1 - 0.6)
+    assert LOSSES["kl"](moved, criterion).item() == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert LOSSES["feature"](moved, criterion).item() == pytest.approx(16.0)
+    assert LOSSES["feature_cos"](moved, criterion).item() == pytest.approx(1 - 0.6)
     for name in ("kl", "feature", "feature_cos"):
-        assert LOSSES[name](clean, goal).item() == pytest.approx(0.0, abs=1e-6)
+        assert LOSSES[name](clean, criterion).item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_losses_are_per_image_and_never_averaged() -> None:
     z, labels = logits_and_labels(6)
     for name in ("ce", "cw", "cw50", "dlr"):
-        whole = LOSSES[name](Outputs(z), Goal(labels))
-        parts = torch.cat([LOSSES[name](Outputs(z[i : i + 1]), Goal(labels[i : i + 1])) for i in range(len(z))])
+        whole = LOSSES[name](Outputs(z), Criterion(labels))
+        parts = torch.cat([LOSSES[name](Outputs(z[i : i + 1]), Criterion(labels[i : i + 1])) for i in range(len(z))])
         assert torch.allclose(whole, parts)

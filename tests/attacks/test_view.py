@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from tests.attacks.conftest import Wrapped, labelled
-from vlmdefend.attacks.active_set import State, run_in_slots
+from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.bpda import bpda
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.view import View
@@ -47,7 +47,7 @@ def test_slots_decide_every_image_once_and_never_hold_more_than_the_width(total:
         finished.extend(index[done].tolist())
         return done
 
-    run_in_slots(total, width, lambda index: index.clone(), start, step)
+    run_active_set(total, width, lambda index: index.clone(), start, step)
     assert torch.equal(counts, needed)
     assert sorted(finished) == list(range(total))
 
@@ -56,31 +56,31 @@ def test_gradient_is_autograds_and_is_counted_per_image(conv: Wrapped) -> None:
     images, labels, ids = labelled(conv, (3, 8, 8), 6)
     view = View(conv, ImageRng(0, ids), width=4)
     some = torch.tensor([1, 4])
-    found = view.select(some).gradient(images[some], Goal(labels[some]), LOSSES["ce"])
+    found = view.select(some).gradient(images[some], Criterion(labels[some]), LOSSES["ce"])
     pixels = images[some].clone().requires_grad_(True)
     loss = torch.nn.functional.cross_entropy(conv(pixels).logits, labels[some], reduction="sum")
     assert torch.allclose(found.pixels, torch.autograd.grad(loss, pixels)[0], atol=1e-7)
     view(images)
-    assert view.ledger.forwards.tolist() == [1, 2, 1, 1, 2, 1]
-    assert view.ledger.backwards.tolist() == [0, 1, 0, 0, 1, 0]
+    assert view.queries.forwards.tolist() == [1, 2, 1, 1, 2, 1]
+    assert view.queries.backwards.tolist() == [0, 1, 0, 0, 1, 0]
 
 
 def test_samples_average_logits_and_gradients_over_fresh_draws(conv: Wrapped) -> None:
     images, labels, ids = labelled(conv, (3, 8, 8), 3)
     conv.__class__ = Noisy
     view = View(conv, ImageRng(0, ids), samples=4, stop=False)
-    found = view.gradient(images, Goal(labels), LOSSES["ce"])
+    found = view.gradient(images, Criterion(labels), LOSSES["ce"])
     draws = ImageRng(0, ids).child("pipeline")
     gradients, logits = [], []
     for _ in range(4):
         pixels = images.clone().requires_grad_(True)
         out = conv(pixels, draws)
-        loss = LOSSES["ce"](out, Goal(labels)).sum()
+        loss = LOSSES["ce"](out, Criterion(labels)).sum()
         gradients.append(torch.autograd.grad(loss, pixels)[0])
         logits.append(out.logits.detach())
     assert torch.allclose(found.pixels, torch.stack(gradients).mean(0), atol=1e-6)
     assert torch.allclose(found.logits, torch.stack(logits).mean(0), atol=1e-5)
-    assert view.ledger.backwards.tolist() == [4, 4, 4]
+    assert view.queries.backwards.tolist() == [4, 4, 4]
 
 
 def test_the_detector_term_pushes_the_score_down(conv: Wrapped) -> None:
@@ -91,9 +91,9 @@ def test_the_detector_term_pushes_the_score_down(conv: Wrapped) -> None:
 
     images, labels, ids = labelled(conv, (3, 8, 8), 2)
     conv.__class__ = Detecting
-    pushed = View(conv, ImageRng(0, ids), detector_weight=0.5).gradient(images, Goal(labels), LOSSES["ce"])
+    pushed = View(conv, ImageRng(0, ids), detector_weight=0.5).gradient(images, Criterion(labels), LOSSES["ce"])
     assert torch.allclose(pushed.pixels, torch.full_like(images, -0.5))
-    plain = View(conv, ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["ce"])
+    plain = View(conv, ImageRng(0, ids)).gradient(images, Criterion(labels), LOSSES["ce"])
     assert (plain.pixels == 0).all()
 
 
@@ -108,16 +108,16 @@ class Scoring(Wrapped):
 def test_with_labels_the_view_ranks_what_fools_by_the_detectors_quiet(conv: Wrapped, samples: int) -> None:
     images, right, ids = labelled(conv, (3, 8, 8), 6)
     labels = torch.where(torch.arange(6) < 3, (right + 1) % 5, right)  # the first three are fooled as they are
-    plain = Goal(labels).margin(conv(images).logits.detach())
+    plain = Criterion(labels).margin(conv(images).logits.detach())
     conv.__class__ = Scoring
     view = View(conv, ImageRng(0, ids), width=4, samples=samples, labels=labels)
     expected = torch.where(plain > 0, 2 - images.flatten(1).mean(1).atan(), plain)
     assert (plain > 0).tolist() == [True, True, True, False, False, False]
-    assert torch.allclose(Goal(labels).margin(view(images)), expected, atol=1e-4)
+    assert torch.allclose(Criterion(labels).margin(view(images)), expected, atol=1e-4)
     some = torch.tensor([1, 5])
-    found = view.select(some).gradient(images[some], Goal(labels[some]), LOSSES["ce"])
-    assert torch.allclose(Goal(labels[some]).margin(found.logits), expected[some], atol=1e-4)
-    bare = View(conv, ImageRng(0, ids)).select(some).gradient(images[some], Goal(labels[some]), LOSSES["ce"])
+    found = view.select(some).gradient(images[some], Criterion(labels[some]), LOSSES["ce"])
+    assert torch.allclose(Criterion(labels[some]).margin(found.logits), expected[some], atol=1e-4)
+    bare = View(conv, ImageRng(0, ids)).select(some).gradient(images[some], Criterion(labels[some]), LOSSES["ce"])
     assert torch.allclose(found.pixels, bare.pixels, atol=1e-6)  # what is climbed stays
 
 
@@ -148,8 +148,8 @@ def test_an_infinite_weight_climbs_the_quiet_where_it_fools_and_the_loss_elsewhe
     images, right, ids = labelled(conv, (3, 8, 8), 2)
     labels = torch.stack([(right[0] + 1) % 5, right[1]])  # fooled, not fooled
     conv.__class__ = Scoring
-    found = View(conv, ImageRng(0, ids), detector_weight=math.inf).gradient(images, Goal(labels), LOSSES["ce"])
-    plain = View(conv, ImageRng(0, ids)).gradient(images, Goal(labels), LOSSES["ce"])
+    found = View(conv, ImageRng(0, ids), detector_weight=math.inf).gradient(images, Criterion(labels), LOSSES["ce"])
+    plain = View(conv, ImageRng(0, ids)).gradient(images, Criterion(labels), LOSSES["ce"])
     assert torch.allclose(found.pixels[0], torch.tensor(-1 / 192), atol=1e-8)
     assert torch.allclose(found.pixels[1], plain.pixels[1], atol=1e-7)
 

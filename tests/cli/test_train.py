@@ -10,8 +10,8 @@ import pytest
 
 from tests.cli.conftest import Cli, one_sentence
 from vlmdefend.models import load_model
-from vlmdefend.training.clip.train_settings import make_train_settings
 from vlmdefend.training.loop.trainer import Trainer
+from vlmdefend.training.settings.train_settings import make_train_settings
 
 SMALL = ("--model", "tiny-vit", "--device", "cpu", "--limit", "60", "--held-out", "8", "--batch-size", "32")
 SHORT = (*SMALL, "--epochs", "1")

@@ -52,7 +52,7 @@ def test_the_image_meets_the_first_and_then_the_second(classifier: ZeroShotClass
 
 
 def test_a_counter_attack_looks_through_a_codec(classifier: ZeroShotClassifier, batch: Batch) -> None:
-    """JPEG itself has no gradient that ttc could follow; its stand-in has one, and the same values."""
+    """JPEG itself has no gradient that ttc could follow; its surrogate has one, and the same values."""
     ttc, jpeg = DEFENSES.create("ttc:threshold=9"), DEFENSES.create("jpeg")
     together = predict(create_defense("ttc:threshold=9+jpeg").wrap(classifier), batch)
     assert torch.allclose(together, predict(ttc.wrap(jpeg.surrogate(classifier)), batch), atol=1e-4)
@@ -65,15 +65,15 @@ def test_every_stand_in_has_the_deployed_values_and_a_gradient(
     text: str, classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     defense = create_defense(text)
-    stand_ins = defense.surrogates(classifier)
-    assert len(stand_ins) == defense.recipe.surrogates
+    surrogates = defense.surrogates(classifier)
+    assert len(surrogates) == defense.recipe.surrogates
     deployed = predict(defense.wrap(classifier), batch)
     assert deployed.shape == (4, 10)
-    for stand_in in stand_ins:
-        if not defense.certifies:  # a vote: its stand-in is a mean probability
-            assert torch.allclose(deployed, predict(stand_in, batch), rtol=1e-3, atol=1e-2)
+    for surrogate in surrogates:
+        if not defense.certifies:  # a vote: its surrogate is a mean probability
+            assert torch.allclose(deployed, predict(surrogate, batch), rtol=1e-3, atol=1e-2)
         pixels = batch.images.clone().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(stand_in(pixels, ImageRng(0, batch.ids)).logits[:, 0].sum(), pixels)
+        (gradient,) = torch.autograd.grad(surrogate(pixels, ImageRng(0, batch.ids)).logits[:, 0].sum(), pixels)
         assert (gradient.flatten(1).norm(dim=1) > 0).all()
 
 
@@ -107,9 +107,9 @@ def test_the_detector_behind_any_defense_can_be_quieted(
     outer = "interpolate:of=jpeg" if name == "interpolate" else name
     defense = create_defense(f"{outer}+ttc")
     assert defense.recipe.detector_weights
-    for stand_in in defense.surrogates(classifier):
+    for surrogate in defense.surrogates(classifier):
         pixels = batch.images.clone().requires_grad_(True)
-        score = stand_in(pixels, ImageRng(0, batch.ids)).detector_score
+        score = surrogate(pixels, ImageRng(0, batch.ids)).detector_score
         assert score is not None
         assert score.shape == (4,)
         assert score.requires_grad

@@ -9,7 +9,7 @@ import torch
 
 from tests.defenses.cases import Case, every
 from tests.defenses.fashion import fashion_batch, fingerprint
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline
@@ -32,7 +32,7 @@ def classifier(case: Case, classifiers: dict[str, ZeroShotClassifier]) -> Iterat
 
 
 def sides(case: Case, model: Pipeline) -> Iterator[tuple[Pipeline, bool]]:
-    """What is deployed, asked without and with a graph, and all stand-ins."""
+    """What is deployed, asked without and with a graph, and all surrogates."""
     defense = case.create()
     yield defense.wrap(model), False
     for pipeline in (defense.wrap(model), *defense.surrogates(model)):
@@ -76,7 +76,7 @@ def test_the_model_is_the_same_after_predictions_and_gradients(
         assert state(classifier) == before
 
 
-class Failing(Counted):
+class Failing(CountingModel):
     """Breaks down, forwards or backwards, when it is asked for the ``last`` time."""
 
     def __init__(self, model: Pipeline) -> None:

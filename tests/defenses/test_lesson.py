@@ -1,4 +1,4 @@
-"""The lesson that the tool exists for: an attacker who knows the defense finds what transfer examples miss."""
+"""The fitted that the tool exists for: an attacker who knows the defense finds what transfer examples miss."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_r_tpt_and_mta_are_means_over_large_crops() -> None:
 
 
 def streams(batch: Batch) -> ImageRng:
-    return ImageRng(0, batch.ids, "lesson")
+    return ImageRng(0, batch.ids, "fitted")
 
 
 def boxes(batch: Batch) -> tuple[Span, Span]:

@@ -1,4 +1,4 @@
-"""An adaptive attacker keeps the best finding of all stand-ins and of the bare model, however they mislead."""
+"""An adaptive attacker keeps the best finding of all surrogates and of the bare model, however they mislead."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def fooled(defense: Defense, classifier: ZeroShotClassifier, batch: Batch) -> in
 
 @dataclass(frozen=True, kw_only=True)
 class Misleading(Defense):
-    """Its only stand-in has no gradient; the bare model's is what breaks it."""
+    """Its only surrogate has no gradient; the bare model's is what breaks it."""
 
     name: ClassVar[str] = "misleading"
     paradigm: ClassVar[Paradigm] = "training-free"
@@ -70,12 +70,12 @@ def test_an_adaptive_attacker_keeps_the_best_of_stand_ins_and_the_bare_models_ex
 
 @dataclass(frozen=True, kw_only=True)
 class Boasting(Defense):
-    """A random pipeline whose second stand-in has no gradient and calls every image fooled, by far."""
+    """A random pipeline whose second surrogate has no gradient and calls every image fooled, by far."""
 
     name: ClassVar[str] = "boasting"
     paradigm: ClassVar[Paradigm] = "training-free"
     stochastic: ClassVar[bool] = True
-    recipe: ClassVar[Recipe] = Recipe("two stand-ins", surrogates=2)
+    recipe: ClassVar[Recipe] = Recipe("two surrogates", surrogates=2)
 
     def wrap(self, model: Pipeline) -> Pipeline:
         return Noise(sigma=0.01).wrap(model)

@@ -20,8 +20,8 @@ from vlmdefend.data.base import BadImage, ImageSet
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.defenses.none import NoDefense
-from vlmdefend.evaluation.cell.evaluator import Judge
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.evaluation.store.run_folder import CellWriter, Store
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
@@ -142,7 +142,7 @@ def bench(folder: Path, *, bad: tuple[int, ...] = (), skip_bad: bool = False, **
     attack: Attack = fields.pop("attack", Pgd())
     defense: Defense = fields.pop("defense", NoDefense())
     chosen = cell(attack=attack.name, defense=defense.name, **fields)
-    judge = Judge(
+    judge = CellEvaluator(
         cell=chosen,
         model=model,
         defense=defense,
@@ -156,7 +156,7 @@ def bench(folder: Path, *, bad: tuple[int, ...] = (), skip_bad: bool = False, **
         yield judge, writer
 
 
-Verdict = Callable[..., tuple[Record, list[Row]]]
+Verdict = Callable[..., tuple[Record, list[ImageRow]]]
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def verdict(tmp_path: Path, progress: Notes) -> Verdict:
     """``verdict(attack=..., defense=..., eps=...)`` -> the record and its rows, computed anew at each call."""
     calls = iter(range(1000))
 
-    def judged(**options: Any) -> tuple[Record, list[Row]]:
+    def judged(**options: Any) -> tuple[Record, list[ImageRow]]:
         with bench(tmp_path / str(next(calls)), **options) as (judge, writer):
             return judge.run(writer, progress)  # type: ignore[no-any-return]
 

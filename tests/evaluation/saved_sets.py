@@ -12,7 +12,7 @@ from torch import Tensor
 import vlmdefend
 from vlmdefend.data.loader import load_batch
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.adversarial_sets.crafting import Crafted, craft_set
+from vlmdefend.evaluation.adversarial_sets.crafting import CraftedSet, craft_set
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
@@ -22,7 +22,7 @@ COUNT = 20
 OPTIONS: dict[str, Any] = {"limit": COUNT, "batch_size": 8, "device": "cpu"}
 
 
-def craft(out: Path, *, png: bool = False, ids: tuple[str, ...] = (), **options: Any) -> Crafted:
+def craft(out: Path, *, png: bool = False, ids: tuple[str, ...] = (), **options: Any) -> CraftedSet:
     """Craft in this process; ``ids`` are the names of the first images."""
     plan = make_plan(Grid.build({"eps": "8/255", "attacker": "adaptive"}, {**OPTIONS, **options}))
     if ids:
@@ -43,7 +43,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / INDEX).read_text().splitlines()]
 
 
-def clean_of(crafted: Crafted) -> Tensor:
+def clean_of(crafted: CraftedSet) -> Tensor:
     return load_batch(crafted.images, range(len(crafted.images)), crafted.transform, skip_bad=False)[0].images
 
 

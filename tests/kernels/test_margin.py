@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.kernels import margin
 from vlmdefend.types import Outputs
@@ -63,6 +63,6 @@ def test_gradients_by_hand() -> None:
 def test_losses_on_bfloat16_logits_are_those_of_their_float32_values(targeted: bool) -> None:
     z = torch.randn(16, 10, generator=torch.Generator().manual_seed(0)).mul(20).bfloat16()
     labels = torch.arange(16) % 10
-    goal = Goal(labels, (labels + 3) % 10 if targeted else None)
+    criterion = Criterion(labels, (labels + 3) % 10 if targeted else None)
     for name in ("cw", "cw50", "dlr"):
-        assert torch.equal(LOSSES[name](Outputs(z), goal), LOSSES[name](Outputs(z.float()), goal))
+        assert torch.equal(LOSSES[name](Outputs(z), criterion), LOSSES[name](Outputs(z.float()), criterion))

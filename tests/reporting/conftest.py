@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from vlmdefend.evaluation.statistics.diagnostics import Result
-from vlmdefend.evaluation.store.records import Cell, Cost, Record, Row
+from vlmdefend.evaluation.store.records import Cell, Cost, ImageRow, Record
 
 Make = Callable[..., Result]
 
@@ -42,7 +42,7 @@ def make_cell(
     record_fields = {k: fields.pop(k) for k in list(fields) if k in Record.model_fields and k not in Cell.model_fields}
     cell = Cell(**{**DEFAULTS, "n": len(names), **fields})
     rows = [
-        Row(
+        ImageRow(
             id=name,
             label=0,
             clean_prediction=0 if name in right else 1,

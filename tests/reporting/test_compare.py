@@ -8,7 +8,7 @@ import pytest
 
 from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.evaluation.store.records import Checks
-from vlmdefend.reporting.compare.compare import Comparison, NotComparable, Paired, compare, needed
+from vlmdefend.reporting.compare.compare import Comparison, NotComparable, PairedCounts, compare, needed
 from vlmdefend.reporting.compare.comparison_table import as_text
 
 Make = Callable[..., Result]
@@ -29,8 +29,8 @@ def one(comparisons: list[Comparison]) -> Comparison:
 def test_losses_and_gains_are_counted_image_by_image(make: Make) -> None:
     found = one(compare([make([0, 1, 2, 3])], [make([2, 3, 4], weights_hash="new")]))
     worst = found.worst
-    assert worst == Paired(n=10, before=4, after=3, lost=2, won=1, p=1.0)  # 2 of 3: P = 4/8, twice (Holm) = 1
-    assert found.clean == Paired(n=10, before=10, after=10, lost=0, won=0, p=1.0)
+    assert worst == PairedCounts(n=10, before=4, after=3, lost=2, won=1, p=1.0)  # 2 of 3: P = 4/8, twice (Holm) = 1
+    assert found.clean == PairedCounts(n=10, before=10, after=10, lost=0, won=0, p=1.0)
 
 
 def test_the_smallest_p_of_two_is_doubled_and_the_other_not_smaller(make: Make) -> None:

@@ -7,7 +7,16 @@ import pytest
 from PIL import Image
 
 from vlmdefend.evaluation.adversarial_sets.set_format import IndexRow
-from vlmdefend.reporting.figures.contact_sheet import GAP, LINE, MARGIN, TILE, Shown, choose, draw_sheet, legible
+from vlmdefend.reporting.figures.contact_sheet import (
+    GAP,
+    LINE,
+    MARGIN,
+    TILE,
+    ContactSheetItem,
+    choose,
+    draw_sheet,
+    legible,
+)
 
 NAMES = ("cat", "dog")
 
@@ -30,11 +39,11 @@ def row(number: int, margin: float, *, clean: bool = True, name: str = "") -> In
     )
 
 
-def shown(row: IndexRow, change: float = 4 / 255, size: tuple[int, int] = (8, 8)) -> Shown:
+def shown(row: IndexRow, change: float = 4 / 255, size: tuple[int, int] = (8, 8)) -> ContactSheetItem:
     clean = np.full((*size, 3), 0.5, dtype=np.float32)
     adversarial = clean.copy()
     adversarial[: size[0] // 2] += np.float32(change)
-    return Shown(row, clean, adversarial)
+    return ContactSheetItem(row, clean, adversarial)
 
 
 def pixels(sheet: Image.Image) -> np.ndarray:

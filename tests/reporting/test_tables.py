@@ -12,7 +12,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.reporting import print_verdict, render, verdict_lines
 from vlmdefend.reporting.tables.frame import frame, parquet
-from vlmdefend.reporting.tables.groups import grouped
+from vlmdefend.reporting.tables.groups import verdict_tables
 from vlmdefend.reporting.tables.latex import escape as latex_escape
 from vlmdefend.reporting.tables.markdown import escape as markdown_escape
 
@@ -63,7 +63,7 @@ def test_without_a_terminal_there_are_no_escape_codes(grid: list[Result]) -> Non
 
 
 def test_protocols_are_never_in_one_table(make: Make) -> None:
-    groups = grouped(verdict_lines([make(range(5)), make(range(5), protocol="tecoa")]))
+    groups = verdict_tables(verdict_lines([make(range(5)), make(range(5), protocol="tecoa")]))
     assert [group.title.split(" · ")[2] for group in groups] == ["protocol tecoa", "protocol unified"]
 
 
@@ -104,9 +104,9 @@ def test_the_best_is_bold_in_latex_once_per_radius_and_never_a_doubtful_one(make
 def test_a_defense_that_met_fewer_attacks_is_not_the_best(make: Make) -> None:
     met = [make(range(5), defense="jpeg", attack=a, adaptive_equals_whitebox=True) for a in ("pgd", "fgsm")]
     spared = make(range(9), defense="ttc", attack="fgsm", adaptive_equals_whitebox=True)
-    (group,) = grouped(verdict_lines([*met, spared]))
+    (group,) = verdict_tables(verdict_lines([*met, spared]))
     assert [group.is_best(line) for line in group.lines] == [True, False]
-    (group,) = grouped(verdict_lines([met[1], spared]))
+    (group,) = verdict_tables(verdict_lines([met[1], spared]))
     assert [group.is_best(line) for line in group.lines] == [False, True]
 
 

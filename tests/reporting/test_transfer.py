@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from vlmdefend.evaluation.statistics.intervals import wilson
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.reporting.tables.transfer import print_transfer
 
 CELL: dict[str, Any] = {
@@ -37,7 +37,7 @@ CELL: dict[str, Any] = {
 
 def record(
     robust: int, clean: int = 9, *, source: str = "", digest: str = "", **fields: Any
-) -> tuple[Record, list[Row]]:
+) -> tuple[Record, list[ImageRow]]:
     config = dict(fields.pop("attack_config", CELL["attack_config"]))
     config |= {"source": source} if source else {}
     config |= {"set": digest} if digest else {}
@@ -45,7 +45,7 @@ def record(
     return Record(key=cell.key, cell=cell, status="done", n=10, clean_correct=clean, robust=robust), []
 
 
-def printed(*records: tuple[Record, list[Row]]) -> list[str]:
+def printed(*records: tuple[Record, list[ImageRow]]) -> list[str]:
     console = Console(file=io.StringIO(), width=80, color_system=None, force_terminal=False)
     with console.capture() as capture:
         print_transfer(records, console)

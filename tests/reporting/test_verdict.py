@@ -5,12 +5,12 @@ import pytest
 from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.evaluation.store.records import Checks, Cost, Skipped
 from vlmdefend.reporting import over_seeds, verdict_lines
-from vlmdefend.reporting.verdicts.line import Line
+from vlmdefend.reporting.verdicts.line import VerdictRow
 
 Make = Callable[..., Result]
 
 
-def only(lines: list[Line]) -> Line:
+def only(lines: list[VerdictRow]) -> VerdictRow:
     assert len(lines) == 1, lines
     return lines[0]
 

@@ -16,14 +16,15 @@ State = dict[str, Tensor]  # one row per slot
 Part = TypeVar("Part")
 
 
-def run_in_slots(
+def run_active_set(
     total: int,
     width: int,
     select: Callable[[Tensor], Part],
     start: Callable[[Tensor], State],
     step: Callable[[Part, Tensor, State], Tensor],
 ) -> None:
-    """Run ``step`` on at most ``width`` of ``total`` images at a time until each has said that it is done.
+    """Calls ``step`` on at most ``width`` of ``total`` images at a time; an image whose step reports that it is
+    finished makes room for the next.
 
     Args:
         total: the number of images.

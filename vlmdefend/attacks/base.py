@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from vlmdefend.models.clip.text_side import TextSide
 
 
-class Attacked(NamedTuple):
-    """What an attack found for B images."""
+class AttackResult(NamedTuple):
+    """Adversarial images of B inputs, whether each fooled the view, margins, and gradient queries per image."""
 
     images: Tensor  # (B, ...) in [0, 1] and inside the ball
     fooled: Tensor  # (B,) bool, as the view sees it
@@ -49,7 +49,8 @@ class Attack(ABC):
 
     @abstractmethod
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """(B, ...) images in [0, 1] and (B,) labels -> (B, ...) adversarial images.
+        """Turns (B, ...) images in [0, 1] and (B,) labels into (B, ...) adversarial images; written by the author of an
+        attack.
 
         Any number of images may come; send ``view.width`` of them through the view at a time. ``rng`` holds one
         stream per image for the attack's own draws.
@@ -57,21 +58,23 @@ class Attack(ABC):
 
     @property
     def blind(self) -> bool:
-        """True: it never asks the view for anything, so that all attackers are one."""
+        """True: the attack never queries the view, so that transfer, white-box and adaptive attackers are the same."""
         return False
 
     @property
     def learns_from(self) -> int:
-        """How many images of a set :meth:`fit` wants to see; 0: the attack meets each image unprepared."""
+        """Number of images that :meth:`fit` needs; 0: the attack has nothing to fit."""
         return 0
 
     @property
     def set_level(self) -> bool:
-        """True: all that it does to an image was learned from the set, so that it is weaker than an attack on each."""
+        """True: one perturbation fitted to the whole set is used on every image, which is weaker than an attack per
+        image.
+        """
         return all(attack.set_level for attack in self.inner) if self.inner else self.learns_from > 0
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        """An attack that uses one thing on a whole set (universal, patch) learns it here, before any ``__call__``.
+        """Returns the attack fitted to a set of images (universal, patch, text); called before any ``__call__``.
 
         Args:
             view: what the attacker may query, of the ``learns_from`` images of the set.
@@ -85,39 +88,40 @@ class Attack(ABC):
         return self
 
     def conditions(self, side: TextSide | None) -> AbstractContextManager[None]:
-        """What holds, besides the images, when a finding is scored: the clean prompts, unless it attacks them too."""
+        """Returns a context in which results are scored: the clean prompts, unless the attack changes the prompts."""
         return nullcontext()
 
     def attacked_prompts(self, side: TextSide | None) -> list[str]:
-        """For each class a prompt as the attack has made it, for the report; empty if it leaves them as they are."""
+        """Returns one attacked prompt per class for the report; empty if the attack leaves the prompts unchanged."""
         return []
 
     @property
     def inner(self) -> tuple[Attack, ...]:
-        """The attacks that a wrapper runs."""
+        """The attacks that this one runs, if it is made of others."""
         return ()
 
     @property
     def keeps_best(self) -> bool:
-        """False: what ``perturb`` returns is scored even where the clean image was worse for the model."""
+        """False: what ``perturb`` returns is scored, even where the clean image has a higher margin."""
         return True
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """The most forwards and backwards that ``perturb`` spends on one image, for ``--dry-run``."""
+        """Returns the most forwards and backwards that ``perturb`` spends on one image, for ``--dry-run``."""
         return (0, 0)
 
     def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
-        """The most forwards and backwards that :meth:`fit` spends on ``count`` images in all."""
+        """Returns the most forwards and backwards that :meth:`fit` spends on ``count`` images in all."""
         spent = [attack.fit_budget(count, samples) for attack in self.inner]
         return sum(forwards for forwards, _ in spent), sum(backwards for _, backwards in spent)
 
     def spec(self) -> dict[str, Any]:
-        """The configuration, as recorded with each result; nothing that was learned."""
+        """Returns the configuration, as recorded with each result; without anything that was fitted."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.init}  # type: ignore[arg-type]
 
     @final
-    def __call__(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attacked:
-        """Attack what the view still gets right; check, project and keep the best per image.
+    def __call__(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> AttackResult:
+        """Attacks the images that the view classifies correctly; checks the input, projects, and keeps the best per
+        image.
 
         Args:
             view: what the attacker may query, with one random stream per image.
@@ -130,21 +134,21 @@ class Attack(ABC):
         """
         self._check(view, images, labels, threat)
         images, result = images.detach(), images.detach().clone()
-        goal = Goal(labels)
+        criterion = Criterion(labels)
         if not len(images):
             empty = torch.zeros(0, device=images.device)
-            return Attacked(result, empty.bool(), empty, view.ledger.backwards[view._at], 0)
+            return AttackResult(result, empty.bool(), empty, view.queries.backwards[view._at], 0)
         logits = view(images)
-        fooled, margin, before = goal.reached(logits), goal.margin(logits), view.ledger.outside
+        fooled, margin, before = criterion.reached(logits), criterion.margin(logits), view.queries.outside
         todo = (~fooled).nonzero()[:, 0].cpu() if view.stop else torch.arange(len(images))
         if len(todo) and self._can_move(threat):
             part, clean = view.select(todo), images[todo]
             found = self.perturb(part, clean, labels[todo], threat.select(todo), part.rng.child(self.name)).detach()
             found, outside = _inside(found, clean, threat.select(todo))
-            view.ledger.outside += outside
+            view.queries.outside += outside
             with self.conditions(view.text_side if self.changes_prompts else None):
                 logits = part(found)
-            found_goal = goal.select(todo)
+            found_goal = criterion.select(todo)
             found_margin = found_goal.margin(logits)
             # between two draws of a random pipeline "better" would mean luckier
             keep = self.keeps_best and not view.stochastic
@@ -152,7 +156,7 @@ class Attack(ABC):
             result[todo] = torch.where(per_image(better, found), found, clean)
             margin[todo] = torch.where(better, found_margin, margin[todo])
             fooled[todo] = torch.where(better, found_goal.reached(logits), fooled[todo])
-        return Attacked(result, fooled, margin, view.ledger.backwards[view._at], view.ledger.outside - before)
+        return AttackResult(result, fooled, margin, view.queries.backwards[view._at], view.queries.outside - before)
 
     def _can_move(self, threat: Threat) -> bool:
         return bool((torch.as_tensor(threat.eps) > 0).any())
@@ -186,7 +190,9 @@ class Attack(ABC):
 
 
 def _inside(found: Tensor, clean: Tensor, threat: Threat) -> tuple[Tensor, int]:
-    """Images that keep the budget pass untouched, to the bit; others are projected, and not-a-number is undone."""
+    """Returns images inside the budget unchanged, to the bit; projects the others, and replaces not-a-number by the
+    clean pixel.
+    """
     contained = threat.contains(found, clean)
     outside = int((~contained).sum())
     if outside:

@@ -1,4 +1,4 @@
-"""What iterative attacks share: several runs, each on the images that the earlier ones did not fool, best per image."""
+"""Best iterates of iterative attacks, and several runs of one attack of which each sees the images not fooled so far."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.active_set import State
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.types import Threat, per_image
@@ -17,16 +17,18 @@ from vlmdefend.types import Threat, per_image
 Run = Callable[[Tensor], tuple[Tensor, Tensor]]  # (N,) indices -> (N, ...) images, (N,) their margins
 
 
-class Part(NamedTuple):
-    """What a step needs of the images in the slots."""
+class AttackPart(NamedTuple):
+    """The images, threat, random streams and criterion of the images in the active set, for one step."""
 
     view: View
-    goal: Goal
+    criterion: Criterion
     threat: Threat
 
 
 def best_of(runs: Iterable[Run], view: View, images: Tensor) -> Tensor:
-    """(B, ...) the result of highest margin over ``runs``; with ``view.stop`` a fooled image skips the later ones."""
+    """Returns the (B, ...) result of highest margin over ``runs``; with ``view.stop`` a fooled image skips the later
+    ones.
+    """
     best = images.clone()
     margins = torch.full((len(images),), -torch.inf, device=images.device)
     todo = torch.arange(len(images))
@@ -42,29 +44,29 @@ def best_of(runs: Iterable[Run], view: View, images: Tensor) -> Tensor:
     return best
 
 
-class Harvest:
-    """Collects what leaves the slots: N best iterates, and last iterates that no gradient query has looked at."""
+class BestIterates:
+    """Stores, per image, the best iterate, and last iterates that still need a forward pass to be compared."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images.clone()
         self.margins = torch.full((len(images),), -torch.inf, device=images.device)
         self._unseen: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, index: Tensor, images: Tensor, margins: Tensor) -> None:
-        """Keep the best iterates of the images ``index`` (on the CPU), which leave."""
+    def keep_best(self, index: Tensor, images: Tensor, margins: Tensor) -> None:
+        """Stores the best iterates of the images ``index`` (on the CPU), which leave the active set."""
         self.images[index] = images
         self.margins[index] = margins
 
-    def look_later(self, index: Tensor, images: Tensor) -> None:
-        """Remember last iterates; they need a forward, not a gradient."""
+    def keep_last(self, index: Tensor, images: Tensor) -> None:
+        """Stores last iterates, whose margin is not known yet; a forward pass in :meth:`finish` gives it."""
         self._unseen.append((index, images))
 
-    def finish(self, view: View, goal: Goal) -> tuple[Tensor, Tensor]:
-        """Look at the last iterates; (N, ...) best iterates and (N,) their margins."""
+    def finish(self, view: View, criterion: Criterion) -> tuple[Tensor, Tensor]:
+        """Evaluates the last iterates and returns (N, ...) best iterates and (N,) their margins."""
         index = torch.cat([i for i, _ in self._unseen]) if self._unseen else torch.empty(0, dtype=torch.int64)
         if len(index):
             last = torch.cat([x for _, x in self._unseen])
-            margins = goal.select(index).margin(view.select(index)(last))
+            margins = criterion.select(index).margin(view.select(index)(last))
             better = margins > self.margins[index]
             self.images[index] = torch.where(per_image(better, last), last, self.images[index])
             self.margins[index] = torch.where(better, margins, self.margins[index])
@@ -72,20 +74,20 @@ class Harvest:
 
 
 def keep_(state: State, where: Tensor, **values: Tensor) -> None:
-    """Overwrite rows of the state; in place, so that image buffers are reused."""
+    """Overwrites rows of the state in place, so that image buffers are reused."""
     for name, value in values.items():
         old = state[name]
         torch.where(per_image(where, old), value, old, out=old)
 
 
 def likely_wrong(logits: Tensor, labels: Tensor, count: int) -> Tensor:
-    """(B, min(count, C - 1)) the classes of highest logit other than the label, likeliest first."""
+    """Returns the (B, min(count, C - 1)) classes of highest logit other than the label, most likely first."""
     others = logits.scatter(1, labels[:, None], -torch.inf)
     return others.topk(min(count, logits.shape[1] - 1), dim=1).indices
 
 
 def check_options(name: str, **options: float) -> None:
-    """Refuse counts below 1, and a rho that is not a fraction.
+    """Refuses counts below 1, and a rho that is not between 0 and 1.
 
     Raises:
         UserError: naming the option.

@@ -1,4 +1,4 @@
-"""BPDA: a forward pass that autograd cannot see, with the gradient of a stand-in (Athalye et al. 2018, section 4.1).
+"""BPDA: a forward pass that autograd cannot see, with the gradient of a surrogate (Athalye et al. 2018, section 4.1).
 
 EOT, the other half of an adaptive attack, is the ``samples`` of a :class:`~vlmdefend.attacks.view.View`.
 """
@@ -22,7 +22,7 @@ class _Replace(torch.autograd.Function):
     """The values of one tensor, the gradient of another."""
 
     @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, exact: Tensor) -> Tensor:
+    def forward(ctx: Any, surrogate: Tensor, exact: Tensor) -> Tensor:
         return exact.view_as(exact)
 
     @staticmethod
@@ -30,14 +30,15 @@ class _Replace(torch.autograd.Function):
         return gradients[0], None
 
 
-def bpda(exact: Transform, stand_in: Transform | None = None) -> Transform:
-    """A transform with the values of ``exact``, to the bit, and the gradient of ``stand_in`` (default: identity).
+def bpda(exact: Transform, surrogate: Transform | None = None) -> Transform:
+    """Returns a transform with the values of ``exact``, to the bit, and the gradient of ``surrogate`` (default:
+    identity).
 
     ``exact`` runs without autograd, so it may leave torch altogether.
     """
 
     def transform(images: Tensor) -> Tensor:
-        smooth = images if stand_in is None else stand_in(images)
+        smooth = images if surrogate is None else surrogate(images)
         replaced: Tensor = _Replace.apply(smooth, exact(images.detach()))  # type: ignore[no-untyped-call]
         return replaced
 
@@ -56,7 +57,7 @@ class Bpda:
         self.stochastic = deployed.stochastic or surrogate.stochastic
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Predict; the surrogate runs only where a gradient is asked for."""
+        """Predicts with the deployed pipeline; the surrogate runs only where a gradient is needed."""
         if not (torch.is_grad_enabled() and images.requires_grad):
             return self.deployed(images, rng)
         smooth = self.surrogate(images, copy.deepcopy(rng))  # the deployed pipeline advances the streams

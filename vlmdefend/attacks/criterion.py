@@ -1,4 +1,4 @@
-"""What an attack is after: another prediction than the label, or a target class."""
+"""The criterion of an attack: leave the label, or reach a target class."""
 
 from __future__ import annotations
 
@@ -14,34 +14,36 @@ SURE = 1e-3
 
 
 def best_other(logits: Tensor, classes: Tensor) -> Tensor:
-    """(B,) the highest logit outside ``classes`` (B,). Masked with -inf: a product mask fails on negative logits."""
+    """Returns the (B,) highest logit outside ``classes`` (B,). Masks with -inf: a product mask fails on negative
+    logits.
+    """
     return logits.scatter(1, classes[:, None], -torch.inf).amax(dim=1)
 
 
 @dataclass(frozen=True)
-class Goal:
-    """Labels to leave, or targets to reach; ``reference`` holds the clean outputs for label-free losses."""
+class Criterion:
+    """Labels to leave or targets to reach; ``reference`` holds the clean outputs for label-free losses."""
 
     labels: Tensor  # (B,) int64
     targets: Tensor | None = None  # (B,) int64
     reference: Outputs | None = None
 
-    def select(self, index: Tensor) -> Goal:
-        """The goal for some of the images."""
+    def select(self, index: Tensor) -> Criterion:
+        """Returns the criterion for some of the images."""
         at = index.to(self.labels.device)
         reference = self.reference
         if reference is not None:
             features = None if reference.features is None else reference.features[at]
             reference = Outputs(reference.logits[at], features)
-        return Goal(self.labels[at], None if self.targets is None else self.targets[at], reference)
+        return Criterion(self.labels[at], None if self.targets is None else self.targets[at], reference)
 
     def margin(self, logits: Tensor) -> Tensor:
-        """(B,) how far past the goal: best other minus label, or target minus best other."""
+        """Returns the (B,) distance past the criterion: best other minus label logit, or target minus best other logit."""
         if self.targets is None:
             return best_other(logits, self.labels) - logits.gather(1, self.labels[:, None])[:, 0]
         return logits.gather(1, self.targets[:, None])[:, 0] - best_other(logits, self.targets)
 
     def reached(self, logits: Tensor) -> Tensor:
-        """(B,) bool: the prediction (argmax, ties to the lowest index) is what the attack wants."""
+        """Returns (B,) bool: whether the prediction (argmax, ties to the lowest index) meets the criterion."""
         predictions = logits.argmax(dim=1)
         return predictions != self.labels if self.targets is None else predictions == self.targets

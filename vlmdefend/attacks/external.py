@@ -1,4 +1,4 @@
-"""The attacks of the package torchattacks as ``torchattacks:NAME``, guarded: a second opinion, never the verdict alone.
+"""Attacks of the package torchattacks as ``torchattacks:NAME``, with its known faults guarded: a second opinion.
 
 What their code does that ours does not, and what holds here in spite of it:
 
@@ -51,12 +51,12 @@ REPEATS = ("n_restarts", "eot_iter", "m", "N", "binary_search_steps", "nb_sample
 
 
 def create(name: str, options: Mapping[str, Any]) -> External:
-    """``torchattacks:NAME:option=value`` for the registry."""
+    """Builds ``torchattacks:NAME:option=value`` for the registry."""
     return External(attack=name, options=tuple(options.items()))
 
 
 def names() -> list[str]:
-    """The attacks that have a ball of ours."""
+    """Returns the names of the torchattacks attacks with an L_inf or L2 budget."""
     return sorted(LINF + L2 + BOTH)
 
 
@@ -107,7 +107,7 @@ class External(Attack):
         return dict(self.options)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """An estimate, for they do not say: the product of the options that count something."""
+        """Returns an estimate of the queries: the product of the options that are counts."""
         if self.attack == "AutoAttack":
             return 5400 * samples, 200 * samples  # as it is by default: 10 steps, 9 targets, 5,000 queries
         steps = math.prod(max(int(self.spec().get(name, 1)), 1) for name in (*STEPS, *REPEATS))
@@ -115,7 +115,9 @@ class External(Attack):
         return (steps + 2) * samples, 0 if self.gradient_free else (steps + 1) * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """``view.width`` images at a time; images of different radius apart, for they take one number."""
+        """Attacks ``view.width`` images at a time; images of different radius separately, since torchattacks takes one
+        number.
+        """
         needed = 3 if self.spec().get("loss") == "dlr" else CLASSES_NEEDED.get(self.attack, 2)
         if view.num_classes < needed:
             raise UserError(f"{self.name} needs {needed} classes, the model has {view.num_classes}.")
@@ -148,7 +150,7 @@ class External(Attack):
 
 
 class _Logits(nn.Module):
-    """The view as the module of logits that torchattacks wants; it holds no parameter of the model."""
+    """A module that returns the view's logits, as torchattacks expects; it holds no parameter of the model."""
 
     def __init__(self, view: View, device: torch.device, *, positive: bool) -> None:
         super().__init__()
@@ -161,7 +163,7 @@ class _Logits(nn.Module):
 
 
 class _Ask:
-    """Hides the view from ``nn.Module``, which would take the model in it for a child."""
+    """Hides the view from ``nn.Module``, which would register the model in it as a child."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -194,7 +196,7 @@ class _PixelsOnly(torch.autograd.Function):
 
 @contextmanager
 def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed all generators that they may use, and give the caller's states back."""
+    """Seeds all global generators that torchattacks may use, and restores the caller's states afterwards."""
     import numpy
 
     python, legacy = random.getstate(), numpy.random.get_state()

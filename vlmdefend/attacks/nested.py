@@ -1,4 +1,4 @@
-"""Attacks inside attacks: ``[pgd:steps=20]+square`` read and written, and what a wrapper takes over from them."""
+"""Reads and writes attacks inside attacks, ``[pgd:steps=20]+square``, and passes their properties to the wrapper."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmdefend.types import NORMS, Norm
 
 
 def nested_texts(text: str) -> list[str]:
-    """The texts between the plus signs, without their brackets.
+    """Splits a text at the plus signs outside of brackets; drops the brackets.
 
     Raises:
         UserError: an empty one, or a bracket without its partner.
@@ -26,7 +26,7 @@ def nested_texts(text: str) -> list[str]:
 
 
 def nested_attacks(given: str | Attack | Sequence[str | Attack]) -> tuple[Attack, ...]:
-    """Attacks from their text, from themselves, or from a sequence of both.
+    """Builds attacks from their text, or returns those that are given.
 
     Raises:
         UserError: an unknown name or option; none at all.
@@ -42,7 +42,7 @@ def nested_attacks(given: str | Attack | Sequence[str | Attack]) -> tuple[Attack
 
 
 def nested_attack(wrapper: str, given: str | Attack) -> Attack:
-    """The one attack that a wrapper takes.
+    """Builds the one attack that a wrapper takes.
 
     Raises:
         UserError: more than one.
@@ -54,12 +54,12 @@ def nested_attack(wrapper: str, given: str | Attack) -> Attack:
 
 
 def text_of(attack: Attack) -> str:
-    """The attack with all its options, in brackets, as :func:`nested_attacks` reads it."""
+    """Returns the attack with all its options as text in brackets, as :func:`nested_attacks` reads it."""
     return "[" + ":".join([attack.name, *(f"{key}={value}" for key, value in attack.spec().items())]) + "]"
 
 
-def take_over(wrapper: Attack, **values: Any) -> None:
-    """Set fields of a frozen wrapper, its norms (those that all its attacks know), and whether it needs no gradient.
+def inherit_properties(wrapper: Attack, **values: Any) -> None:
+    """Sets fields of a frozen wrapper: the norms that all its attacks have, and whether it needs no gradient.
 
     Raises:
         UserError: no norm is common to its attacks, or one changes the prompts, which are the same for all images.

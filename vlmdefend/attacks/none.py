@@ -27,9 +27,9 @@ class NoAttack(Attack):
 
     @property
     def blind(self) -> bool:
-        """It asks nothing."""
+        """True: it makes no query."""
         return True
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The images."""
+        """Returns the images."""
         return images

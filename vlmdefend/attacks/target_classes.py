@@ -1,4 +1,4 @@
-"""The class that a targeted attack aims at."""
+"""Chooses the target class of a targeted attack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Target = Literal["random", "second", "least"] | int
 
 
 def choose_targets(target: Target, view: View, images: Tensor, labels: Tensor, rng: ImageRng) -> Tensor:
-    """(B,) target classes, never the label (a named class that is the label is replaced by the next one).
+    """Returns (B,) target classes, never the label (a named class that is the label is replaced by the next one).
 
     Args:
         target: ``random``, ``second`` (the most likely wrong class), ``least`` (likely), or a class index.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.losses import Loss
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
@@ -28,7 +28,7 @@ class Gradient(NamedTuple):
 
 
 @dataclass
-class Ledger:
+class QueryCount:
     """What the attack spent, per image, and what its gradients looked like."""
 
     forwards: Tensor  # (N,) int64
@@ -75,9 +75,9 @@ class View:
         self.width, self.samples, self.stop, self.detector_weight = width, samples, stop, detector_weight
         self.labels = labels
         self._draws = rng.child("pipeline")
-        self._at = torch.arange(len(rng))  # places in the ledger
+        self._at = torch.arange(len(rng))  # places in the queries
         zeros = torch.zeros(len(rng), dtype=torch.int64)
-        self.ledger = Ledger(zeros, zeros.clone())
+        self.queries = QueryCount(zeros, zeros.clone())
 
     @property
     def num_classes(self) -> int:
@@ -99,7 +99,7 @@ class View:
         return len(self._at)
 
     def select(self, index: Tensor) -> View:
-        """The view of some of the images; it counts in the same ledger and draws from the same streams."""
+        """The view of some of the images; it counts in the same queries and draws from the same streams."""
         part = View.__new__(View)
         part.__dict__.update(self.__dict__)
         part.rng, part._draws, part._at = self.rng.select(index), self._draws.select(index), self._at[index]
@@ -124,7 +124,7 @@ class View:
         )
 
     def gradient(
-        self, images: Tensor, goal: Goal, loss: Loss, transform: Callable[[Tensor], Tensor] | None = None
+        self, images: Tensor, criterion: Criterion, loss: Loss, transform: Callable[[Tensor], Tensor] | None = None
     ) -> Gradient:
         """Logits, loss and the gradient with respect to the pixels; nothing else collects a gradient.
 
@@ -139,7 +139,7 @@ class View:
             with torch.enable_grad():
                 pixels = images.detach().requires_grad_(True)
                 outputs = self.pipeline(pixels if transform is None else transform(pixels), self._draws)
-                value = self._with_quiet(loss(outputs, goal), outputs, goal)
+                value = self._with_quiet(loss(outputs, criterion), outputs, criterion)
                 objective = value.sum()
             found = torch.autograd.grad(objective, pixels, allow_unused=True)[0] if objective.requires_grad else None
             found = torch.zeros_like(images) if found is None else found
@@ -152,16 +152,16 @@ class View:
         assert values is not None
         assert logits is not None
         self._count(backwards=1)
-        self.ledger.gradient_values += total.numel()
+        self.queries.gradient_values += total.numel()
         dead = (total == 0) | ~total.isfinite()  # neither moves its pixel
-        self.ledger.zero_gradients = self.ledger.zero_gradients.to(total.device) + dead.sum()
+        self.queries.zero_gradients = self.queries.zero_gradients.to(total.device) + dead.sum()
         if self.samples > 1:
             total, values, logits = total.div_(self.samples), values / self.samples, logits / self.samples
         return Gradient(self._ranked(logits, scores), values, total)
 
     def once(self, images: Tensor, draws: ImageRng) -> Outputs:
         """One query with the caller's own draws and with its graph, for gradients that are not the pixels'."""
-        self.ledger.forwards[self._at] += 1
+        self.queries.forwards[self._at] += 1
         return self.pipeline(images, draws)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -172,15 +172,15 @@ class View:
         """
         places = torch.arange(len(images)) % len(self)
         logits = torch.stack([self.pipeline(images, self._draws.select(places)).logits for _ in range(self.samples)])
-        self.ledger.forwards[self._at] += -(-len(images) * self.samples // len(self))
+        self.queries.forwards[self._at] += -(-len(images) * self.samples // len(self))
         return logits.mean(dim=0) if self.samples > 1 else logits[0]
 
     def count_backwards(self, gradient: Tensor) -> None:
         """Count the gradient of (n, ...) images that :meth:`logits` was asked for."""
-        self.ledger.backwards[self._at] += -(-len(gradient) * self.samples // len(self))
-        self.ledger.gradient_values += gradient.numel()
+        self.queries.backwards[self._at] += -(-len(gradient) * self.samples // len(self))
+        self.queries.gradient_values += gradient.numel()
         dead = (gradient == 0) | ~gradient.isfinite()
-        self.ledger.zero_gradients = self.ledger.zero_gradients.to(gradient.device) + dead.sum()
+        self.queries.zero_gradients = self.queries.zero_gradients.to(gradient.device) + dead.sum()
 
     def _mean_outputs(self, images: Tensor) -> Outputs:
         first = self.pipeline(images, self._draws)
@@ -194,12 +194,12 @@ class View:
             logits, features = logits / self.samples, None if features is None else features / self.samples
         return Outputs(self._ranked(logits, scores), features)
 
-    def _with_quiet(self, values: Tensor, outputs: Outputs, goal: Goal) -> Tensor:
+    def _with_quiet(self, values: Tensor, outputs: Outputs, criterion: Criterion) -> Tensor:
         """(B,) losses and what they gain where the detector is quiet."""
         if not self.detector_weight or outputs.detector_score is None:
             return values
         if math.isinf(self.detector_weight):
-            return torch.where(goal.margin(outputs.logits.detach()) > 0, -outputs.detector_score, values)
+            return torch.where(criterion.margin(outputs.logits.detach()) > 0, -outputs.detector_score, values)
         return values - self.detector_weight * outputs.detector_score
 
     def _ranked(self, logits: Tensor, scores: Tensor | None) -> Tensor:
@@ -207,13 +207,13 @@ class View:
         if self.labels is None or scores is None:
             return logits
         labels = self.labels.to(logits.device)
-        margin = Goal(labels).margin(logits)
+        margin = Criterion(labels).margin(logits)
         moved = margin - quiet_margin(margin, scores / self.samples)
         return logits.scatter_add(1, labels[:, None], moved.to(logits.dtype)[:, None])
 
     def _count(self, *, backwards: int) -> None:
-        self.ledger.forwards[self._at] += self.samples
-        self.ledger.backwards[self._at] += backwards * self.samples
+        self.queries.forwards[self._at] += self.samples
+        self.queries.backwards[self._at] += backwards * self.samples
 
 
 def quiet_margin(margins: Tensor, scores: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmdefend.cli.common import RUN, Debug, resumable
-from vlmdefend.cli.grid_options import Config, DryRun, Plugin, make_grid, read_file
-from vlmdefend.cli.parameters import options_of
+from vlmdefend.cli.options.common import RUN, Debug, resumable
+from vlmdefend.cli.options.grid_options import Config, DryRun, Plugin, make_grid, read_file
+from vlmdefend.cli.options.parameters import options_of
 from vlmdefend.evaluation.grid.grid import Grid
 
 if TYPE_CHECKING:
-    from vlmdefend.evaluation.adversarial_sets.crafting import Crafted
+    from vlmdefend.evaluation.adversarial_sets.crafting import CraftedSet
     from vlmdefend.evaluation.grid.planned import Plan
 
 
@@ -64,8 +64,8 @@ def attack(
 
 def _run(plan: Plan, out: Path, *, png: bool) -> None:
     """Crafts the set, draws its contact sheet, prints what it holds."""
-    from vlmdefend.cli.progress import show_progress
-    from vlmdefend.cli.progress_text import GridText
+    from vlmdefend.cli.output.progress import show_progress
+    from vlmdefend.cli.output.progress_text import GridText
     from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
     from vlmdefend.evaluation.adversarial_sets.set_format import SHEET, write_whole
     from vlmdefend.evaluation.store.run_folder import disk
@@ -81,7 +81,7 @@ def _run(plan: Plan, out: Path, *, png: bool) -> None:
     _print_verdict(crafted, sheet)
 
 
-def _print_verdict(crafted: Crafted, sheet: Path) -> None:
+def _print_verdict(crafted: CraftedSet, sheet: Path) -> None:
     """A few lines; names of people's own are wrapped, never cut."""
     from rich.console import Console
     from rich.table import Table

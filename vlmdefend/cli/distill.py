@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmdefend.cli.common import RUN, Debug, TrainDryRun, load_plugins, resumable
-from vlmdefend.cli.parameters import options_of
-from vlmdefend.training.clip.distill_settings import DistillSettings, make_distill_settings
+from vlmdefend.cli.options.common import RUN, Debug, TrainDryRun, load_plugins, resumable
+from vlmdefend.cli.options.parameters import options_of
+from vlmdefend.training.settings.distill_settings import DistillSettings, make_distill_settings
 
 
 @options_of(DistillSettings)
@@ -36,9 +36,9 @@ def distill(
 
 def run_distillation(settings: DistillSettings, *, dry_run: bool) -> None:
     """Prints the choices, then the cost (``dry_run``) or trains and prints the result."""
-    from vlmdefend.cli.distill_report import print_choices, print_cost, print_result
-    from vlmdefend.cli.progress import show_progress
-    from vlmdefend.cli.progress_text import DistillText
+    from vlmdefend.cli.output.distill_report import print_choices, print_cost, print_result
+    from vlmdefend.cli.output.progress import show_progress
+    from vlmdefend.cli.output.progress_text import DistillText
     from vlmdefend.training.clip.distillation_job import DistillationJob
 
     job = DistillationJob(settings)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vlmdefend.cli.common import RUN, Debug, resumable
-from vlmdefend.cli.grid_options import Config, DryRun, Plugin, make_grid, read_file
-from vlmdefend.cli.parameters import options_of
+from vlmdefend.cli.options.common import RUN, Debug, resumable
+from vlmdefend.cli.options.grid_options import Config, DryRun, Plugin, make_grid, read_file
+from vlmdefend.cli.options.parameters import options_of
 from vlmdefend.evaluation.grid.grid import Grid
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def evaluate(
 
 def _run(plan: Plan, out: Path, *, debug: bool) -> None:
     """Computes the cells and prints their table; exit code 2 or 1 where cells failed."""
-    from vlmdefend.cli.progress import show_progress
-    from vlmdefend.cli.progress_text import GridText
+    from vlmdefend.cli.output.progress import show_progress
+    from vlmdefend.cli.output.progress_text import GridText
     from vlmdefend.evaluation.launchers.inline import run_plan
     from vlmdefend.evaluation.store.run_folder import Store
     from vlmdefend.reporting import print_verdict

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from vlmdefend.cli.common import load_plugins
-from vlmdefend.cli.listings import (
+from vlmdefend.cli.options.common import load_plugins
+from vlmdefend.cli.output.listings import (
     KINDS,
     PARADIGMS,
     Listed,
@@ -24,7 +24,7 @@ from vlmdefend.cli.listings import (
 
 FOOTNOTE = (
     "worst here: percent of fashion images that tiny-rn keeps under every attacker, PGD-10 at 4/255. gradient: exact "
-    "(autograd sees it all), surrogate (an adaptive attacker differentiates a stand-in or a mean over draws), masked "
+    "(autograd sees it all), surrogate (an adaptive attacker differentiates a surrogate or a mean over draws), masked "
     "(autograd gives a gradient that hides the weakness). `vlmdefend list defenses NAME` shows the whole of one."
 )
 
@@ -70,7 +70,7 @@ def list_names(
         "protocols": protocols,
     }[plural]()
     if name is not None:
-        from vlmdefend.cli.detail import show_one
+        from vlmdefend.cli.output.detail import show_one
 
         return show_one(plural, name, listed, as_json=as_json)
     _show_all(plural.removesuffix("s"), listed, as_json)

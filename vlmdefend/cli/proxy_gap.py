@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vlmdefend.cli import complete
+from vlmdefend.cli.options import complete
 
 if TYPE_CHECKING:
     from vlmdefend.attacks.base import Attack
@@ -121,7 +121,7 @@ def print_matrix(gaps: list[ProxyGap], models: list[str], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from vlmdefend.cli.distill_report import interval
+    from vlmdefend.cli.output.distill_report import interval
 
     console = Console(highlight=False)
     console.print()

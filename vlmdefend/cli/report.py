@@ -52,7 +52,7 @@ def report(
     from vlmdefend.reporting.runs import load_runs, only, unfinished
     from vlmdefend.reporting.tables.tables import print_verdict, render
     from vlmdefend.reporting.training.training_runs import training_run, training_text
-    from vlmdefend.reporting.verdicts.verdict import verdict_lines
+    from vlmdefend.reporting.verdicts.verdict import verdict_rows
 
     chosen = format or (SUFFIXES.get(out.suffix.lower(), Format.TERMINAL) if out else Format.TERMINAL)
     if chosen is Format.PARQUET and out is None:
@@ -80,7 +80,7 @@ def report(
         if cells:
             print_verdict(cells)
         return
-    lines = verdict_lines(cells)
+    lines = verdict_rows(cells)
     if chosen is Format.PARQUET:
         from vlmdefend.reporting.tables.frame import parquet
 

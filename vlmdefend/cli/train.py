@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmdefend.cli import complete
-from vlmdefend.cli.common import RUN, Debug, TrainDryRun, load_plugins, resumable
-from vlmdefend.cli.parameters import options_of
+from vlmdefend.cli.options import complete
+from vlmdefend.cli.options.common import RUN, Debug, TrainDryRun, load_plugins, resumable
+from vlmdefend.cli.options.parameters import options_of
 from vlmdefend.registry import parse_spec
-from vlmdefend.training.clip.hpt_gpd_options import HPT_GPD, distill_options
-from vlmdefend.training.clip.train_settings import TrainSettings, make_train_settings
+from vlmdefend.training.settings.hpt_gpd_options import HPT_GPD, distill_options
 from vlmdefend.training.settings.run_settings import WHAT
+from vlmdefend.training.settings.train_settings import TrainSettings, make_train_settings
 
 
 @options_of(TrainSettings)
@@ -48,7 +48,7 @@ def train(
     method = parse_spec(given["method"])[0]
     if method.strip().lower().replace("_", "-") == HPT_GPD:
         from vlmdefend.cli.distill import run_distillation
-        from vlmdefend.training.clip.distill_settings import make_distill_settings
+        from vlmdefend.training.settings.distill_settings import make_distill_settings
 
         settings = make_distill_settings(distill_options(given, proxy, proxy_weights))
         run_distillation(settings, dry_run=dry_run)
@@ -61,9 +61,9 @@ def train(
 
 def _run(settings: TrainSettings, *, dry_run: bool) -> None:
     """Prints the choices, then the cost (``dry_run``) or trains and prints the result."""
-    from vlmdefend.cli.progress import show_progress
-    from vlmdefend.cli.progress_text import TrainingText
-    from vlmdefend.cli.train_report import print_choices, print_cost, print_result
+    from vlmdefend.cli.output.progress import show_progress
+    from vlmdefend.cli.output.progress_text import TrainingText
+    from vlmdefend.cli.output.train_report import print_choices, print_cost, print_result
     from vlmdefend.training.clip.training_job import DefenseTrainingJob
 
     job = DefenseTrainingJob(settings)

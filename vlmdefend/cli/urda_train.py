@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from vlmdefend.cli.common import RUN, Debug, TrainDryRun, load_plugins, resumable
-from vlmdefend.cli.parameters import options_of
-from vlmdefend.training.adaptation.settings import UrdaSettings, make_urda_settings
+from vlmdefend.cli.options.common import RUN, Debug, TrainDryRun, load_plugins, resumable
+from vlmdefend.cli.options.parameters import options_of
+from vlmdefend.training.settings.adaptation_settings import UrdaSettings, make_urda_settings
 from vlmdefend.training.settings.run_settings import METHOD
 
 
@@ -51,9 +51,9 @@ def urda_train(
 
 def _run(settings: UrdaSettings, *, dry_run: bool) -> None:
     """Prints the choices, then the cost (``dry_run``) or trains and prints the result."""
-    from vlmdefend.cli.progress import show_progress
-    from vlmdefend.cli.progress_text import TrainingText
-    from vlmdefend.cli.urda_report import print_choices, print_cost, print_result
+    from vlmdefend.cli.output.progress import show_progress
+    from vlmdefend.cli.output.progress_text import TrainingText
+    from vlmdefend.cli.output.urda_report import print_choices, print_cost, print_result
     from vlmdefend.training.adaptation.job import AdaptationJob
 
     job = AdaptationJob(settings)

@@ -21,7 +21,7 @@ class BadImage(UserError):
     """One image that cannot be used; the message starts with its file name or id."""
 
 
-class Listed(NamedTuple):
+class ListedDataset(NamedTuple):
     """One line of ``vlmdefend list datasets``."""
 
     name: str
@@ -137,7 +137,7 @@ class Source(ABC):
     prefix: ClassVar[str] = ""  # "folder" for folder:PATH; empty if the source has fixed names only
 
     @abstractmethod
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedDataset]:
         """The fixed names of this source (for a prefix source: one line that shows its form)."""
 
     @abstractmethod

@@ -13,7 +13,7 @@ from vlmdefend.errors import UserError
 
 
 @dataclass(frozen=True)
-class Files:
+class LabelledFiles:
     """Image files, their labels, and the names of the classes."""
 
     paths: list[Path]
@@ -21,24 +21,24 @@ class Files:
     classes: list[str]
 
 
-def imagenet_all(root: Path, folder: str) -> Files:
+def imagenet_all(root: Path, folder: str) -> LabelledFiles:
     """Folders named by WordNet id, or by label (``0`` to ``999``, as in ImageNet-V2); always all 1,000 classes."""
     names = imagenet_names()
     label_of = {wnid: label for label, wnid in enumerate(names)} | {str(i): i for i in range(len(names))}
     folders = _known_folders(root / folder, label_of)
     paths, positions = labelled(folders)
-    return Files(paths, [label_of[folders[p].name] for p in positions], list(names.values()))
+    return LabelledFiles(paths, [label_of[folders[p].name] for p in positions], list(names.values()))
 
 
-def imagenet_part(root: Path, folder: str) -> Files:
+def imagenet_part(root: Path, folder: str) -> LabelledFiles:
     """Folders named by WordNet id; the classes are those that have a folder (ImageNet-A and -R have 200)."""
     names = imagenet_names()
     folders = _known_folders(root / folder, names)
     paths, labels = labelled(folders)
-    return Files(paths, labels, [names[f.name] for f in folders])
+    return LabelledFiles(paths, labels, [names[f.name] for f in folders])
 
 
-def tiny_imagenet(root: Path, folder: str) -> Files:
+def tiny_imagenet(root: Path, folder: str) -> LabelledFiles:
     """Tiny ImageNet as it is distributed: ``wnids.txt``, ``words.txt``, ``train/WNID/images/*``, ``val/images/*``.
 
     Labels follow the sorted WordNet ids. A ``val`` that was sorted into class folders is read too. Names are
@@ -57,10 +57,10 @@ def tiny_imagenet(root: Path, folder: str) -> Files:
         for path in paths:
             if wnid_of.get(path.name) not in label_of:
                 raise UserError(f"{path}: val_annotations.txt gives it no class of wnids.txt; fetch the set again.")
-        return Files(paths, [label_of[wnid_of[path.name]] for path in paths], classes)
+        return LabelledFiles(paths, [label_of[wnid_of[path.name]] for path in paths], classes)
     folders = _known_folders(part, label_of)
     paths, positions = labelled(folders)
-    return Files(paths, [label_of[folders[p].name] for p in positions], classes)
+    return LabelledFiles(paths, [label_of[folders[p].name] for p in positions], classes)
 
 
 def caltech101_paths(dataset: Any) -> list[Path]:

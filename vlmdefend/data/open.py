@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vlmdefend.data.base import ImageSet, Listed, Source, check_limit
+from vlmdefend.data.base import ImageSet, ListedDataset, Source, check_limit
 from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UnknownName, UserError, did_you_mean
 
 
-def listed_datasets() -> list[Listed]:
+def listed_datasets() -> list[ListedDataset]:
     """Every fixed name and every form such as ``folder:PATH``, source by source; imports no torch."""
     return [line for source in SOURCES for line in source().listed()]
 

@@ -33,7 +33,7 @@ BLOCK = 512  # a tar file is a row of blocks of this many bytes, and ends with b
 
 
 @dataclass
-class Shard:
+class TarShard:
     """One tar file: on disk, or (``.gz``) unpacked in memory."""
 
     path: Path
@@ -50,11 +50,11 @@ class Shard:
 
 
 @dataclass
-class Sample:
+class ShardSample:
     """The members of a shard that share a key."""
 
     key: str
-    shard: Shard
+    shard: TarShard
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)  # extension -> (offset, length)
     written_label: bytes | None = None  # the content of KEY.cls
 
@@ -131,7 +131,7 @@ def image_set(name: str, split: str, paths: Sequence[Path], described_in: Path) 
     class_names = tuple(_lines(described_in / "classnames.txt"))
     if not class_names:
         raise UserError(f"{name}: no names in {described_in / 'classnames.txt'}; write one class name a line there.")
-    samples: list[Sample] = []
+    samples: list[ShardSample] = []
     labels: list[int] = []
     for sample in (sample for path in paths for sample in read_shard(path)):
         label = _label(name, sample, len(class_names))
@@ -155,7 +155,7 @@ def image_set(name: str, split: str, paths: Sequence[Path], described_in: Path) 
     )
 
 
-def _label(name: str, sample: Sample, classes: int) -> int | None:
+def _label(name: str, sample: ShardSample, classes: int) -> int | None:
     """The checked label of a sample; None if it is no classification sample."""
     if sample.written_label is None:
         if sample.image is None or "txt" in sample.spans:
@@ -174,14 +174,14 @@ def _label(name: str, sample: Sample, classes: int) -> int | None:
     return int(text)
 
 
-def read_shard(path: Path) -> list[Sample]:
+def read_shard(path: Path) -> list[ShardSample]:
     """The samples of one shard, in the order of their first member.
 
     Raises:
         UserError: the file is no tar file, truncated or damaged, or holds a member twice.
     """
     try:
-        shard = Shard(path, gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else None)
+        shard = TarShard(path, gzip.decompress(path.read_bytes()) if path.name.endswith(".gz") else None)
         with path.open("rb") if shard.unpacked is None else io.BytesIO(shard.unpacked) as file:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 members = tar.getmembers()
@@ -190,14 +190,14 @@ def read_shard(path: Path) -> list[Sample]:
             file.seek(end)
             if file.read(BLOCK) != bytes(BLOCK) or any(m.offset_data + m.size > end for m in members):
                 raise EOFError("it ends before its end mark")
-            samples: dict[str, Sample] = {}
+            samples: dict[str, ShardSample] = {}
             for member in members:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
                 if not member.isreg() or not stem or stem.startswith("__"):
                     continue  # folders, links, ._names of macOS, notes of the writing program
                 key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
-                sample = samples.setdefault(key, Sample(key, shard))
+                sample = samples.setdefault(key, ShardSample(key, shard))
                 if extension in sample.spans:
                     raise UserError(f"shard {path}: holds {member.name!r} twice; write it anew.")
                 sample.spans[extension] = (member.offset_data, member.size)

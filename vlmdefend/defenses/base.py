@@ -23,8 +23,8 @@ class Recipe(NamedTuple):
     text: str  # one line for `list` and the report: what is unrolled, replaced (BPDA), averaged (EOT)
     samples: int = 1  # EOT: draws per gradient
     detector_weights: tuple[float, ...] = ()  # weights of the detector term that are tried, best per image
-    surrogates: int = 1  # how many stand-ins are tried, best per image
-    bare: bool = False  # what fools the bare model is tried too: where stand-ins may all mislead
+    surrogates: int = 1  # how many surrogates are tried, best per image
+    bare: bool = False  # what fools the bare model is tried too: where surrogates may all mislead
 
 
 class Defense(ABC):
@@ -74,9 +74,9 @@ class Defense(ABC):
         return self.wrap(model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """All stand-ins that an adaptive attacker tries, ``recipe.surrogates`` of them; the first is :meth:`surrogate`.
+        """All surrogates that an adaptive attacker tries, ``recipe.surrogates`` in number, :meth:`surrogate` first.
 
-        One stand-in may mislead where another does not: what is scored is the best finding per image.
+        One surrogate may mislead where another does not: what is scored is the best finding per image.
         """
         return (self.surrogate(model),)
 
@@ -87,7 +87,7 @@ class Defense(ABC):
 
     @property
     def adaptive_equals_whitebox(self) -> bool:
-        """True if knowing the defense adds nothing to plain autograd: no stand-in, no draws, no detector."""
+        """True if knowing the defense adds nothing to plain autograd: no surrogate, no draws, no detector."""
         return (
             type(self).surrogate is Defense.surrogate
             and self.recipe.surrogates == 1

@@ -49,11 +49,11 @@ def _create(text: str) -> Defense:
 class Composed(Defense):
     """``first+second``: the image meets the first, and what that makes of it meets the second around the model.
 
-    A defense that follows the model's gradient itself (a counter-attack) looks through the stand-ins of those behind
+    A defense that follows the model's gradient itself (a counter-attack) looks through the surrogates of those behind
     it: they have the same values, and the deployed ones may have no gradient. The adaptive attacker tries every
-    stand-in of each with every one of the others, best per image; the draws of a gradient are those of the defense that
-    needs most, for all of them are drawn anew in each. A detector is that of the first
-    that has one.
+    surrogate of each with every one of the others, best per image; a gradient averages as many draws as the defense
+    that
+    needs most, since each draw is anew for all of them. The detector is that of the first defense that has one.
 
     Made by :func:`compose`, which gives every combination a class of its own for what a class says of itself.
 
@@ -72,13 +72,13 @@ class Composed(Defense):
         return deployed
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The first stand-in of each."""
+        """The first surrogate of each."""
         for part in reversed(self.parts):
             model = part.surrogate(model)
         return model
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Every stand-in of each around every one of those behind it."""
+        """Every surrogate of each around every one of those behind it."""
         found: tuple[Pipeline, ...] = (model,)
         for part in reversed(self.parts):
             found = tuple(outer for inner in found for outer in part.surrogates(inner))
@@ -124,7 +124,7 @@ def _class_of(parts: tuple[Defense, ...]) -> type[Composed]:
     def distinct(words: list[str]) -> str:
         return ", ".join(dict.fromkeys(words))
 
-    stand_ins = prod(part.recipe.surrogates for part in parts)
+    surrogates = prod(part.recipe.surrogates for part in parts)
     texts = [f"{part.name}: {part.recipe.text}" for part in parts]
     test_time = any(part.paradigm == "test-time adaptation" for part in parts)
     said = {
@@ -138,10 +138,10 @@ def _class_of(parts: tuple[Defense, ...]) -> type[Composed]:
         "follows_gradient": any(part.follows_gradient for part in parts),
         "stochastic": any(part.stochastic for part in parts),
         "recipe": Recipe(
-            "; ".join(texts) + ("; every stand-in of one with every one of the others" if stand_ins > 1 else ""),
+            "; ".join(texts) + ("; every surrogate of one with every one of the others" if surrogates > 1 else ""),
             samples=max(part.recipe.samples for part in parts),
             detector_weights=next((p.recipe.detector_weights for p in parts if p.recipe.detector_weights), ()),
-            surrogates=stand_ins,
+            surrogates=surrogates,
             bare=any(part.recipe.bare for part in parts),
         ),
     }

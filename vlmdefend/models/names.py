@@ -12,7 +12,7 @@ from vlmdefend.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     import torch
 
-    from vlmdefend.models.clip.build import Blueprint
+    from vlmdefend.models.clip.build import ModelSource
     from vlmdefend.models.clip.vision_language import VisionLanguageModel
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -148,7 +148,7 @@ def _classifier_folder(name: str) -> Path | None:
     return folder if name.startswith(LOCAL) and is_classifier_folder(folder) else None
 
 
-def _blueprint(name: str, *, has_weights: bool, cache_dir: str | Path | None) -> Blueprint:
+def _blueprint(name: str, *, has_weights: bool, cache_dir: str | Path | None) -> ModelSource:
     from vlmdefend.models.clip import build
 
     if name in EMBEDDED:

@@ -8,16 +8,16 @@ if TYPE_CHECKING:
     from vlmdefend.reporting.runs import load_runs
     from vlmdefend.reporting.tables.tables import print_verdict, render
     from vlmdefend.reporting.verdicts.seeds import over_seeds
-    from vlmdefend.reporting.verdicts.verdict import verdict_lines
+    from vlmdefend.reporting.verdicts.verdict import verdict_rows
 
-__all__ = ["load_runs", "over_seeds", "print_verdict", "render", "verdict_lines"]
+__all__ = ["load_runs", "over_seeds", "print_verdict", "render", "verdict_rows"]
 
 _MODULES = {
     "load_runs": "runs",
     "over_seeds": "verdicts.seeds",
     "print_verdict": "tables.tables",
     "render": "tables.tables",
-    "verdict_lines": "verdicts.verdict",
+    "verdict_rows": "verdicts.verdict",
 }
 
 

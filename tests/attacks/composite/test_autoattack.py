@@ -98,10 +98,10 @@ def test_rand_averages_20_draws_of_a_random_pipeline_and_one_of_a_fixed_one() ->
     attack = AutoAttack(version="rand", steps=3)
     fixed, noisy = (View(model, ImageRng(0, ids), stop=False) for _ in range(2))
     attack(fixed, images, labels, Threat("linf", 1 / 255))
-    assert fixed.ledger.backwards.tolist() == [6, 6, 6]
+    assert fixed.queries.backwards.tolist() == [6, 6, 6]
     model.__class__ = Noisy
     attack(noisy, images, labels, Threat("linf", 1 / 255))
-    assert noisy.ledger.backwards.tolist() == [120, 120, 120]
+    assert noisy.queries.backwards.tolist() == [120, 120, 120]
     assert attack.budget()[1] == 120
 
 
@@ -116,8 +116,8 @@ def test_no_member_alone_is_stronger_and_the_budget_holds() -> None:
         alone = member(View(model, ImageRng(0, ids)), images, labels, threat)
         assert (whole.fooled | ~alone.fooled).all()
     forwards, backwards = attack.budget()
-    assert int(view.ledger.forwards.max()) <= forwards + 2
-    assert int(view.ledger.backwards.max()) <= backwards
+    assert int(view.queries.forwards.max()) <= forwards + 2
+    assert int(view.queries.backwards.max()) <= backwards
 
 
 def test_wrong_options_are_refused() -> None:

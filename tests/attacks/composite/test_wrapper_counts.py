@@ -72,7 +72,7 @@ def test_no_more_is_spent_than_the_budget_says(attack: Attack, samples: int) -> 
     norm = "linf" if "linf" in attack.norms else "l2"
     attack(view, images, labels, Threat(norm, 0.01))
     forwards, backwards = attack.budget(samples)
-    backwards_spent = int(view.ledger.backwards.max())
-    # the ledger counts the forwards of gradients too, and the contract's own two
+    backwards_spent = int(view.queries.backwards.max())
+    # the queries counts the forwards of gradients too, and the contract's own two
     assert backwards_spent <= backwards
-    assert int(view.ledger.forwards.max()) <= forwards + 2 * samples
+    assert int(view.queries.forwards.max()) <= forwards + 2 * samples

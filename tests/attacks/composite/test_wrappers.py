@@ -224,7 +224,7 @@ def test_eot_learns_from_as_many_draws_as_it_attacks_with() -> None:
     model.__class__ = Noisy
     view, plain = View(model, ImageRng(0, ids)), View(model, ImageRng(0, ids), samples=5)
     learned, expected = eot.fit(view, images, labels, threat).inner[0], inner.fit(plain, images, labels, threat)
-    assert int(view.ledger.backwards.sum()) == 40
+    assert int(view.queries.backwards.sum()) == 40
     assert view.samples == 1
     assert isinstance(learned, Universal)
     assert isinstance(expected, Universal)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd, choose_targets, step_size
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
@@ -192,7 +192,7 @@ def test_a_cut_gradient_is_a_zero_gradient_and_is_counted(conv: Wrapped) -> None
     conv.__class__ = Cut
     view = View(conv, ImageRng(0, ids))
     Pgd(steps=3)(view, images, labels, Threat("linf", 1 / 255))
-    assert int(view.ledger.zero_gradients) == view.ledger.gradient_values > 0
+    assert int(view.queries.zero_gradients) == view.queries.gradient_values > 0
 
 
 def test_step_rules() -> None:
@@ -220,5 +220,5 @@ def test_wrong_options_are_refused() -> None:
 def test_goal_margin_is_positive_exactly_when_fooled() -> None:
     logits = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.randint(0, 6, (200,), generator=torch.Generator().manual_seed(1))
-    goal = Goal(labels)
-    assert torch.equal(goal.margin(logits) > 0, goal.reached(logits))
+    criterion = Criterion(labels)
+    assert torch.equal(criterion.margin(logits) > 0, criterion.reached(logits))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled, linear
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.di import Di, placement
 from vlmdefend.attacks.gradient.mi import Mi
 from vlmdefend.attacks.gradient.ni import Ni
@@ -309,8 +309,8 @@ def test_images_without_height_and_width_are_refused(name: str) -> None:
 def test_a_view_shows_the_transformed_image_and_gives_the_gradient_of_the_image_itself(conv: Wrapped) -> None:
     images, labels, ids = labelled(conv, SHAPE, 3)
     view = View(conv, ImageRng(0, ids))
-    query = view.gradient(images, Goal(labels), LOSSES["cw"], lambda pixels: pixels.flip(3) * 0.5)
-    darker = View(conv, ImageRng(0, ids)).gradient(images.flip(3) * 0.5, Goal(labels), LOSSES["cw"])
+    query = view.gradient(images, Criterion(labels), LOSSES["cw"], lambda pixels: pixels.flip(3) * 0.5)
+    darker = View(conv, ImageRng(0, ids)).gradient(images.flip(3) * 0.5, Criterion(labels), LOSSES["cw"])
     assert torch.equal(query.logits, darker.logits)
     assert torch.allclose(query.pixels, darker.pixels.flip(3) * 0.5)
 

@@ -113,8 +113,8 @@ def test_the_active_set_fools_the_same_images_as_the_fixed_batch(name: str, norm
     assert 0 < int(one.fooled.sum()) < 16
     assert int(one.steps.sum()) < int(two.steps.sum())
     forwards, backwards = attack.budget()
-    assert int(views[1].ledger.forwards.max()) <= forwards + 2
-    assert int(views[1].ledger.backwards.max()) <= backwards
+    assert int(views[1].queries.forwards.max()) <= forwards + 2
+    assert int(views[1].queries.backwards.max()) <= backwards
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -107,8 +107,8 @@ def test_the_active_set_fools_the_same_images_as_the_fixed_batch(norm: str) -> N
     assert torch.equal(one.fooled, two.fooled)
     assert 0 < int(one.fooled.sum()) < 30
     assert (two.margin >= one.margin).all()
-    assert int(views[0].ledger.forwards.sum()) < int(views[1].ledger.forwards.sum()) == 30 * (attack.budget()[0] + 2)
-    assert int(views[0].ledger.backwards.sum()) == 0
+    assert int(views[0].queries.forwards.sum()) < int(views[1].queries.forwards.sum()) == 30 * (attack.budget()[0] + 2)
+    assert int(views[0].queries.backwards.sum()) == 0
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

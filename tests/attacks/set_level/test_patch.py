@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped, convolutional, labelled
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.set_level._patch import corners, cut, paste, resized, window
 from vlmdefend.attacks.set_level.patch import Patch
@@ -36,7 +36,7 @@ def loss_of(attack: Patch, model: Wrapped, threat: Threat) -> float:
     images, labels, ids = labelled(model, SHAPE, 40, seed=3)
     view = View(model, ImageRng(0, ids))
     found = attack(view, images, labels, threat).images
-    return float(LOSSES[attack.loss](view.outputs(found), Goal(labels)).mean())
+    return float(LOSSES[attack.loss](view.outputs(found), Criterion(labels)).mean())
 
 
 # the geometry
@@ -174,8 +174,8 @@ def test_the_cost_of_a_patch_per_image_is_what_it_says() -> None:
     view = View(model, ImageRng(0, ids), stop=False)
     attack = Patch(learn="image", steps=7)
     attack.perturb(view, images, labels, Threat("patch", 0.02), ImageRng(0, ids))
-    assert view.ledger.backwards.tolist() == [7] * 10
-    assert view.ledger.forwards.tolist() == [8] * 10
+    assert view.queries.backwards.tolist() == [7] * 10
+    assert view.queries.forwards.tolist() == [8] * 10
 
 
 def test_images_of_another_size_get_a_patch_of_the_same_share() -> None:

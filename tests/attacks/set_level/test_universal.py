@@ -17,7 +17,7 @@ from vlmdefend.types import Outputs, Threat
 SHAPE = (3, 8, 8)
 
 
-def lesson(model: Wrapped, count: int = 40) -> tuple[View, Tensor, Tensor]:
+def view_of_images(model: Wrapped, count: int = 40) -> tuple[View, Tensor, Tensor]:
     images, labels, ids = labelled(model, SHAPE, count, seed=3)
     return View(model, ImageRng(0, ids), width=16), images, labels
 
@@ -48,7 +48,7 @@ def one_sided() -> tuple[OneSided, Tensor]:
 def test_where_all_images_agree_the_delta_is_the_known_best_one(norm: str, loss: str) -> None:
     """All have label 0 and the same gradient w: the best delta is eps sign(w), under L2 eps w / ||w||."""
     model, weight = one_sided()
-    view, images, labels = lesson(model)
+    view, images, labels = view_of_images(model)
     assert (labels == 0).all()
     eps = 0.1 if norm == "linf" else 0.5
     attack = Universal(loss=loss, ceiling=None, steps=30)  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_what_is_learned_depends_on_the_seed_and_not_on_how_many_images_fit_at_o
 def test_an_image_that_is_lost_already_adds_nothing() -> None:
     """Of two groups that pull in opposite directions the lost one is silent below the ceiling, and wins without it."""
     model, weight = one_sided()
-    view, images, _ = lesson(model)
+    view, images, _ = view_of_images(model)
     labels = torch.zeros(40, dtype=torch.int64)
     labels[:30] = 1  # wrong by a margin of about 100
     towards = []
@@ -156,10 +156,10 @@ def test_wrappers_let_it_learn() -> None:
 def test_the_cost_of_learning_is_what_it_says() -> None:
     model = convolutional()
     for loss in ("cw", "feature"):
-        view, images, labels = lesson(model)
+        view, images, labels = view_of_images(model)
         attack = Universal(steps=3, loss=loss)  # type: ignore[arg-type]
         attack.fit(view, images, labels, Threat("linf", 0.1))
-        spent = int(view.ledger.forwards.sum()), int(view.ledger.backwards.sum())
+        spent = int(view.queries.forwards.sum()), int(view.queries.backwards.sum())
         assert spent == attack.fit_budget(40)
 
 
@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_a_number_does_not_spoil_the_lesson() -> None:
             return Outputs(outputs.logits * torch.where(bad, torch.nan, 1.0)[:, None], outputs.features)
 
     model = convolutional()
-    view, images, labels = lesson(model)
+    view, images, labels = view_of_images(model)
     model.__class__ = Broken
     fitted = Universal().fit(view, images, labels, Threat("linf", 0.1))
     assert fitted.learned.isfinite().all()  # type: ignore[attr-defined]

@@ -13,10 +13,10 @@ from torch import Tensor
 from tests.attacks.conftest import Wrapped, convolutional, labelled
 from tests.attacks.spoken import WORDS, Spoken
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.text_level._answers import Answers
+from vlmdefend.attacks.text_level._answers import PromptScores
 from vlmdefend.attacks.text_level._prompts import first_order_gains
 from vlmdefend.attacks.text_level._text_level import TextLevel
 from vlmdefend.attacks.text_level.co import Co
@@ -139,7 +139,7 @@ def test_what_is_found_is_what_the_whole_pipeline_says(fashion: Fashion) -> None
 
 def test_first_order_gains_are_the_derivative_of_the_loss(fashion: Fashion) -> None:
     """A step of size h from the present one-hot to another token's changes the loss by h times the gain."""
-    side, answers = fashion.side, Answers(fashion.view(), fashion.side, fashion.images, fashion.labels)
+    side, answers = fashion.side, PromptScores(fashion.view(), fashion.side, fashion.images, fashion.labels)
     rows = torch.tensor([0, 2, 4])  # the first template of three classes
     places = side.slots[0][:3]
     flat, column, step = side.tokens.flatten(0, 1), 1, 1e-2
@@ -200,7 +200,7 @@ def test_embeddings_are_kept_only_where_the_prompts_leave_them_alone(fashion: Fa
     for keeps, changes in cases.items():
         for change in changes:
             pipeline = Around(fashion.model, change)
-            answers = Answers(fashion.view(pipeline, width=16), fashion.side, fashion.images, fashion.labels)
+            answers = PromptScores(fashion.view(pipeline, width=16), fashion.side, fashion.images, fashion.labels)
             assert answers.keeps_embeddings == keeps
             other = fashion.model.text_features.roll(1, dims=0)
             before = pipeline.asked
@@ -213,7 +213,7 @@ def test_embeddings_are_kept_only_where_the_prompts_leave_them_alone(fashion: Fa
 
 
 def test_the_gradient_for_class_features_equals_autograd_over_all_images(fashion: Fashion) -> None:
-    answers = Answers(fashion.view(width=16), fashion.side, fashion.images, fashion.labels)
+    answers = PromptScores(fashion.view(width=16), fashion.side, fashion.images, fashion.labels)
     classes = fashion.model.text_features.roll(1, dims=0).clone().requires_grad_(True)
     with fashion.side.using(classes):
         logits = fashion.model(answers.images).logits
@@ -263,8 +263,8 @@ def test_co_leaves_no_more_images_right_than_pgd_alone(loss: Any, fashion: Fashi
 
 def test_the_loss_of_co_is_three_cross_entropies_and_the_divergence_of_embeddings() -> None:
     clean, moved = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0986123]])  # softmax: 1/2 1/2 and 1/4 3/4
-    goal = Goal(torch.tensor([0]), reference=Outputs(torch.zeros(1, 2), clean))
-    found = LOSSES["co"](Outputs(torch.zeros(1, 2), moved), goal)
+    criterion = Criterion(torch.tensor([0]), reference=Outputs(torch.zeros(1, 2), clean))
+    found = LOSSES["co"](Outputs(torch.zeros(1, 2), moved), criterion)
     divergence = 0.5 * torch.tensor(2.0).log() + 0.5 * torch.tensor(2 / 3).log()
     assert found.item() == pytest.approx(3 * 0.6931472 + divergence.item(), rel=1e-5)
 
@@ -315,7 +315,7 @@ def test_the_best_word_is_found_among_all() -> None:
     images, labels, ids = labelled(model, (3, 8, 8), 24)
     spoken = Spoken(model, strength=2.0)
     view = View(model, ImageRng(0, ids), model=spoken)
-    side, answers = spoken.text_side, Answers(view, spoken.text_side, images, labels)
+    side, answers = spoken.text_side, PromptScores(view, spoken.text_side, images, labels)
     words = side.usable(words=True).nonzero()[:, 0].tolist()
     assert len(words) >= len(WORDS)
     tried = [answers.score(side.features(side.with_appended(side.tokens[:, 0], w)[:, None])) for w in words]

@@ -15,8 +15,8 @@ import pytest
 
 from tests.cli.conftest import Cli, files_of, one_sentence
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST
-from vlmdefend.evaluation.cell.defended_model import Deployed
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.defended_model import DefendedModel
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 
 LONG = ("--limit", "120", "--batch-size", "8", "-a", "pgd:steps=20", "--eps", "8/255", "--threads", "1", "--png")
 LONG = (*LONG, "--device", "cpu")
@@ -110,8 +110,8 @@ def test_a_finished_set_is_found_and_nothing_is_computed(
 ) -> None:
     first = attack("set", "--eps", "8/255", "--png")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*") if file.name != "lock"}
-    monkeypatch.setattr(Judge, "run", lambda *args: pytest.fail("computed again"))
-    monkeypatch.setattr(Deployed, "answer", lambda *args: pytest.fail("predicted again"))
+    monkeypatch.setattr(CellEvaluator, "run", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(DefendedModel, "answer", lambda *args: pytest.fail("predicted again"))
     second = attack("set", "--eps", "8/255", "--png")
     assert second.code == 0
     assert "found done" in second.out

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import BROKEN, GRAY, SIGNS, Cli, error_line
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 
 Put = Callable[[str, str], Path]
 
@@ -112,8 +112,10 @@ def test_a_defect_in_a_defense_fails_its_cells_only_and_the_exit_code_says_so(
     }
 
     computed = []
-    run = Judge.run
-    monkeypatch.setattr(Judge, "run", lambda judge, *args: computed.append(judge.cell.defense) or run(judge, *args))
+    run = CellEvaluator.run
+    monkeypatch.setattr(
+        CellEvaluator, "run", lambda judge, *args: computed.append(judge.cell.defense) or run(judge, *args)
+    )
     assert evaluate(*options).code == 1
     assert computed == ["broken"]
 

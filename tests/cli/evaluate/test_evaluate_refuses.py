@@ -244,7 +244,7 @@ def test_an_output_folder_that_is_a_file_is_refused(refused: Refused, put: Calla
 def test_an_output_folder_that_cannot_be_written_is_refused_before_anything_is_computed(
     out: str, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vlmdefend.evaluation.cell.evaluator.Judge.run", lambda *args: pytest.fail("computed"))
+    monkeypatch.setattr("vlmdefend.evaluation.cell.evaluator.CellEvaluator.run", lambda *args: pytest.fail("computed"))
     if not Path(out).parent.exists():
         pytest.skip(f"no {Path(out).parent} here")
     sentence = refused("--out", out)

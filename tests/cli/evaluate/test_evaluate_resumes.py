@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from tests.cli.conftest import Cli, error_line, rows_of
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 
 LONG = ("--limit", "200", "--batch-size", "16", "-a", "pgd:steps=20", "--eps", "4/255,8/255", "--threads", "1")
 LONG = (*LONG, "--device", "cpu")
@@ -105,8 +105,10 @@ def test_ctrl_c_keeps_finished_shards_and_the_same_command_goes_on(cli: Cli, tmp
 
     computed = []
     with pytest.MonkeyPatch.context() as patch:
-        shard = Judge._shard
-        patch.setattr(Judge, "_shard", lambda judge, number, index: computed.append(1) or shard(judge, number, index))
+        shard = CellEvaluator._shard
+        patch.setattr(
+            CellEvaluator, "_shard", lambda judge, number, index: computed.append(1) or shard(judge, number, index)
+        )
         assert cli("evaluate", *LONG, "--out", tmp_path / "runs").code == 0
     cells = [record["cell"] for record in records_of(tmp_path / "runs").values()]
     assert len(cells) == 2
@@ -117,7 +119,7 @@ def test_the_same_command_again_computes_nothing_and_says_the_same(
     evaluate: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, rows = evaluate(*TWO), rows_of(tmp_path / "runs")
-    monkeypatch.setattr(Judge, "run", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(CellEvaluator, "run", lambda *args: pytest.fail("computed again"))
     second = evaluate(*TWO)
     assert (first.code, second.code) == (0, 0)
     assert rows_of(tmp_path / "runs") == rows

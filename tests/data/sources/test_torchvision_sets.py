@@ -1,7 +1,7 @@
 """Each row on a fabricated copy with the true layout (file names, folder names, lists) and a picture a class.
 
 What is not true to life: CIFAR, STL-10, SVHN and Flowers-102 are checked by torchvision against MD5 sums, which a
-fabricated copy cannot have, so that check is switched off here; PCAM needs h5py, for which a stand-in is put.
+fabricated copy cannot have, so that check is switched off here; PCAM needs h5py, for which a surrogate is put.
 Readable names, labels, ids and splits are what is tested.
 """
 
@@ -285,9 +285,9 @@ def test_pcam_with_a_stand_in_for_h5py(put: Put, monkeypatch: pytest.MonkeyPatch
         def __exit__(self, *error: object) -> None:
             return None
 
-    stand_in = ModuleType("h5py")
-    stand_in.File = File  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "h5py", stand_in)
+    surrogate = ModuleType("h5py")
+    surrogate.File = File  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "h5py", surrogate)
     for part in ("x", "y"):
         put(f"pcam/camelyonpatch_level_2_split_test_{part}.h5", b"")
     images = opened("pcam")

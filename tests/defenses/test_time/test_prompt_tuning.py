@@ -25,7 +25,7 @@ from vlmdefend.defenses.test_time.r_tpt import RTpt
 from vlmdefend.defenses.test_time.tpt import Tpt
 from vlmdefend.defenses.views.views import augmented_views, marginal_entropy, most_confident
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.prompt_tower import PromptTower
 from vlmdefend.types import Batch
@@ -174,8 +174,8 @@ def test_stand_ins_have_the_deployed_values_where_they_have_a_graph(
 ) -> None:
     defense, pixels = method(views=VIEWS), batch.images.clone().requires_grad_(True)
     deployed = defense.wrap(classifier)(batch.images, streams(batch)).logits
-    for stand_in in defense.surrogates(classifier):
-        logits = stand_in(pixels, streams(batch)).logits
+    for surrogate in defense.surrogates(classifier):
+        logits = surrogate(pixels, streams(batch)).logits
         assert torch.allclose(logits, deployed, atol=1e-2)
         assert torch.autograd.grad(logits[:, 0].sum(), pixels)[0].isfinite().all()
 
@@ -234,7 +234,7 @@ def test_an_attack_on_the_prompts_reaches_the_tuned_ones(classifier: ZeroShotCla
 
 def test_every_view_is_embedded_once(classifier: ZeroShotClassifier, batch: Batch) -> None:
     for method in METHODS:
-        counted = Counted(classifier)
+        counted = CountingModel(classifier)
         with torch.no_grad():
             method(views=VIEWS, steps=2).wrap(counted)(batch.images, streams(batch))
         assert (counted.forwards, counted.backwards) == (6 * VIEWS, 0)

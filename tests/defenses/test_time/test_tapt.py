@@ -20,7 +20,7 @@ from vlmdefend.defenses.test_time._token_statistics import TokenStatistics
 from vlmdefend.defenses.test_time.tapt import Tapt
 from vlmdefend.defenses.views.views import augmented_views, marginal_entropy
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, first_image_tokens, reading
 from vlmdefend.rng import ImageRng
@@ -149,7 +149,7 @@ def test_tuning_lowers_the_entropy_that_it_minimises(classifier: ZeroShotClassif
 
 
 def test_every_view_is_embedded_once_and_the_confident_once_more(classifier: ZeroShotClassifier, batch: Batch) -> None:
-    counted = Counted(classifier)
+    counted = CountingModel(classifier)
     with torch.no_grad():
         Tapt(views=VIEWS, steps=2).wrap(counted)(batch.images, streams(batch))
     confident = int(0.1 * VIEWS)

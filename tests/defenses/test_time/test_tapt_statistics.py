@@ -11,7 +11,7 @@ from tests.defenses.fashion import TWO_TEMPLATES, fashion_batch, fashion_classif
 from vlmdefend.defenses.test_time._token_statistics import Moments, TokenStatistics
 from vlmdefend.defenses.test_time.tapt import Tapt
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import block_inputs
 from vlmdefend.types import Batch
@@ -56,7 +56,7 @@ def test_statistics_are_those_of_the_tokens_of_known_images(classifier: ZeroShot
 
 
 def test_statistics_come_from_a_data_set_too_and_are_measured_once(batch: Batch, statistics_file: Path) -> None:
-    counted = Counted(fashion_classifier("tiny-vit", TWO_TEMPLATES, 4))
+    counted = CountingModel(fashion_classifier("tiny-vit", TWO_TEMPLATES, 4))
     from_set = Tapt(views=VIEWS, statistics="uci-digits", known=12).wrap(counted)
     asked = counted.forwards
     assert asked == 24

@@ -17,7 +17,7 @@ from vlmdefend.defenses.test_time.ttp import Ttp
 from vlmdefend.defenses.views.border import framed
 from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs
@@ -54,7 +54,7 @@ def test_an_image_is_suspect_where_a_fixed_border_moves_its_embedding() -> None:
     images[2, :, 0] = 1.0
     fixed = framed(images, torch.tensor(0.0), 0.25)
     cosine = F.cosine_similarity(images.flatten(1), fixed.flatten(1))
-    model = Counted(Linear(torch.randn(2, 243, generator=torch.Generator().manual_seed(0))))
+    model = CountingModel(Linear(torch.randn(2, 243, generator=torch.Generator().manual_seed(0))))
     middle = cosine.sort().values[:2].mean().item()
     with torch.no_grad():
         found = Ttp(threshold=middle, border=0.25, views=10).wrap(model)(images, ImageRng(0, ["a", "b", "c"]))

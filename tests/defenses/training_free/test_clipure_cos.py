@@ -15,7 +15,7 @@ from tests.defenses.fashion import fashion_batch, fashion_classifier
 from vlmdefend.data.prompts import templates_for
 from vlmdefend.defenses.training_free.clipure_cos import ClipureCos
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.evaluation.statistics.diagnostics import Result, reasons
 from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
@@ -146,4 +146,4 @@ def test_the_blank_text_is_the_unit_mean_of_80_templates_without_a_class() -> No
         units = F.normalize(model.clip.encode_text(model.tokenizer(prompts)), dim=1)
     assert torch.allclose(model.blank_text_features(), F.normalize(units.mean(dim=0), dim=0), atol=1e-5)
     assert model.blank_text_features() is not None
-    assert torch.equal(Counted(model.zero_shot(["cat"], ["{c}"])).blank_features, model.blank_text_features())
+    assert torch.equal(CountingModel(model.zero_shot(["cat"], ["{c}"])).blank_features, model.blank_text_features())

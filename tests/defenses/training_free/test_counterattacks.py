@@ -65,9 +65,9 @@ watching = pytest.mark.parametrize(
 def test_the_detector_has_a_gradient_for_an_attacker_who_evades_it(
     defense: Defense, images: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    for stand_in in defense.surrogates(Linear(weights, bend=True)):
+    for surrogate in defense.surrogates(Linear(weights, bend=True)):
         pixels = images.clone().requires_grad_(True)
-        score = stand_in(pixels, rng()).detector_score
+        score = surrogate(pixels, rng()).detector_score
         assert score is not None
         assert (torch.autograd.grad(score.sum(), pixels)[0].flatten(1).norm(dim=1) > 0).all()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.defenses.linear import Linear, rng
 from vlmdefend.defenses.training_free.csr import Csr
 from vlmdefend.defenses.training_free.low_pass import LowPass
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 
 
 def test_csr_steps_from_the_image_towards_its_low_pass_version(images: torch.Tensor, weights: torch.Tensor) -> None:
@@ -24,7 +24,7 @@ def test_csr_steps_from_the_image_towards_its_low_pass_version(images: torch.Ten
 def test_csr_leaves_alone_what_agrees_and_pays_nothing_for_it(images: torch.Tensor, weights: torch.Tensor) -> None:
     agreement = F.cosine_similarity(images.flatten(1), LowPass(radius=0.2).filter(images).flatten(1))
     middle = agreement.sort().values[1:3].mean().item()
-    model = Counted(Linear(weights))
+    model = CountingModel(Linear(weights))
     found = Csr(threshold=middle, radius=0.2).counter(model, images, rng(), "cut")
     changed = (found.images != images).flatten(1).any(dim=1)
     assert torch.equal(changed, agreement < middle)

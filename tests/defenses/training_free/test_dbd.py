@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.defenses.fashion import fashion_batch, fashion_classifier
 from tests.defenses.linear import Embedding, rng
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.defenses.training_free.dbd import Dbd
 from vlmdefend.defenses.views.views import augmented_views
@@ -54,7 +54,7 @@ def test_knowing_that_dbd_extrapolates_finds_what_its_own_gradient_does_not() ->
     Measured here over two seeds: margins 11 to 13 against 5 to 8, 14 or 15 images against 10 to 12.
     """
     batch, classifier = fashion_batch(16), fashion_classifier("tiny-rn")
-    defense, goal = Dbd(views=16), Goal(batch.labels)
+    defense, criterion = Dbd(views=16), Criterion(batch.labels)
 
     def margins(attacker: Attacker) -> Tensor:
         attacks = dict.fromkeys(variants(attacker, defense), Pgd(steps=6, alpha="eps/2"))
@@ -62,7 +62,7 @@ def test_knowing_that_dbd_extrapolates_finds_what_its_own_gradient_does_not() ->
         found = craft(attacker, attacks, defense, classifier, *arguments).images
         with torch.no_grad():
             draws = [defense.wrap(classifier)(found, ImageRng(seed, batch.ids)).logits for seed in range(4)]
-        return torch.stack([goal.margin(logits) for logits in draws])
+        return torch.stack([criterion.margin(logits) for logits in draws])
 
     aware, unaware = margins("adaptive"), margins("whitebox")
     assert aware.mean() > unaware.mean() + 1.5

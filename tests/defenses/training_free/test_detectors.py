@@ -15,14 +15,14 @@ from vlmdefend.defenses.training_free.agreement import Agreement
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.attackers import craft, variants
 from vlmdefend.evaluation.statistics.rejection import accuracy_against_rejection, rejection_text
-from vlmdefend.evaluation.store.records import Row
-from vlmdefend.reporting.verdicts.verdict import verdict_lines
+from vlmdefend.evaluation.store.records import ImageRow
+from vlmdefend.reporting.verdicts.verdict import verdict_rows
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
 
 
-def row(number: int, *, right: bool, robust: bool, clean: float, adversarial: float) -> Row:
-    return Row(
+def row(number: int, *, right: bool, robust: bool, clean: float, adversarial: float) -> ImageRow:
+    return ImageRow(
         id=str(number),
         label=0,
         clean_prediction=0 if right else 1,
@@ -103,7 +103,7 @@ def test_scores_reach_the_rows_and_the_report(tmp_path: Path) -> None:
     found = vlmdefend.evaluate(tmp_path, defense="agreement", eps="8/255", limit=16, attacker="transfer", threads=1)
     ((record, rows),) = found.results
     assert all(row.clean_score is not None and row.adversarial_score is not None for row in rows)
-    (line,) = verdict_lines([(record, rows)])
+    (line,) = verdict_rows([(record, rows)])
     assert any("turning away 0 / 1 / 5 / 10 / 20 % of the clean images" in note for note in line.notes)
 
 

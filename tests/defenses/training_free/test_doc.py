@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from tests.defenses.linear import SIZE, Linear, rng
 from vlmdefend.defenses.training_free.doc import Doc
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 
 
 def test_doc_widens_the_gradient_by_a_random_direction_at_right_angles(images: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ def test_doc_climbs_with_momentum_and_mixes_by_its_gate(images: torch.Tensor, we
 def test_doc_costs_a_reference_the_gates_draws_its_steps_and_a_prediction(
     images: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    model = Counted(Linear(weights))
+    model = CountingModel(Linear(weights))
     with torch.no_grad():
         Doc(draws=3, steps=5).wrap(model)(images, rng())
     assert (model.forwards, model.backwards) == (4 * (1 + 3 + 5 + 1), 4 * 5)

@@ -17,9 +17,9 @@ def test_hedge_ends_in_the_corner_that_raises_the_sum_of_cross_entropies(images:
 
 def test_hedge_is_attacked_where_its_steps_start(images: torch.Tensor, weights: torch.Tensor) -> None:
     model, defense, pixels = Linear(weights, bend=True), Hedge(eps=0.02, steps=3), images.clone().requires_grad_(True)
-    stand_in, *_ = defense.surrogates(model)
-    (found,) = torch.autograd.grad(stand_in(pixels, rng()).logits[:, 0].sum(), pixels)
+    surrogate, *_ = defense.surrogates(model)
+    (found,) = torch.autograd.grad(surrogate(pixels, rng()).logits[:, 0].sum(), pixels)
     at = 3 * (images + rng().uniform((3, SIZE, SIZE), -0.02, 0.02)).flatten(1)
     assert torch.allclose(found.flatten(1), 3 * (1 - at.tanh() ** 2) * weights[0], atol=1e-5)
     with torch.no_grad():
-        assert torch.equal(stand_in(images, rng()).logits, defense.wrap(model)(images, rng()).logits)
+        assert torch.equal(surrogate(images, rng()).logits, defense.wrap(model)(images, rng()).logits)

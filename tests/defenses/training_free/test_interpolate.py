@@ -95,7 +95,7 @@ def test_an_adaptive_attacker_has_all_that_the_other_defense_gives_and_the_bare_
 
 
 def test_the_stand_in_mixes_the_other_ones_gradient(classifier: ZeroShotClassifier, batch: Batch) -> None:
-    """The codec has none: only the stand-in's gradient differs from the bare model's share."""
+    """The codec has none: only the surrogate's gradient differs from the bare model's share."""
     gradients = []
     for pipeline in (
         Interpolate(weight=0.6, on="logits").wrap(classifier),
@@ -107,8 +107,8 @@ def test_the_stand_in_mixes_the_other_ones_gradient(classifier: ZeroShotClassifi
     bare = torch.autograd.grad(classifier(pixels).logits[:, 0].sum(), pixels)[0]
     assert torch.allclose(gradients[0], 0.4 * bare, rtol=1e-3, atol=1e-5)
     pixels = batch.images.clone().requires_grad_(True)
-    stand_in = create_defense("jpeg").surrogate(classifier)(pixels, ImageRng(0, batch.ids))
-    other = torch.autograd.grad(stand_in.logits[:, 0].sum(), pixels)[0]
+    surrogate = create_defense("jpeg").surrogate(classifier)(pixels, ImageRng(0, batch.ids))
+    other = torch.autograd.grad(surrogate.logits[:, 0].sum(), pixels)[0]
     assert torch.allclose(gradients[1], 0.4 * bare + 0.6 * other, rtol=1e-3, atol=1e-4)
 
 

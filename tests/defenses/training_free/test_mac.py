@@ -10,7 +10,7 @@ import torchvision.transforms.functional as TF
 from tests.defenses.linear import SIZE, Linear, rng
 from vlmdefend.defenses.training_free.mac import Mac
 from vlmdefend.defenses.views.mild_changes import _blurred, _moved, _recoloured, _turned, mildly_changed
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.rng import ImageRng
 
 
@@ -52,7 +52,7 @@ def test_macs_gate_by_hand_and_the_mean_over_its_views(images: torch.Tensor, wei
 def test_mac_costs_two_forwards_its_steps_and_a_prediction_of_each_view(
     images: torch.Tensor, weights: torch.Tensor
 ) -> None:
-    model = Counted(Linear(weights))
+    model = CountingModel(Linear(weights))
     with torch.no_grad():
         Mac(views=3, steps=5).wrap(model)(images, rng())
     assert (model.forwards, model.backwards) == (4 * 3 * (2 + 5 + 1), 4 * 3 * 5)

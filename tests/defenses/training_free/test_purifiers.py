@@ -13,7 +13,7 @@ from vlmdefend.defenses.training_free.clipure_cos import ClipureCos
 from vlmdefend.defenses.training_free.cola import Cola
 from vlmdefend.defenses.training_free.dbd import Dbd
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 
 
 @pytest.mark.parametrize("defense", [ClipureCos(), Dbd(), Cola(), Aom()])
@@ -21,7 +21,7 @@ def test_a_model_of_logits_only_is_refused_in_a_sentence(defense: Defense) -> No
     with pytest.raises(UserError, match="logits only"):
         defense.wrap(Linear(torch.ones(2, 48)))
     with pytest.raises(UserError, match="logits only"):
-        defense.wrap(Counted(Linear(torch.ones(2, 48))))
+        defense.wrap(CountingModel(Linear(torch.ones(2, 48))))
 
 
 def test_aom_steps_past_the_mean_of_the_noisy_copies() -> None:

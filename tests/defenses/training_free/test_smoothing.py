@@ -14,7 +14,7 @@ from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.view import View
 from vlmdefend.defenses.training_free import randomized_smoothing
 from vlmdefend.defenses.training_free.randomized_smoothing import RandomizedSmoothing, lower_bound
-from vlmdefend.evaluation.store.records import Row
+from vlmdefend.evaluation.store.records import ImageRow
 from vlmdefend.reporting import render, verdict_lines
 from vlmdefend.reporting.verdicts.certified import abstained, certified_curve, certified_text, mean_curve
 from vlmdefend.rng import ImageRng
@@ -135,9 +135,9 @@ def test_the_attacker_climbs_the_log_of_the_mean_probability() -> None:
     assert gradient.count_nonzero() == 2
 
 
-def row(number: int, *, right: bool, radius: float | None, silent: bool = False) -> Row:
+def row(number: int, *, right: bool, radius: float | None, silent: bool = False) -> ImageRow:
     prediction = ABSTAINED if silent else 0 if right else 1
-    return Row(
+    return ImageRow(
         id=str(number),
         label=0,
         clean_prediction=prediction,

@@ -7,7 +7,7 @@ import torch
 
 from tests.defenses.linear import SIZE, Linear, rng
 from vlmdefend.defenses.training_free.ttc import Ttc
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 
 
 @pytest.mark.parametrize("threshold", [0.0, torch.inf])
@@ -41,7 +41,7 @@ def test_ttc_decides_image_by_image(images: torch.Tensor, weights: torch.Tensor)
 
 
 def test_ttc_costs_two_gradients_and_two_forwards(images: torch.Tensor, weights: torch.Tensor) -> None:
-    model = Counted(Linear(weights))
+    model = CountingModel(Linear(weights))
     with torch.no_grad():
         Ttc().wrap(model)(images, rng())
     assert (model.forwards, model.backwards) == (4 * 4, 2 * 4)

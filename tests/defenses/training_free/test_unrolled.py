@@ -63,12 +63,12 @@ def slopes(pipelines: list[Pipeline], value: Callable[[Outputs], Tensor]) -> lis
     def at(pipeline: Pipeline, pixels: Tensor) -> Tensor:
         return value(pipeline(pixels, ImageRng(0, ["a"])))
 
-    deployed, *stand_ins = pipelines
+    deployed, *surrogates = pipelines
     high, low = (at(deployed, image + step * direction) for step in (1e-6, -1e-6))
     found = [(high - low).detach() / 2e-6]
-    for stand_in in stand_ins:
+    for surrogate in surrogates:
         pixels = image.clone().requires_grad_(True)
-        found.append((torch.autograd.grad(at(stand_in, pixels), pixels)[0] * direction).sum())
+        found.append((torch.autograd.grad(at(surrogate, pixels), pixels)[0] * direction).sum())
     return found
 
 

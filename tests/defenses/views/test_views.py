@@ -221,13 +221,13 @@ def test_mta_is_differentiable_where_views_coincide() -> None:
 
 def test_mta_is_attacked_through_the_mean_over_large_crops() -> None:
     wanted, pixels = torch.tensor([1.0, -2.0, 0.5]), ramps(1).clone().requires_grad_(True)
-    stand_in = Mta(views=6).surrogate(Places())
-    (found,) = torch.autograd.grad((stand_in(pixels, ImageRng(0, ["a"])).logits * wanted).sum(), pixels)
+    surrogate = Mta(views=6).surrogate(Places())
+    (found,) = torch.autograd.grad((surrogate(pixels, ImageRng(0, ["a"])).logits * wanted).sum(), pixels)
     means = augmented_views(pixels, ImageRng(0, ["a"]), 6, area=(0.5, 1.0)).mean(dim=(3, 4)).mean(dim=1)
     (expected,) = torch.autograd.grad((means * wanted).sum(), pixels)
     assert torch.allclose(found, expected, atol=1e-7)
     deployed = Mta(views=6).wrap(Places())(ramps(1), ImageRng(0, ["a"]))
-    assert torch.equal(stand_in(ramps(1), ImageRng(0, ["a"])).logits, deployed.logits)
+    assert torch.equal(surrogate(ramps(1), ImageRng(0, ["a"])).logits, deployed.logits)
 
 
 def test_mta_without_features_says_what_to_do() -> None:

@@ -20,7 +20,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST, digest
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.progress import Progress
@@ -152,14 +152,14 @@ def test_a_folder_that_moved_is_found_by_its_new_name_and_one_that_changed_is_re
 def test_files_that_change_before_the_set_is_sealed_are_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Judge.run
+    run = CellEvaluator.run
 
-    def then_flip(judge: Judge, *args: Any) -> Any:
+    def then_flip(judge: CellEvaluator, *args: Any) -> Any:
         result = run(judge, *args)
         flip(tmp_path / "set" / "images-00000.safetensors")
         return result
 
-    monkeypatch.setattr(Judge, "run", then_flip)
+    monkeypatch.setattr(CellEvaluator, "run", then_flip)
     with pytest.raises(UserError, match="does not hold what was scored"):
         craft(tmp_path / "set")
     assert not (tmp_path / "set" / MANIFEST).exists()

@@ -10,7 +10,7 @@ import vlmdefend
 from tests.evaluation.saved_sets import OPTIONS, craft, score
 from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.adversarial_sets.crafting import craft_set
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.make_plan import make_plan
 from vlmdefend.progress import Progress
@@ -72,7 +72,7 @@ def test_scoring_takes_no_gradient_and_other_batches_change_nothing(
 
 def test_the_same_scoring_again_is_found_done(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     score(home / "tiny-vit", tmp_path / "runs", model="tiny-rn")
-    monkeypatch.setattr(Judge, "run", lambda *args: pytest.fail("computed again"))
+    monkeypatch.setattr(CellEvaluator, "run", lambda *args: pytest.fail("computed again"))
     assert len(score(home / "tiny-vit", tmp_path / "runs", model="tiny-rn")) == 1
 
 

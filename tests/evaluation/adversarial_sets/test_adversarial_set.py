@@ -15,7 +15,7 @@ import vlmdefend
 from tests.evaluation.saved_sets import COUNT, clean_of, craft, photos, rows_of, score
 from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, MANIFEST
-from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.cell.defended_model import DefendedModel
 from vlmdefend.rng import ImageRng
 
 EVIL = ("../../escaped", "<script>alert(1)</script>", "two\nlines", 'a,b\t"c"', "/absolute", "\u30b7\u30e3\u30c4")
@@ -23,8 +23,10 @@ EVIL = ("../../escaped", "<script>alert(1)</script>", "two\nlines", 'a,b\t"c"', 
 
 def test_the_files_hold_the_bits_that_were_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[Tensor] = []
-    answer = Deployed.answer
-    monkeypatch.setattr(Deployed, "answer", lambda asked, x, ids: scored.append(x.clone()) or answer(asked, x, ids))
+    answer = DefendedModel.answer
+    monkeypatch.setattr(
+        DefendedModel, "answer", lambda asked, x, ids: scored.append(x.clone()) or answer(asked, x, ids)
+    )
     crafted = craft(tmp_path / "set")
     rows = rows_of(tmp_path / "set")
     saved = torch.stack([load_file(tmp_path / "set" / row["file"])["images"][row["position"]] for row in rows])

@@ -27,7 +27,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.grid.plan import attackers_of
 from vlmdefend.evaluation.grid.planned import PlannedCell
 from vlmdefend.evaluation.statistics.diagnostics import Result, reasons
-from vlmdefend.evaluation.store.run_folder import Shard
+from vlmdefend.evaluation.store.run_folder import StoredShard
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import Outputs, Pipeline, Threat
 
@@ -84,7 +84,7 @@ def test_a_run_that_goes_on_after_a_kill_learns_the_same_again(
         whole, rows = judge.run(writer, progress)
     add = CellWriter.add
 
-    def killed(self: CellWriter, shard: Shard) -> None:
+    def killed(self: CellWriter, shard: StoredShard) -> None:
         add(self, shard)
         raise KeyboardInterrupt
 
@@ -97,7 +97,7 @@ def test_a_run_that_goes_on_after_a_kill_learns_the_same_again(
         resumed, again = judge.run(writer, progress)
     assert again == rows
     assert resumed.robust == whole.robust
-    for name in ("attack_forwards", "attack_backwards"):  # the lesson was taken twice, and is counted once
+    for name in ("attack_forwards", "attack_backwards"):  # the fitted was taken twice, and is counted once
         assert getattr(resumed.cost, name) == getattr(whole.cost, name)
     assert resumed.checks == whole.checks
 

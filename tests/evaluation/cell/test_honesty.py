@@ -19,8 +19,8 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
 from vlmdefend.evaluation.cell import surrogates
-from vlmdefend.evaluation.cell.attackers import BARE, Variant, Watched, craft
-from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.cell.attackers import BARE, Variant, WatchedView, craft
+from vlmdefend.evaluation.cell.defended_model import DefendedModel
 from vlmdefend.evaluation.launchers import inline as run_module
 from vlmdefend.reporting import load_runs
 from vlmdefend.rng import ImageRng
@@ -55,13 +55,13 @@ def test_a_surrogate_with_other_values_does_not_spare_the_images_it_misclassifie
     assert (craft(*arguments).steps == 0).any()  # believed, it lets images go that the deployed model gets right
     assert (craft(*arguments, stop=False).steps == 3).all()
 
-    assert not surrogates.agree(Deployed(cell(attacker="adaptive", batch_size=16), classifier, Rolled()), batch)
-    assert surrogates.agree(Deployed(cell(attacker="transfer", batch_size=16), classifier, Rolled()), batch)
+    assert not surrogates.agree(DefendedModel(cell(attacker="adaptive", batch_size=16), classifier, Rolled()), batch)
+    assert surrogates.agree(DefendedModel(cell(attacker="transfer", batch_size=16), classifier, Rolled()), batch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gated(Defense):
-    """Shifts what lies off the 255 levels, as no clean image does; its stand-in never shifts."""
+    """Shifts what lies off the 255 levels, as no clean image does; its surrogate never shifts."""
 
     name: ClassVar[str] = "gated"
     paradigm: ClassVar[Paradigm] = "training-free"
@@ -97,7 +97,7 @@ def test_an_image_that_a_stand_in_let_go_and_the_deployed_pipeline_gets_right_is
 
 @dataclass(frozen=True, kw_only=True)
 class Evades(Defense):
-    """Answers what the attack finds on the bare model with no numbers; its stand-in never shows them."""
+    """Answers what the attack finds on the bare model with no numbers; its surrogate never shows them."""
 
     name: ClassVar[str] = "evades"
     paradigm: ClassVar[Paradigm] = "training-free"
@@ -141,7 +141,7 @@ class Halves:
 
 def test_what_is_watched_is_written_to_one_place_which_a_replayed_graph_writes_again() -> None:
     images, rng = torch.rand(2, 3, 8, 8), ImageRng(0, ["a", "b"])
-    watched = Watched(Halves())
+    watched = WatchedView(Halves())
     watched(images, rng)
     place = watched._finite
     watched(images * torch.nan, rng)

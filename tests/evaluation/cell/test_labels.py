@@ -14,7 +14,7 @@ import vlmdefend
 from tests.defenses.cases import CASES, Case
 from vlmdefend.data.base import ImageSet
 from vlmdefend.evaluation.cell import defended_model
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 from vlmdefend.evaluation.grid import plan
 from vlmdefend.types import Batch, Outputs
 
@@ -25,10 +25,10 @@ Answers = dict[str, tuple[list[float], int]]  # id -> clean logits, recorded pre
 @pytest.fixture
 def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, int], Answers]:
     """``answers(case, by)`` of eight images, all labels moved ``by`` classes; four after an attack on others."""
-    load, rows = plan.load_dataset, Judge._rows
+    load, rows = plan.load_dataset, CellEvaluator._rows
     heard: dict[str, Tensor] = {}
 
-    def listening(judge: Judge, batch: Batch, clean: Outputs, *others: Any) -> Any:
+    def listening(judge: CellEvaluator, batch: Batch, clean: Outputs, *others: Any) -> Any:
         heard.update(zip(batch.ids, clean.logits, strict=True))
         return rows(judge, batch, clean, *others)
 
@@ -46,7 +46,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, 
         ((_record, recorded),) = found.results
         return {row.id: (heard[row.id].tolist(), row.clean_prediction) for row in recorded}
 
-    monkeypatch.setattr(Judge, "_rows", listening)
+    monkeypatch.setattr(CellEvaluator, "_rows", listening)
     monkeypatch.setattr(defended_model, "FEW", 1)
     return evaluated
 

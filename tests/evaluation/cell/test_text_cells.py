@@ -24,11 +24,11 @@ from vlmdefend.evaluation.cell.attackers import Variant, fit
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.launchers.inline import evaluate, run_plan
 from vlmdefend.evaluation.make_plan import make_plan
-from vlmdefend.evaluation.store.records import Record, Row
+from vlmdefend.evaluation.store.records import ImageRow, Record
 from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.reporting.verdicts.verdict import verdict_lines
+from vlmdefend.reporting.verdicts.verdict import verdict_rows
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat
 
@@ -37,7 +37,7 @@ CO = "co:candidates=16:beams=1:steps=3"
 FASHION: dict[str, Any] = {"model": "tiny-vit", "dataset": "fashion", "limit": 40, "batch_size": 20}
 
 
-def one(folder: Path, **grid: Any) -> tuple[Record, list[Row]]:
+def one(folder: Path, **grid: Any) -> tuple[Record, list[ImageRow]]:
     done = evaluate(folder, **{**FASHION, **grid})
     assert not done.failures
     ((record, rows),) = done.results
@@ -72,7 +72,7 @@ def test_the_rows_are_those_of_the_recorded_prompts_typed_by_hand(tmp_path: Path
 
 def test_the_report_quotes_a_prompt(tmp_path: Path) -> None:
     result = one(tmp_path, attack=TEXT, eps="1")
-    (line,) = verdict_lines([result])
+    (line,) = verdict_rows([result])
     assert any(repr(result[0].attacked_prompts[0]) in note for note in line.notes)
 
 
@@ -127,13 +127,13 @@ def test_a_resumed_run_repeats_the_fitted_prompts_and_the_result(attack: str, ep
 
 @dataclass(frozen=True, kw_only=True)
 class Misleading(Defense):
-    """Its first stand-in sees nothing of the images, the second is exact."""
+    """Its first surrogate sees nothing of the images, the second is exact."""
 
     name: ClassVar[str] = "misleading"
     paradigm: ClassVar[Paradigm] = "training-free"
     summary: ClassVar[str] = "a test's own"
     citation: ClassVar[str] = "–"
-    recipe: ClassVar[Recipe] = Recipe("two stand-ins", surrogates=2)
+    recipe: ClassVar[Recipe] = Recipe("two surrogates", surrogates=2)
 
     def wrap(self, model: Pipeline) -> Pipeline:
         return model

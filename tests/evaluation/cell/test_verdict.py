@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.evaluation.conftest import COUNT, Around, Notes, Random, Verdict
-from vlmdefend.attacks.base import Attack, Attacked
+from vlmdefend.attacks.base import Attack, AttackResult
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.none import NoAttack
 from vlmdefend.attacks.view import View
@@ -39,10 +39,10 @@ class Returns(Attack):
 class Lawless(Returns):
     """The same, past the contract that holds every attack to its budget."""
 
-    def __call__(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attacked:  # type: ignore[misc]
+    def __call__(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> AttackResult:  # type: ignore[misc]
         found = self.make(images)
         everything = torch.ones(len(images))
-        return Attacked(found, everything.bool(), everything, everything.long(), 0)
+        return AttackResult(found, everything.bool(), everything, everything.long(), 0)
 
 
 def test_an_image_that_is_wrong_without_an_attack_is_neither_attacked_nor_robust(verdict: Verdict) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from vlmdefend.evaluation.statistics.diagnostics import Reason, Result, attack_label, reasons
 from vlmdefend.evaluation.statistics.paired import clearly_lower, robust_under_all, sign_test
-from vlmdefend.evaluation.store.records import Cell, Checks, Cost, Record, Row
+from vlmdefend.evaluation.store.records import Cell, Checks, Cost, ImageRow, Record
 
 CELL: dict[str, Any] = {
     "protocol": "unified",
@@ -36,7 +36,7 @@ def result(robust: range | None = None, *, checks: Checks | None = None, n: int 
     record_fields = {k: fields.pop(k) for k in ("stochastic", "gradient_free", "status", "cost") if k in fields}
     cell = Cell(**{**CELL, **fields})
     rows = [
-        Row(
+        ImageRow(
             id=str(i),
             label=0,
             clean_prediction=0,

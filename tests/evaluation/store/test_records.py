@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from tests.evaluation.conftest import FIELDS, cell
-from vlmdefend.evaluation.store.records import Cell, Checks, Cost, Record, Row
+from vlmdefend.evaluation.store.records import Cell, Checks, Cost, ImageRow, Record
 
 
 def other(value: Any) -> Any:
@@ -61,8 +61,8 @@ def test_a_cell_that_makes_no_sense_is_refused(fields: dict[str, Any]) -> None:
         cell(**fields)
 
 
-def row(label: int, clean: int, adversarial: int) -> Row:
-    return Row(
+def row(label: int, clean: int, adversarial: int) -> ImageRow:
+    return ImageRow(
         id="a",
         label=label,
         clean_prediction=clean,

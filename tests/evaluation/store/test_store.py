@@ -9,11 +9,11 @@ import pytest
 
 from tests.evaluation.conftest import Notes, bench, cell
 from vlmdefend.errors import Busy, StorageError, UserError
-from vlmdefend.evaluation.cell.evaluator import Judge
-from vlmdefend.evaluation.store.records import Checks, Cost, Row
-from vlmdefend.evaluation.store.run_folder import Shard, Store, read_record, read_rows, write_atomically
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
+from vlmdefend.evaluation.store.records import Checks, Cost, ImageRow
+from vlmdefend.evaluation.store.run_folder import Store, StoredShard, read_record, read_rows, write_atomically
 
-ROW = Row(
+ROW = ImageRow(
     id="zürich\u2028\n.png",
     label=0,
     clean_prediction=0,
@@ -25,8 +25,8 @@ ROW = Row(
 )
 
 
-def shard(number: int) -> Shard:
-    return Shard(number, [ROW, ROW], [], Cost(clean_images=2, clean_seconds=0.1), Checks(forwards_differ=True))
+def shard(number: int) -> StoredShard:
+    return StoredShard(number, [ROW, ROW], [], Cost(clean_images=2, clean_seconds=0.1), Checks(forwards_differ=True))
 
 
 def test_a_partial_file_cut_at_any_byte_of_its_last_line_keeps_the_shards_before_it(tmp_path: Path) -> None:
@@ -57,15 +57,15 @@ def test_a_cell_resumed_from_a_cut_at_any_byte_has_identical_rows(
     lines = partial.splitlines(keepends=True)
     assert len(lines) == 4
     before = b"".join(lines[:2])
-    known: dict[int, Shard] = {}
-    compute = Judge._shard
+    known: dict[int, StoredShard] = {}
+    compute = CellEvaluator._shard
 
-    def once(judge: Judge, number: int, index: list[int]) -> Shard:
+    def once(judge: CellEvaluator, number: int, index: list[int]) -> StoredShard:
         if number not in known:
             known[number] = compute(judge, number, index)
         return known[number]
 
-    monkeypatch.setattr(Judge, "_shard", once)  # computed once, resumed for every byte
+    monkeypatch.setattr(CellEvaluator, "_shard", once)  # computed once, resumed for every byte
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # the disk's own buffers are not what is cut here
     folder = tmp_path / "resumed"
     for cut in range(len(lines[2]) + 1):
@@ -215,4 +215,4 @@ def test_a_name_with_line_breaks_stays_one_row(tmp_path: Path) -> None:
 
 def test_a_result_that_is_no_number_is_never_stored(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="finite"):
-        Row(**{**ROW.model_dump(), "clean_margin": float("nan")})
+        ImageRow(**{**ROW.model_dump(), "clean_margin": float("nan")})

@@ -15,8 +15,8 @@ from vlmdefend.models.classifier.classifier import ClassifierModel, ImageClassif
 from vlmdefend.models.classifier.folder import save_classifier
 from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.job import AdaptationJob, Adapted
-from vlmdefend.training.adaptation.settings import make_urda_settings
 from vlmdefend.training.loop.results import EpochResult
+from vlmdefend.training.settings.adaptation_settings import make_urda_settings
 
 CLASSES = ("bar", "cross", "square")
 SIDE = 28

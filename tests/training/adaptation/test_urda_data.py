@@ -104,7 +104,7 @@ def test_adaptation_sets_open_as_two_domains_of_the_same_classes(tmp_path: Path,
     from PIL import Image
 
     from vlmdefend.training.adaptation.sets import open_sets
-    from vlmdefend.training.adaptation.settings import make_urda_settings
+    from vlmdefend.training.settings.adaptation_settings import make_urda_settings
 
     domains, between, classes = LAYOUTS[layout]
     for domain in domains:

@@ -17,7 +17,7 @@ from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.augment import crop_and_flip
-from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.settings.train_settings import make_train_settings
 
 SMALL: dict[str, Any] = {"batch_size": 24, "limit": 120, "held_out": 8, "save_every": 2, "steps": 1}
 

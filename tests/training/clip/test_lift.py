@@ -20,7 +20,7 @@ from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.evaluation.statistics.paired import sign_test
 from vlmdefend.progress import Progress
-from vlmdefend.reporting.compare.compare import Paired
+from vlmdefend.reporting.compare.compare import PairedCounts
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.data import TrainingImages
@@ -62,7 +62,7 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, 
 
 def points_won(before: dict[str, bool], after: dict[str, bool]) -> float:
     """In points of all images; chance would win so many more than it loses in one of a hundred runs at most."""
-    found = Paired.of(before.keys() & after.keys(), before, after)
+    found = PairedCounts.of(before.keys() & after.keys(), before, after)
     assert found.n == len(before) == len(after)
     assert sign_test(found.won, found.lost) < 0.01, found
     return 100 * (found.won - found.lost) / found.n
@@ -115,7 +115,7 @@ def test_apt_lowers_the_loss_at_the_adversarial_images(tmp_path: Path) -> None:
 
 
 def test_advpt_learns_the_stored_images_and_is_no_help_against_an_attack_on_the_deployed_model(tmp_path: Path) -> None:
-    """It claims none: its lesson holds for the stored features alone."""
+    """It claims none: its fitted holds for the stored features alone."""
     run: DefenseTrainingJob = training(
         tmp_path / "out", "advpt", eps="16/255", limit=500, epochs=6, batch_size=32, lr=0.1
     )

@@ -18,13 +18,13 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import LowRank, choose_adapters
-from vlmdefend.training.clip.train_settings import make_train_settings
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.student import Accumulator, TrainedStudent
 from vlmdefend.training.loop.trainer_state import STATE
+from vlmdefend.training.settings.train_settings import make_train_settings
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.evaluation.launchers.inline import evaluate
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.reporting.verdicts.verdict import verdict_lines
+from vlmdefend.reporting.verdicts.verdict import verdict_rows
 from vlmdefend.training.clip.stored_features import FILE
 
 SMALL: dict[str, Any] = {
@@ -83,8 +83,8 @@ def test_a_record_says_that_the_prompts_were_learned_and_the_protocols_are_not_r
     vanilla, learned = (next(r for r in results if r[0].cell.model == name) for name in names)
     assert (vanilla[0].learned_prompt, learned[0].learned_prompt) == ("", said)
     note = f"the prompts are {said} and the class name, not the protocol's templates"
-    assert [note in line.notes for line in verdict_lines([vanilla, learned])].count(True) == 1
-    (line,) = verdict_lines([learned])
+    assert [note in line.notes for line in verdict_rows([vanilla, learned])].count(True) == 1
+    (line,) = verdict_rows([learned])
     assert note in line.notes
 
 

@@ -11,7 +11,6 @@ from vlmdefend.data import load_dataset
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
-from vlmdefend.training.clip.distill_settings import make_distill_settings
 from vlmdefend.training.clip.distillation_job import DistillationJob, Distilled
 from vlmdefend.training.clip.held_out import accuracies, correct
 from vlmdefend.training.loop.data import TrainingImages
@@ -19,6 +18,7 @@ from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.trainer_state import STATE
+from vlmdefend.training.settings.distill_settings import make_distill_settings
 
 EPS = 8 / 255
 OPTIONS = {

@@ -18,11 +18,11 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import choose_adapters, folded
-from vlmdefend.training.clip.train_settings import make_train_settings
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
+from vlmdefend.training.settings.train_settings import make_train_settings
 from vlmdefend.types import Batch
 
 NAMES = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]

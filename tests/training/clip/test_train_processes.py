@@ -18,10 +18,10 @@ from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
 from vlmdefend.training import job
-from vlmdefend.training.clip.train_settings import make_train_settings
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.state_file import load_state
 from vlmdefend.training.loop.trainer_state import STATE
+from vlmdefend.training.settings.train_settings import make_train_settings
 
 NAMES = ("cat", "dog", "ship")
 LAUNCHERS = {

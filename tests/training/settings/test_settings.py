@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from vlmdefend.errors import UserError
-from vlmdefend.training.adaptation.settings import make_urda_settings
-from vlmdefend.training.clip.distill_settings import DistillSettings, make_distill_settings
-from vlmdefend.training.clip.train_settings import make_train_settings
+from vlmdefend.training.settings.adaptation_settings import make_urda_settings
+from vlmdefend.training.settings.distill_settings import DistillSettings, make_distill_settings
 from vlmdefend.training.settings.run_settings import RunSettings
+from vlmdefend.training.settings.train_settings import make_train_settings
 
 PAIR = {"proxy": "ViT-B/32", "target": "RN50"}
 TINY = {"proxy": "tiny-vit", "target": "tiny-rn"}

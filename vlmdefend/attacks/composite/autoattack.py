@@ -63,7 +63,7 @@ class AutoAttack(Attack):
         check_options(self.name, steps=self.steps, queries=self.queries)
 
     def members(self, num_classes: int | None = None) -> list[Attack]:
-        """The attacks of this version, in order, that are defined for ``num_classes`` (None: all)."""
+        """Returns the attacks of this version, in order, that are defined for ``num_classes`` classes (None: all)."""
         build: dict[str, Callable[[], Attack]] = {
             "apgd-ce": lambda: ApgdCe(steps=self.steps),
             "apgd-dlr": lambda: ApgdDlr(steps=self.steps),
@@ -75,13 +75,17 @@ class AutoAttack(Attack):
         return [build[n]() for n in names if num_classes is None or num_classes >= CLASSES_NEEDED.get(n, 2)]
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """The sum over the members, and two forwards for each: what is still right, and what it returned."""
+        """Returns the sum over the members, and two forwards for each: to find the images still right, and to check its
+        result.
+        """
         draws = max(samples, EOT_SAMPLES) if self.version == "rand" else samples
         spent = [member.budget(draws) for member in self.members()]
         return sum(forwards + 2 * draws for forwards, _ in spent), sum(backwards for _, backwards in spent)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All members; an image that one has fooled is left to the next only where fooling the view proves nothing."""
+        """Runs the members in order; an image that one has fooled goes to the next only where the view may differ from
+        the deployed pipeline.
+        """
         members = self.members(view.num_classes)
         for name in set(VERSIONS[self.version]) - {member.name for member in members}:
             warnings.warn(

@@ -42,21 +42,21 @@ class Eot(Wrapper):
         check_options(self.name, samples=self.samples)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """The attack's at the larger number of draws, and two forwards: what is still right, and what it returned."""
+        """Returns the budget of the attack inside at the larger number of draws, and two forwards."""
         draws = max(samples, self.samples)
         forwards, backwards = self.inner[0].budget(draws)
         return forwards + 2 * draws, backwards
 
     def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
-        """As of the attack, at the larger number of draws."""
+        """Returns the fit budget of the attack inside at the larger number of draws."""
         return self.inner[0].fit_budget(count, max(samples, self.samples))
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        """The attack learns from a view that draws more often."""
+        """Fits the attack inside on a view that averages more draws."""
         return super().fit(self._drawn(view), images, labels, threat)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The attack, on a view that draws more often."""
+        """Runs the attack inside on a view that averages more draws."""
         return self.inner[0](self._drawn(view), images, labels, threat).images
 
     def _drawn(self, view: View) -> View:

@@ -1,4 +1,4 @@
-"""An attack several times, each time with other random numbers."""
+"""Runs an attack several times with different random numbers."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ class Repeated(Wrapper):
         check_options(self.name, n=self.n)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """n times the attack's, and two forwards for each time: what is still right, and what it returned."""
+        """Returns n times the budget of the attack inside, and two forwards per repetition."""
         forwards, backwards = self.inner[0].budget(samples)
         return self.n * (forwards + 2 * samples), self.n * backwards
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All times in turn."""
+        """Runs all repetitions, each on the images not fooled so far."""
 
         def run(number: int, todo: Tensor) -> tuple[Tensor, Tensor]:
             part = view.select(todo)

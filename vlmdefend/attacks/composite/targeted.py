@@ -1,4 +1,4 @@
-"""An attack aimed at a class."""
+"""Gives an attack a target class."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ class Targeted(Wrapper):
 
     @property
     def aimed(self) -> Attack:
-        """The attack with the target; raises what it says of targets."""
+        """Returns the attack inside with its target set; raises what that attack raises for a bad target."""
         return replace(self.inner[0], target=self.target)  # type: ignore[type-var]
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """The attack's, and two forwards: what is still right, and what it returned."""
+        """Returns the budget of the attack inside, and two forwards."""
         forwards, backwards = self.aimed.budget(samples)
         return forwards + 2 * samples, backwards
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The attack with the target."""
+        """Runs the attack inside with its target."""
         return self.aimed(view, images, labels, threat).images

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import best_of
-from vlmdefend.attacks.nested import nested_attacks, take_over, text_of
+from vlmdefend.attacks.nested import inherit_properties, nested_attacks, text_of
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
@@ -41,38 +41,38 @@ class WorstOf(Attack):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "attacks", nested_attacks(self.attacks))
-        take_over(self)
+        inherit_properties(self)
 
     @property
     def inner(self) -> tuple[Attack, ...]:
-        """The members."""
+        """The member attacks."""
         return cast(tuple[Attack, ...], self.attacks)
 
     @property
     def keeps_best(self) -> bool:
-        """If a member does."""
+        """True if any member keeps the best."""
         return any(attack.keeps_best for attack in self.inner)
 
     @property
     def learns_from(self) -> int:
-        """What the most curious member wants to see."""
+        """The largest number of images that a member is fitted to."""
         return max(attack.learns_from for attack in self.inner)
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        """Every member learns from the same images."""
+        """Returns the sequence with every member fitted to the same images."""
         return replace(self, attacks=tuple(attack.fit(view, images, labels, threat) for attack in self.inner))
 
     def spec(self) -> dict[str, Any]:
-        """The members with all their options, as text."""
+        """Returns the members with all their options, as text."""
         return {"attacks": "+".join(text_of(attack) for attack in self.inner)}
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """The sum over the members, and two forwards for each: what is still right, and what it returned."""
+        """Returns the sum over the members, and two forwards for each."""
         spent = [attack.budget(samples) for attack in self.inner]
         return sum(forwards + 2 * samples for forwards, _ in spent), sum(backwards for _, backwards in spent)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All members in turn."""
+        """Runs the members in order, each on the images not fooled so far."""
 
         def run(attack: Attack, todo: Tensor) -> tuple[Tensor, Tensor]:
             found = attack(view.select(todo), images[todo], labels[todo], threat.select(todo))

@@ -27,12 +27,12 @@ UNIT = 244.0  # pixels; the published elastic transform of 224-pixel images is w
 
 
 def gaussian_noise(images: Tensor, rng: ImageRng, std: float) -> Tensor:
-    """Normal noise."""
+    """Adds normal noise."""
     return images + std * rng.normal(images.shape[1:]).to(images.device)
 
 
 def shot_noise(images: Tensor, rng: ImageRng, photons: float) -> Tensor:
-    """A Poisson count with the mean ``photons`` at white."""
+    """Replaces each value by a Poisson count whose mean is ``photons`` at white."""
     seeds = rng.integers((1,), 0, 2**62)[:, 0].tolist()
     rates = (images * photons).cpu()
     counts = [torch.poisson(r, torch.Generator().manual_seed(s)) for r, s in zip(rates, seeds, strict=True)]
@@ -40,20 +40,20 @@ def shot_noise(images: Tensor, rng: ImageRng, photons: float) -> Tensor:
 
 
 def impulse_noise(images: Tensor, rng: ImageRng, share: float) -> Tensor:
-    """Salt and pepper on a share of the values."""
+    """Sets a share of the values to 0 or 1 (salt and pepper)."""
     hit, salt = (rng.uniform(images.shape[1:]).to(images.device) for _ in range(2))
     return torch.where(hit < share, (salt < 0.5).to(images), images)
 
 
 def brightness(images: Tensor, rng: ImageRng, more: float) -> Tensor:
-    """More of HSV's value; hue and saturation stay."""
+    """Raises the value channel of HSV; hue and saturation stay."""
     value = images.amax(dim=1, keepdim=True)
     brighter = (value + more).clamp(max=1.0)
     return torch.where(value > 0, images * (brighter / value.clamp_min(1e-12)), brighter)
 
 
 def contrast(images: Tensor, rng: ImageRng, share: float) -> Tensor:
-    """Towards the mean of each channel."""
+    """Moves pixels towards the mean of each channel."""
     mean = images.mean(dim=(2, 3), keepdim=True)
     return (images - mean) * share + mean
 
@@ -88,7 +88,7 @@ def _sampled(images: Tensor, grid: Tensor, *, corners: bool) -> Tensor:
 
 
 def pixelate(images: Tensor, rng: ImageRng, share: float) -> Tensor:
-    """Down to a share of the size and up again, both by the mean or copy of whole pixels."""
+    """Shrinks the image to a share of its size and enlarges it again, in whole pixels."""
     for axis in (2, 3):
         size = images.shape[axis]
         few = max(int(size * share), 1)
@@ -98,7 +98,7 @@ def pixelate(images: Tensor, rng: ImageRng, share: float) -> Tensor:
 
 
 def jpeg_compression(images: Tensor, rng: ImageRng, quality: float) -> Tensor:
-    """Through a JPEG file."""
+    """Encodes the image as JPEG and decodes it."""
     found = []
     for pixels in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
         file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What the corruptions are made of: borders, Gaussian blurs as matrices, shifts, zooms. All for a batch at once."""
+"""Building blocks of the corruptions: borders, Gaussian blurs as matrices, shifts and zooms, for a whole batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Border = Literal["edge", "mirror", "reflect"]  # aaa|abcd|ddd, cba|abcd|dcb, dcb
 
 
 def inside(index: Tensor, size: int, border: Border) -> Tensor:
-    """Any whole numbers -> places in 0..size-1, as an image goes on beyond its border."""
+    """Maps any whole numbers to pixel indices 0..size-1, by the rule of the image's border."""
     if border == "edge":
         return index.clamp(0, size - 1)
     period = 2 * size if border == "mirror" else max(2 * size - 2, 1)

@@ -1,4 +1,4 @@
-"""Common corruptions: what a model suffers without an enemy, the control beside every attack."""
+"""Common corruptions, a control beside every attack: accuracy without an adversary."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import best_of
 from vlmdefend.attacks.corruptions._digital import CORRUPTIONS, corrupt
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.view import View, chunks
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
@@ -69,20 +69,20 @@ class Corruption(Attack):
 
     @property
     def blind(self) -> bool:
-        """Only the worst is sought by asking."""
+        """True unless the worst of all kinds is searched for, which needs predictions."""
         return self.kind != "worst"
 
     @property
     def keeps_best(self) -> bool:
-        """Never: a control does not choose between the corrupted and the clean image."""
+        """False: the corrupted image is scored, not the worse of corrupted and clean."""
         return False
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """A forward per kind where the worst is sought."""
+        """Returns one forward per kind where the worst kind is searched for, else none."""
         return (0 if self.blind else len(KINDS) * samples), 0
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """Each image corrupted."""
+        """Returns each image corrupted."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise UserError(f"attack corruption needs images (B, 3, H, W), it was given {tuple(images.shape)}.")
         severities = _severities(threat, len(images))
@@ -90,7 +90,7 @@ class Corruption(Attack):
 
             def run(kind: str, todo: Tensor) -> tuple[Tensor, Tensor]:
                 found = _corrupted([kind] * len(todo), images[todo], severities[todo], rng.select(todo), view.width)
-                return found, Goal(labels[todo]).margin(view.select(todo)(found))
+                return found, Criterion(labels[todo]).margin(view.select(todo)(found))
 
             return best_of((partial(run, kind) for kind in KINDS), view, images)
         if self.kind == "random":
@@ -102,7 +102,7 @@ class Corruption(Attack):
 
 
 def _severities(threat: Threat, count: int) -> Tensor:
-    """(B,) int64 on the CPU."""
+    """Returns the (B,) int64 severities, on the CPU."""
     eps = torch.as_tensor(threat.eps).cpu().double().expand(count)
     severities = eps.round().long()
     if not (severities == eps).all() or (severities < 0).any() or (severities > 5).any():
@@ -112,7 +112,9 @@ def _severities(threat: Threat, count: int) -> Tensor:
 
 
 def _corrupted(kinds: Sequence[str], images: Tensor, severities: Tensor, rng: ImageRng, width: int) -> Tensor:
-    """All images of one kind and severity together, ``width`` at a time; a kind draws the same whoever asks for it."""
+    """Corrupts images with one kind and severity, ``width`` at a time; the draws depend on the image and the kind
+    alone.
+    """
     groups: dict[tuple[str, int], list[int]] = {}
     for place, group in enumerate(zip(kinds, severities.tolist(), strict=True)):
         groups.setdefault(group, []).append(place)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.active_set import State, run_in_slots
-from vlmdefend.attacks.best_iterates import Harvest, Part, keep_
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.active_set import State, run_active_set
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.cuda_graph import ReplayedGradient
 from vlmdefend.attacks.losses import Loss
 from vlmdefend.attacks.view import View
@@ -23,7 +23,7 @@ MOMENTUM = 0.75  # weight of the new step; the rest goes to the step before
 
 
 def checkpoints(steps: int) -> list[int]:
-    """The iterations after which step sizes are judged: 22, 41, 57, 70, 80, 87, 93, 99 for 100."""
+    """Returns the iterations after which the step size is reviewed: 22, 41, 57, 70, 80, 87, 93, 99 for 100."""
     gap, shrink, least = (max(int(share * steps), 1) for share in (0.22, 0.03, 0.06))
     found, at = [], gap
     while at <= steps:
@@ -53,12 +53,13 @@ def climb(
     rho: float,
     targets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One start: (N, ...) iterates of best margin (away from the label, targeted or not) and (N,) these margins.
+    """Runs one start; returns (N, ...) iterates of best margin (away from the label, targeted or not) and (N,) these
+    margins.
 
     Of a random pipeline the last iterates.
     """
-    goal, away = Goal(labels, targets), Goal(labels)
-    harvest = Harvest(images)
+    criterion, away = Criterion(labels, targets), Criterion(labels)
+    iterates = BestIterates(images)
     ask = ReplayedGradient(loss, len(images) // view.width * steps)
     at = checkpoints(steps)
     gaps = torch.zeros(steps + 1, dtype=torch.int64, device=images.device)  # iterations a checkpoint looks back on
@@ -87,8 +88,8 @@ def climb(
             "margin": lowest.clone(),
         }
 
-    def step(part: Part, index: Tensor, s: State) -> Tensor:
-        query = ask(part.view, s["x"], part.goal)
+    def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
+        query = ask(part.view, s["x"], part.criterion)
         first = s["taken"] == 0
         margin = away.select(index).margin(query.logits)
         if not view.stochastic:  # there the best draw would only be the luckiest, and the last iterate counts
@@ -106,24 +107,24 @@ def climb(
         done = (fooled | (s["taken"] == steps)).cpu()
         leaving = done.nonzero()[:, 0]
         if len(leaving):
-            harvest.take(index[leaving], s["best"][leaving], s["margin"][leaving])
+            iterates.keep_best(index[leaving], s["best"][leaving], s["margin"][leaving])
             surviving = (done & ~fooled.cpu()).nonzero()[:, 0]
-            harvest.look_later(index[surviving], following[surviving])
+            iterates.keep_last(index[surviving], following[surviving])
         s["before"], s["x"] = s["x"], following
         return done
 
-    run_in_slots(
+    run_active_set(
         len(images),
         view.width,
-        lambda index: Part(view.select(index), goal.select(index), threat.select(index)),
+        lambda index: AttackPart(view.select(index), criterion.select(index), threat.select(index)),
         start,
         step,
     )
-    return harvest.finish(view, away)
+    return iterates.finish(view, away)
 
 
 def _judge(s: State, gap: Tensor, rho: float, gradient: Tensor) -> Tensor:
-    """At a checkpoint: halve a step size that no longer pays, and go back to the iterate of highest loss.
+    """At a checkpoint, halves step sizes that no longer raise the loss and returns to the iterate of highest loss.
 
     It does not pay if fewer than rho of the iterations raised the loss, or if neither it nor the highest loss has
     changed since the last checkpoint (conditions 1 and 2 of the paper).

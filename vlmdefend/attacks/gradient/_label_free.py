@@ -1,4 +1,4 @@
-"""Ascent on a loss that compares with the clean outputs and knows no label."""
+"""The base of attacks whose loss compares with the clean outputs and uses no label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import check_options
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import step_size
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.view import View, chunks
@@ -22,7 +22,7 @@ from vlmdefend.types import Threat, per_image
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFree(Attack):
-    """PGD steps from a random start, for the loss has no gradient at the clean image; the iterate of highest loss.
+    """PGD steps from a random start (at the clean image the loss has no gradient); keeps the iterate of highest loss.
 
     The label chooses nothing: no image leaves early, the best iterate and restart are those of highest loss (of a
     random pipeline the last ones), and the result is scored even where the clean image was worse for the model.
@@ -47,7 +47,7 @@ class LabelFree(Attack):
 
     @property
     def keeps_best(self) -> bool:
-        """Never: better is said of labels."""
+        """False: which iterate is better is decided by the loss, not by labels."""
         return False
 
     @property
@@ -56,37 +56,39 @@ class LabelFree(Attack):
         """The loss, by its name in attacks/losses.py."""
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients and a forward per restart, and the clean outputs."""
+        """Returns ``steps`` gradients and a forward per restart, and a forward for the clean outputs."""
         return (self.restarts * (self.steps + 1) + 1) * samples, self.restarts * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All restarts of all images."""
+        """Runs all restarts on all images."""
         result = images.clone()
         for chunk in chunks(len(images), view.width):
             part = view.select(chunk)
             clean = images[chunk]
-            goal = Goal(labels[chunk], reference=part.outputs(clean))
+            criterion = Criterion(labels[chunk], reference=part.outputs(clean))
             highest = torch.full((len(chunk),), -torch.inf, device=images.device)
             for restart in range(self.restarts):
                 streams = rng.child(f"restart {restart}").select(chunk)
-                found, value = self._climb(part, clean, goal, threat.select(chunk), streams)
+                found, value = self._climb(part, clean, criterion, threat.select(chunk), streams)
                 better = value > highest if restart else torch.ones_like(value, dtype=torch.bool)
                 highest = torch.where(better, value, highest)
                 result[chunk] = torch.where(per_image(better, found), found, result[chunk])
         return result
 
-    def _climb(self, view: View, clean: Tensor, goal: Goal, threat: Threat, rng: ImageRng) -> tuple[Tensor, Tensor]:
-        """(B, ...) the iterates of highest loss, and (B,) these losses."""
+    def _climb(
+        self, view: View, clean: Tensor, criterion: Criterion, threat: Threat, rng: ImageRng
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the (B, ...) iterates of highest loss and (B,) these losses."""
         loss, step_ = LOSSES[self.loss_name], linf_step_ if threat.norm == "linf" else l2_step_
         alpha = step_size(self.alpha, threat.eps, self.steps)
         x = threat.random_start(clean, rng)
         best, highest = x.clone(), torch.full((len(x),), -torch.inf, device=x.device)
         for _ in range(self.steps):
-            query = view.gradient(x, goal, loss)
+            query = view.gradient(x, criterion, loss)
             better = query.loss > highest
             highest = torch.where(better, query.loss, highest)
             torch.where(per_image(better, x), x, best, out=best)
             step_(x, query.pixels, clean, alpha, threat.eps)
-        value = loss(view.outputs(x), goal)
+        value = loss(view.outputs(x), criterion)
         better = value > highest if not view.stochastic else torch.ones_like(value, dtype=torch.bool)
         return torch.where(per_image(better, x), x, best), torch.where(better, value, highest)

@@ -1,4 +1,4 @@
-"""What the transfer attacks share: a momentum ascent along a gradient that each of them takes in its own way.
+"""The base of the transfer attacks: iterated steps along a momentum; each attack changes how the gradient is taken.
 
 An attack of this family is a component as well: it overrides a hook of :class:`Transfer`, and ``plus`` adds the hooks
 of others. They apply in a fixed order, whatever the order in ``plus``: look ahead (ni), scale (si), resize and pad
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.active_set import State, run_in_slots
+from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.best_iterates import Harvest, Part, keep_
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.gradient.pgd import step_size
 from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
 from vlmdefend.attacks.nested import nested_texts
@@ -71,19 +71,21 @@ class Transfer(Attack):
     plus: str = ""
 
     def ahead(self, images: Tensor, momentum: Tensor, length: Scale) -> Tensor:
-        """Where the gradient is taken; ``length`` is decay alpha, a number or one per image."""
+        """Returns the point at which the gradient is taken; ``length`` is decay alpha, a number or one per image."""
         return images
 
     def scales(self) -> tuple[float, ...]:
-        """Factors of the copies of the image whose gradients are averaged."""
+        """Returns the factors of the copies of the image whose gradients are averaged."""
         return (1.0,)
 
     def vary(self, images: Tensor, draws: Tensor) -> Tensor:
-        """(B, ...) what the model is shown, differentiable; ``draws`` (B, ``numbers``) are uniform in [0, 1)."""
+        """Returns the (B, ...) differentiable variation given to the model; ``draws`` (B, ``numbers``) are uniform in
+        [0, 1).
+        """
         return images
 
     def smooth(self, gradient: Tensor) -> Tensor:
-        """(B, ...) the gradient that is added to the momentum."""
+        """Returns the (B, ...) gradient that is added to the momentum."""
         return gradient
 
     def __post_init__(self) -> None:
@@ -99,7 +101,7 @@ class Transfer(Attack):
 
     @cached_property
     def parts(self) -> tuple[Transfer, ...]:
-        """This attack and those of ``plus``."""
+        """This attack and those of the option ``plus``."""
         parts: list[Transfer] = [self]
         common = {f.name for f in fields(Transfer)}
         for text in nested_texts(self.plus) if self.plus else ():
@@ -117,13 +119,13 @@ class Transfer(Attack):
         return tuple(parts)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """A gradient per step and copy, and a forward for the last iterate, a target or the clean outputs."""
+        """Returns a gradient per step and copy, and a forward for the last iterate, a target or the clean outputs."""
         gradients = self.steps * len(self._scales)
         return (gradients + 2) * samples, gradients * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """(B, ...); the best or the last iterates."""
-        goal, away, harvest = self._goal(view, images, labels, rng), Goal(labels), Harvest(images)
+        """Returns the (B, ...) best or last iterates."""
+        criterion, away, iterates = self._criterion(view, images, labels, rng), Criterion(labels), BestIterates(images)
         last = view.stochastic or self.loss in NEEDS_REFERENCE or not all(part.queries_iterate for part in self.parts)
         draws = (self.steps, len(self._scales), sum(part.numbers for part in self.parts))
 
@@ -137,7 +139,7 @@ class Transfer(Attack):
                 state |= {"best": x.clone(), "margin": torch.full((len(index),), -torch.inf, device=x.device)}
             return state
 
-        def step(part: Part, index: Tensor, s: State) -> Tensor:
+        def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
             eps = part.threat.eps
             alpha = step_size(self.alpha, eps, self.steps)
             query = self._query(part, s, alpha)
@@ -155,27 +157,27 @@ class Transfer(Attack):
             done = (leave | (s["taken"] == self.steps)).cpu()
             gone = done.nonzero()[:, 0]
             if len(gone) and last:
-                harvest.images[index[gone]] = s["x"][gone]
+                iterates.images[index[gone]] = s["x"][gone]
             elif len(gone):
-                harvest.take(index[gone], s["best"][gone], s["margin"][gone])
+                iterates.keep_best(index[gone], s["best"][gone], s["margin"][gone])
                 unseen = (done & ~leave.cpu()).nonzero()[:, 0]
-                harvest.look_later(index[unseen], s["x"][unseen])
+                iterates.keep_last(index[unseen], s["x"][unseen])
             return done
 
-        run_in_slots(
+        run_active_set(
             len(images),
             view.width,
-            lambda index: Part(view.select(index), goal.select(index), threat.select(index)),
+            lambda index: AttackPart(view.select(index), criterion.select(index), threat.select(index)),
             start,
             step,
         )
-        return harvest.images if last else harvest.finish(view, away)[0]
+        return iterates.images if last else iterates.finish(view, away)[0]
 
     @property
     def _scales(self) -> tuple[float, ...]:
         return max((part.scales() for part in self.parts), key=len)
 
-    def _query(self, part: Part, s: State, alpha: Scale) -> Gradient:
+    def _query(self, part: AttackPart, s: State, alpha: Scale) -> Gradient:
         """The mean gradient over the copies, smoothed; logits and loss are those of the last copy."""
         point = s["x"]
         for member in self.parts:
@@ -191,7 +193,7 @@ class Transfer(Attack):
                     changed = member.vary(changed, own)
                 return changed
 
-            query = part.view.gradient(point, part.goal, LOSSES[self.loss], shown)
+            query = part.view.gradient(point, part.criterion, LOSSES[self.loss], shown)
             total = query.pixels if total is None else total.add_(query.pixels)
         assert total is not None
         gradient = total.div_(len(copies)) if len(copies) > 1 else total
@@ -199,9 +201,9 @@ class Transfer(Attack):
             gradient = member.smooth(gradient)
         return query._replace(pixels=gradient)
 
-    def _goal(self, view: View, images: Tensor, labels: Tensor, rng: ImageRng) -> Goal:
+    def _criterion(self, view: View, images: Tensor, labels: Tensor, rng: ImageRng) -> Criterion:
         if self.loss in NEEDS_REFERENCE:
-            return Goal(labels, reference=view.outputs(images))
+            return Criterion(labels, reference=view.outputs(images))
         if self.target is None:
-            return Goal(labels)
-        return Goal(labels, choose_targets(self.target, view, images, labels, rng))
+            return Criterion(labels)
+        return Criterion(labels, choose_targets(self.target, view, images, labels, rng))

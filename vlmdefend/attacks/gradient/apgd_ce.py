@@ -49,12 +49,12 @@ class ApgdCe(Attack):
         check_options(self.name, steps=self.steps, restarts=self.restarts, rho=self.rho)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients per restart, a forward for the last iterate, and one to choose a target."""
+        """Returns ``steps`` gradients per restart, a forward for the last iterate, and one to choose a target."""
         forwards = self.restarts * (self.steps + 1) + (self.target is not None)
         return forwards * samples, self.restarts * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All restarts."""
+        """Runs all restarts."""
         targets = None if self.target is None else choose_targets(self.target, view, images, labels, rng)
 
         def run(restart: int, todo: Tensor) -> tuple[Tensor, Tensor]:

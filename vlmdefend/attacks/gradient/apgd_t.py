@@ -49,12 +49,12 @@ class ApgdT(Attack):
         check_options(self.name, steps=self.steps, restarts=self.restarts, rho=self.rho, targets=self.targets)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients and a forward per class and restart, and a forward to rank the classes."""
+        """Returns ``steps`` gradients and a forward per class and restart, and a forward to rank the classes."""
         runs = self.restarts * self.targets
         return (runs * (self.steps + 1) + 1) * samples, runs * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All classes, each with all restarts."""
+        """Runs all target classes, each with all restarts."""
         ranked = likely_wrong(view(images), labels, self.targets)
 
         def run(rank: int, restart: int, todo: Tensor) -> tuple[Tensor, Tensor]:

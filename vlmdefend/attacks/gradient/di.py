@@ -1,4 +1,4 @@
-"""DI-FGSM: the model is shown the image at a random size in a random place."""
+"""DI-FGSM: the gradient is taken at the image shrunk to a random size and padded at a random place."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Di(Transfer):
 
 
 def placement(length: int, smallest: float, size: Tensor, place: Tensor) -> Tensor:
-    """(B, length, length) the bilinear resize of an axis to a smaller size, and zeros before and after it.
+    """Returns (B, length, length) matrices that resize an axis bilinearly to a smaller size and pad it with zeros.
 
     A product with it costs more than a gather, but its gradient is the same to the bit at every run, on a GPU too.
 

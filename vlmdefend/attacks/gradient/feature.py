@@ -25,5 +25,5 @@ class Feature(LabelFree):
 
     @property
     def loss_name(self) -> str:
-        """By ``distance``."""
+        """The name of the loss, by the option ``distance``."""
         return "feature" if self.distance == "l2" else "feature_cos"

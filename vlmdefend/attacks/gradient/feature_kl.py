@@ -23,5 +23,5 @@ class FeatureKl(LabelFree):
 
     @property
     def loss_name(self) -> str:
-        """KL from the clean prediction."""
+        """The name of the loss: KL from the clean prediction."""
         return "kl"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.target_classes import Target, choose_targets
 from vlmdefend.attacks.view import View, chunks
@@ -39,17 +39,17 @@ class Fgsm(Attack):
     target: Target | None = None
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """One gradient, and a forward to choose a target."""
+        """Returns one gradient, and a forward to choose a target."""
         return (1 + (self.target is not None)) * samples, samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """One step per image."""
+        """Takes one step per image."""
         step_ = linf_step_ if threat.norm == "linf" else l2_step_
-        result, goal = images.clone(), Goal(labels)
+        result, criterion = images.clone(), Criterion(labels)
         if self.target is not None:
-            goal = Goal(labels, choose_targets(self.target, view, images, labels, rng))
+            criterion = Criterion(labels, choose_targets(self.target, view, images, labels, rng))
         for chunk in chunks(len(images), view.width):
             eps = threat.select(chunk).eps
-            pixels = view.select(chunk).gradient(images[chunk], goal.select(chunk), LOSSES[self.loss]).pixels
+            pixels = view.select(chunk).gradient(images[chunk], criterion.select(chunk), LOSSES[self.loss]).pixels
             result[chunk] = step_(result[chunk], pixels, images[chunk], eps, eps)
         return result

@@ -1,4 +1,4 @@
-"""NI-FGSM: the gradient is taken where the momentum leads, a step ahead."""
+"""NI-FGSM: the gradient is taken one momentum step ahead of the iterate."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ class Ni(Transfer):
     queries_iterate: ClassVar[bool] = False
 
     def ahead(self, images: Tensor, momentum: Tensor, length: Scale) -> Tensor:
-        """``clamp01(x + length m)``."""
+        """Returns ``clamp01(x + length m)``."""
         factor = per_image(length, momentum) if isinstance(length, Tensor) else length
         return (images + factor * momentum).clamp_(0.0, 1.0)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.active_set import State, run_in_slots
+from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.cuda_graph import ReplayedGradient
 from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
 from vlmdefend.attacks.target_classes import Target, choose_targets
@@ -26,7 +26,7 @@ from vlmdefend.types import Threat, parse_eps, per_image
 
 class _Part(NamedTuple):
     view: View
-    goal: Goal
+    criterion: Criterion
     threat: Threat
 
 
@@ -67,27 +67,27 @@ class Pgd(Attack):
 
     @property
     def keeps_best(self) -> bool:
-        """Not with ``last``."""
+        """False with the option ``last``."""
         return not self.last
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients per restart, and a forward for the last iterate."""
+        """Returns ``steps`` gradients per restart, and a forward for the last iterate."""
         clean = int(self.target is not None or self.loss in NEEDS_REFERENCE)
         forwards = self.restarts * (self.steps + (not self.last or self.restarts > 1)) + clean
         return forwards * samples, self.restarts * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All restarts, each on the images not yet fooled."""
-        goal = self._goal(view, images, labels, rng)
+        """Runs all restarts, each on the images not fooled so far."""
+        criterion = self._criterion(view, images, labels, rng)
         best = images.clone()
         best_margin = torch.full((len(images),), -torch.inf, device=images.device)
         todo = torch.arange(len(images))
         for restart in range(self.restarts):
             draws = rng.child(f"restart {restart}").select(todo)
             part = view.select(todo)
-            found, margin = self._climb(part, images[todo], goal.select(todo), threat.select(todo), draws)
+            found, margin = self._climb(part, images[todo], criterion.select(todo), threat.select(todo), draws)
             if self._last(view) and self.restarts > 1:
-                margin = Goal(labels[todo]).margin(part(found))
+                margin = Criterion(labels[todo]).margin(part(found))
             better = margin > best_margin[todo] if restart else torch.ones_like(margin, dtype=torch.bool)
             best[todo] = torch.where(per_image(better, found), found, best[todo])
             best_margin[todo] = torch.where(better, margin, best_margin[todo])
@@ -98,16 +98,18 @@ class Pgd(Attack):
         return best
 
     def _last(self, view: View) -> bool:
-        """Whether the last iterate counts: the best of several random draws would only be the luckiest."""
+        """Returns whether the last iterate is scored: of several random draws the best would only be the luckiest."""
         return self.last or view.stochastic
 
-    def _climb(self, view: View, images: Tensor, goal: Goal, threat: Threat, rng: ImageRng) -> tuple[Tensor, Tensor]:
-        """One start: (N, ...) best iterates and (N,) their margins (``last``: the last ones, margin -inf).
+    def _climb(
+        self, view: View, images: Tensor, criterion: Criterion, threat: Threat, rng: ImageRng
+    ) -> tuple[Tensor, Tensor]:
+        """Runs one start; returns (N, ...) best iterates and (N,) margins (``last``: the last iterates, margin -inf).
 
         Best, and early leave, are by the margin over the label, whatever class a targeted loss aims at: the verdict
         counts every wrong prediction.
         """
-        last, away = self._last(view), Goal(goal.labels)
+        last, away = self._last(view), Criterion(criterion.labels)
         ask = ReplayedGradient(LOSSES[self.loss], len(images) // view.width * self.steps)
         step_ = linf_step_ if threat.norm == "linf" else l2_step_
         result = torch.empty_like(images)
@@ -123,7 +125,7 @@ class Pgd(Attack):
             return state
 
         def step(part: _Part, index: Tensor, state: State) -> Tensor:
-            query = ask(part.view, state["x"], part.goal)
+            query = ask(part.view, state["x"], part.criterion)
             fooled = torch.zeros(len(index), dtype=torch.bool)
             if not last:
                 margin = away.select(index).margin(query.logits)
@@ -146,10 +148,10 @@ class Pgd(Attack):
                     unseen.append((index[surviving], state["x"][surviving]))
             return done
 
-        run_in_slots(
+        run_active_set(
             len(images),
             view.width,
-            lambda index: _Part(view.select(index), goal.select(index), threat.select(index)),
+            lambda index: _Part(view.select(index), criterion.select(index), threat.select(index)),
             start,
             step,
         )
@@ -161,16 +163,16 @@ class Pgd(Attack):
                 margins[place] = torch.where(better, margin, margins[place])
         return result, margins
 
-    def _goal(self, view: View, images: Tensor, labels: Tensor, rng: ImageRng) -> Goal:
+    def _criterion(self, view: View, images: Tensor, labels: Tensor, rng: ImageRng) -> Criterion:
         if self.loss in NEEDS_REFERENCE:
-            return Goal(labels, reference=view.outputs(images))
+            return Criterion(labels, reference=view.outputs(images))
         if self.target is None:
-            return Goal(labels)
-        return Goal(labels, targets=choose_targets(self.target, view, images, labels, rng))
+            return Criterion(labels)
+        return Criterion(labels, targets=choose_targets(self.target, view, images, labels, rng))
 
 
 def step_size(rule: str, eps: float | Tensor, steps: int) -> float | Tensor:
-    """``eps/4``, ``2.5eps/steps``, ``0.1*eps`` or a number such as ``1/255``, as a step in pixel units.
+    """Parses ``eps/4``, ``2.5eps/steps``, ``0.1*eps`` or a number such as ``1/255`` into a step in pixel units.
 
     Raises:
         UserError: not of these forms.

@@ -37,5 +37,5 @@ class Si(Transfer):
             raise UserError(f"si: copies={self.copies} must be at least 1.")
 
     def scales(self) -> tuple[float, ...]:
-        """1, 1/2, 1/4 ..."""
+        """Returns 1, 1/2, 1/4 ..."""
         return tuple(0.5**copy for copy in range(self.copies))

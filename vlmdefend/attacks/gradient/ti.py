@@ -41,7 +41,7 @@ class Ti(Transfer):
             raise UserError(f"ti: kernel={self.kernel} must be odd and positive, radius={self.radius} positive.")
 
     def smooth(self, gradient: Tensor) -> Tensor:
-        """(B, C, H, W); zeros beyond the edges. A Gaussian is separable: columns, then rows."""
+        """Convolves (B, C, H, W) with a separable Gaussian, columns then rows; zeros beyond the edges."""
         if gradient.dim() != 4:
             raise UserError(f"attack ti needs images (B, C, H, W), it was given {tuple(gradient.shape)}.")
         weights = gaussian(self.kernel, self.radius).to(gradient)
@@ -51,6 +51,6 @@ class Ti(Transfer):
 
 
 def gaussian(side: int, radius: float) -> Tensor:
-    """(side,) float64 weights of a normal density out to ``radius`` standard deviations, of sum 1."""
+    """Returns (side,) float64 weights of a normal density out to ``radius`` standard deviations, of sum 1."""
     weights = torch.linspace(-radius, radius, side, dtype=torch.float64).square().mul(-0.5).exp()
     return weights / weights.sum()

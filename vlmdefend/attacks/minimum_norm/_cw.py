@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.active_set import State, run_in_slots
-from vlmdefend.attacks.best_iterates import Harvest, Part, keep_
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.active_set import State, run_active_set
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.view import View
 from vlmdefend.types import Outputs, Threat, per_image
 
@@ -20,7 +20,7 @@ PATIENCE, WINDOW = 50, 10  # the fewest steps of the one and of the other; Adam 
 def descend(
     view: View,
     images: Tensor,
-    goal: Goal,
+    criterion: Criterion,
     threat: Threat,
     *,
     steps: int,
@@ -29,14 +29,15 @@ def descend(
     lr: float,
     kappa: float,
 ) -> Tensor:
-    """(N, ...) the iterate of highest margin inside the ball; where there is none, the nearest adversarial, projected.
+    """Returns the (N, ...) iterate of highest margin inside the ball; where there is none, the nearest adversarial
+    image, projected.
 
     Everything, the end of a search included, is decided by the image itself, so it does not depend on its mates.
     """
-    harvest, away = Harvest(images), Goal(goal.labels)
+    iterates, away = BestIterates(images), Criterion(criterion.labels)
     pause, window = max(steps // SHARE, PATIENCE), max(steps // SHARE, WINDOW)
 
-    def raised(outputs: Outputs, aim: Goal) -> Tensor:
+    def raised(outputs: Outputs, aim: Criterion) -> Tensor:
         return aim.margin(outputs.logits).clamp_max(kappa)
 
     def start(index: Tensor) -> State:
@@ -63,10 +64,10 @@ def descend(
             "distance": zero + torch.inf,
         }
 
-    def step(part: Part, index: Tensor, s: State) -> Tensor:
+    def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
         x = out_of_tanh_space(s["w"])
-        query = part.view.gradient(x, part.goal, raised)
-        margin, won = away.select(index).margin(query.logits), part.goal.margin(query.logits)
+        query = part.view.gradient(x, part.criterion, raised)
+        margin, won = away.select(index).margin(query.logits), part.criterion.margin(query.logits)
         distance = part.threat.distance(x, s["origin"]).float()
         inside = part.threat.contains(x, s["origin"])
         if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
@@ -88,34 +89,34 @@ def descend(
         done = (decided | last).cpu()
         leaving = done.nonzero()[:, 0]
         if len(leaving):
-            harvest.take(index[leaving], s["best"][leaving], s["margin"][leaving])
+            iterates.keep_best(index[leaving], s["best"][leaving], s["margin"][leaving])
             rest = (done & ~decided.cpu()).nonzero()[:, 0]
             found = torch.where(per_image(s["distance"].isfinite(), x), s["near"], out_of_tanh_space(s["w"]))[rest]
-            harvest.look_later(index[rest], threat.select(index[rest]).project(found, s["origin"][rest]))
+            iterates.keep_last(index[rest], threat.select(index[rest]).project(found, s["origin"][rest]))
         return done
 
-    run_in_slots(
+    run_active_set(
         len(images),
         view.width,
-        lambda index: Part(view.select(index), goal.select(index), threat.select(index)),
+        lambda index: AttackPart(view.select(index), criterion.select(index), threat.select(index)),
         start,
         step,
     )
-    return harvest.finish(view, away)[0]
+    return iterates.finish(view, away)[0]
 
 
 def into_tanh_space(images: Tensor) -> Tensor:
-    """w with ``x = (tanh(w) + 1) / 2``; pixels at 0 or 1 are moved inside by half a millionth."""
+    """Returns w with ``x = (tanh(w) + 1) / 2``; pixels at 0 or 1 are moved inside by half a millionth."""
     return ((2.0 * images - 1.0) * INSIDE).atanh()
 
 
 def out_of_tanh_space(w: Tensor) -> Tensor:
-    """``(tanh(w) + 1) / 2``."""
+    """Returns ``(tanh(w) + 1) / 2``."""
     return (w.tanh() + 1.0) * 0.5
 
 
 def _adam_(s: State, x: Tensor, raising: Tensor, lr: float) -> None:
-    """One step of Adam (Kingma & Ba 2015, algorithm 1) on w, down ``||x - origin||^2 - c loss``."""
+    """Takes one step of Adam (Kingma & Ba 2015, algorithm 1) on w, down ``||x - origin||^2 - c loss``."""
     slope = 2.0 * (x - s["origin"]) - per_image(s["c"], x) * raising.nan_to_num_(0.0, 0.0, 0.0)
     slope = slope * (2.0 * x * (1.0 - x))  # dx/dw
     s["mean"].lerp_(slope, 1.0 - BETAS[0])
@@ -128,7 +129,7 @@ def _adam_(s: State, x: Tensor, raising: Tensor, lr: float) -> None:
 
 
 def _next_search_(s: State, where: Tensor) -> None:
-    """Judge c, choose the next one, and start over from the clean image."""
+    """Chooses the next c from the result of the last one, and restarts from the clean image."""
     high = torch.where(s["success"], s["c"].minimum(s["high"]), s["high"])
     low = torch.where(s["success"], s["low"], s["c"].maximum(s["low"]))
     following = torch.where(high.isfinite(), (low + high) / 2.0, s["c"] * 10.0)

@@ -1,4 +1,4 @@
-"""The fast adaptive boundary attack: step onto the linearised decision boundary, biased to the clean image, back off.
+"""The FAB iteration: steps onto the linearised decision boundary, biased to the clean image, with backward steps.
 
 Croce & Hein 2020b, algorithm 1. It looks for the nearest adversarial image; here it stops at the first one inside the
 ball where the view allows it.
@@ -11,17 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.active_set import State, run_in_slots
-from vlmdefend.attacks.best_iterates import Harvest, Part, keep_
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.active_set import State, run_active_set
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.gradient._apgd import start_point
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Norm, Outputs, Threat, per_image
 
 
-class Steps(NamedTuple):
-    """How far a run goes: its projections, the pull to the clean image, the overshoot and the backward step."""
+class FabOptions(NamedTuple):
+    """Options of one run: number of projections, pull to the clean image, overshoot, backward step."""
 
     projections: int
     alpha_max: float
@@ -29,8 +29,8 @@ class Steps(NamedTuple):
     beta: float
 
 
-class Plane(NamedTuple):
-    """A linearised boundary, ``value + <normal, p - x> = 0``, and the logits at x."""
+class BoundaryPlane(NamedTuple):
+    """A linearised decision boundary, ``value + <normal, p - x> = 0``, and the logits at x."""
 
     value: Tensor  # (B,)
     normal: Tensor  # (B, ...)
@@ -43,10 +43,10 @@ def approach(
     labels: Tensor,
     threat: Threat,
     classes: Tensor,
-    steps: Steps,
+    steps: FabOptions,
     rng: ImageRng | None,
 ) -> tuple[Tensor, Tensor]:
-    """One run towards the nearest boundary of the label with ``classes`` (N, K).
+    """Runs once towards the nearest boundary between the label and ``classes`` (N, K).
 
     Args:
         rng: start halfway to a random point of the ball's surface; None: start at the clean image.
@@ -55,8 +55,8 @@ def approach(
         (N, ...) the iterate of highest margin inside the ball (where there is none, the nearest adversarial or the
         last one, projected), and (N,) its margin.
     """
-    harvest = Harvest(images)
-    away = Goal(labels)
+    iterates = BestIterates(images)
+    away = Criterion(labels)
 
     def start(index: Tensor) -> State:
         origin = images[index]
@@ -77,10 +77,10 @@ def approach(
             "taken": none.long(),  # projections
         }
 
-    def step(part: Part, index: Tensor, s: State) -> Tensor:
+    def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
         glance = s["expected"] & ~s["retreated"]
         plane = _look(part, s["x"], classes[index], threat.norm, glance)
-        fooled, margin = part.goal.reached(plane.logits), part.goal.margin(plane.logits)
+        fooled, margin = part.criterion.reached(plane.logits), part.criterion.margin(plane.logits)
         inside, distance = part.threat.contains(s["x"], s["origin"]), part.threat.distance(s["x"], s["origin"]).float()
         if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
             keep_(s, inside & (margin > s["margin"]), margin=margin, best=s["x"])
@@ -96,62 +96,63 @@ def approach(
         done = (decided | (s["taken"] == steps.projections)).cpu()
         leaving = done.nonzero()[:, 0]
         if len(leaving):
-            harvest.take(index[leaving], s["best"][leaving], s["margin"][leaving])
+            iterates.keep_best(index[leaving], s["best"][leaving], s["margin"][leaving])
             rest = (done & ~decided.cpu()).nonzero()[:, 0]
             last = following[rest]
             seen = s["distance"][rest].isfinite() & ~threat.select(index[rest]).contains(last, s["origin"][rest])
             last = torch.where(per_image(seen, last), s["near"][rest], last)
-            harvest.look_later(index[rest], threat.select(index[rest]).project(last, s["origin"][rest]))
+            iterates.keep_last(index[rest], threat.select(index[rest]).project(last, s["origin"][rest]))
         s["x"], s["retreated"] = following, retreat
         return done
 
-    run_in_slots(
+    run_active_set(
         len(images),
         view.width,
-        lambda index: Part(view.select(index), away.select(index), threat.select(index)),
+        lambda index: AttackPart(view.select(index), away.select(index), threat.select(index)),
         start,
         step,
     )
-    return harvest.finish(view, away)
+    return iterates.finish(view, away)
 
 
-def _look(part: Part, x: Tensor, classes: Tensor, norm: Norm, glance: Tensor) -> Plane:
-    """The plane at each x; at a ``glance`` only the logits, with a normal of zero."""
+def _look(part: AttackPart, x: Tensor, classes: Tensor, norm: Norm, glance: Tensor) -> BoundaryPlane:
+    """Returns the plane at each x; with ``glance`` only the logits, with a normal of zero."""
     if not glance.any():
-        return nearest_plane(part.view, x, part.goal, classes, norm)
+        return nearest_plane(part.view, x, part.criterion, classes, norm)
     forward, both = (rows.nonzero()[:, 0] for rows in (glance.cpu(), ~glance.cpu()))
     seen = part.view.select(forward)(x[forward])
     if not len(both):
-        return Plane(seen.new_zeros(len(x)), torch.zeros_like(x), seen)
-    part_of = nearest_plane(part.view.select(both), x[both], part.goal.select(both), classes[both], norm)
+        return BoundaryPlane(seen.new_zeros(len(x)), torch.zeros_like(x), seen)
+    part_of = nearest_plane(part.view.select(both), x[both], part.criterion.select(both), classes[both], norm)
     value, normal, logits = (found.new_zeros(len(x), *found.shape[1:]) for found in part_of)
     value[both], normal[both], logits[both] = part_of
     logits[forward] = seen
-    return Plane(value, normal, logits)
+    return BoundaryPlane(value, normal, logits)
 
 
-def nearest_plane(view: View, x: Tensor, goal: Goal, classes: Tensor, norm: Norm) -> Plane:
-    """The boundary with one of ``classes`` (B, K) that is nearest where the logits are linear; K gradients."""
-    found: Plane | None = None
+def nearest_plane(view: View, x: Tensor, criterion: Criterion, classes: Tensor, norm: Norm) -> BoundaryPlane:
+    """Returns the boundary with one of ``classes`` (B, K) that is nearest under linear logits; takes K gradients."""
+    found: BoundaryPlane | None = None
     reach = torch.full((len(x),), torch.inf, device=x.device)
     for target in classes.T:
-        query = view.gradient(x, Goal(goal.labels, target), _difference)
+        query = view.gradient(x, Criterion(criterion.labels, target), _difference)
         value, normal = query.loss.nan_to_num(0.0), query.pixels.nan_to_num_(0.0, 0.0, 0.0)
         flat = normal.flatten(1)
         distance = value.abs() / ((flat.abs().sum(1) if norm == "linf" else flat.norm(dim=1)) + 1e-12)
         if found is None:
-            found, reach = Plane(value, normal, query.logits), distance
+            found, reach = BoundaryPlane(value, normal, query.logits), distance
         else:
             nearer = distance < reach
             reach = torch.where(nearer, distance, reach)
             kept = torch.where(per_image(nearer, normal), normal, found.normal)
-            found = Plane(torch.where(nearer, value, found.value), kept, found.logits)
+            found = BoundaryPlane(torch.where(nearer, value, found.value), kept, found.logits)
     assert found is not None
     return found
 
 
 def onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tensor:
-    """The shortest d with ``<normal, d> = gap`` and ``points + d`` in [0, 1]; if none has it, the d that comes nearest.
+    """Returns the shortest d with ``<normal, d> = gap`` and ``points + d`` in [0, 1]; without a solution, the d that
+    comes nearest.
 
     Each coordinate moves by ``min(t g_i, room_i)`` with g = 1 (L_inf) or |normal| (L2), so the gap that is closed is
     piecewise linear and rising in t: sort its breakpoints, find the piece, solve. In float64.
@@ -176,8 +177,8 @@ def onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tenso
     return (direction * torch.minimum(length.clamp_min(0.0) * rate, room)).to(points.dtype)
 
 
-def _onto_boundary(s: State, plane: Plane, steps: Steps, norm: Norm) -> Tensor:
-    """Overshoot the projections of the iterate and of the clean image, and mix them by their lengths."""
+def _onto_boundary(s: State, plane: BoundaryPlane, steps: FabOptions, norm: Norm) -> Tensor:
+    """Overshoots the projections of the iterate and of the clean image, and mixes them by their lengths."""
     x, origin, normal = (t.flatten(1) for t in (s["x"], s["origin"], plane.normal))
     ahead = onto_plane(x, normal, -plane.value, norm)
     direct = onto_plane(origin, normal, -plane.value - ((origin - x) * normal).sum(1), norm)
@@ -187,8 +188,8 @@ def _onto_boundary(s: State, plane: Plane, steps: Steps, norm: Norm) -> Tensor:
     return mixed.clamp_(0.0, 1.0).view_as(s["x"])
 
 
-def _difference(outputs: Outputs, goal: Goal) -> Tensor:
-    """z_target - z_label."""
-    assert goal.targets is not None
-    chosen = outputs.logits.gather(1, torch.stack([goal.targets, goal.labels], 1))
+def _difference(outputs: Outputs, criterion: Criterion) -> Tensor:
+    """Returns z_target - z_label."""
+    assert criterion.targets is not None
+    chosen = outputs.logits.gather(1, torch.stack([criterion.targets, criterion.labels], 1))
     return chosen[:, 0] - chosen[:, 1]

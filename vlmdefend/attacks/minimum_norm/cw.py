@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import check_options
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.minimum_norm._cw import descend
 from vlmdefend.attacks.target_classes import Target, choose_targets
 from vlmdefend.attacks.view import View
@@ -58,17 +58,17 @@ class Cw(Attack):
             raise UserError(f"cw: c={self.c} and lr={self.lr} must be positive, kappa={self.kappa} zero or more.")
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients per search, a forward for the result, and one to choose a target."""
+        """Returns ``steps`` gradients per search, a forward for the result, and one to choose a target."""
         gradients = self.steps * self.searches
         return (gradients + 1 + (self.target is not None)) * samples, gradients * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All searches."""
+        """Runs all searches."""
         targets = None if self.target is None else choose_targets(self.target, view, images, labels, rng)
         return descend(
             view,
             images,
-            Goal(labels, targets),
+            Criterion(labels, targets),
             threat,
             steps=self.steps,
             searches=self.searches,

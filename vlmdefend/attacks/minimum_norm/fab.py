@@ -11,7 +11,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import best_of, check_options, likely_wrong
-from vlmdefend.attacks.minimum_norm._fab import Steps, approach
+from vlmdefend.attacks.minimum_norm._fab import FabOptions, approach
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Threat
@@ -53,14 +53,14 @@ class Fab(Attack):
         check_options(self.name, steps=self.steps, restarts=self.restarts, targets=self.targets)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """At most two gradients per projection and class (every other iterate adversarial), and two forwards."""
+        """Returns at most two gradients per projection and class (every other iterate adversarial), and two forwards."""
         gradients = 2 * self.steps * self.targets * self.restarts
         return (gradients + self.restarts + 1) * samples, gradients * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All restarts."""
+        """Runs all restarts."""
         classes = likely_wrong(view(images), labels, self.targets)
-        steps = Steps(self.steps, self.alpha_max, self.eta, self.beta)
+        steps = FabOptions(self.steps, self.alpha_max, self.eta, self.beta)
 
         def run(restart: int, todo: Tensor) -> tuple[Tensor, Tensor]:
             draws = rng.child(f"restart {restart}").select(todo) if restart else None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.best_iterates import Run, best_of, likely_wrong
-from vlmdefend.attacks.minimum_norm._fab import Steps, approach
+from vlmdefend.attacks.minimum_norm._fab import FabOptions, approach
 from vlmdefend.attacks.minimum_norm.fab import Fab
 from vlmdefend.attacks.view import View
 from vlmdefend.rng import ImageRng
@@ -36,14 +36,14 @@ class FabT(Fab):
     summary: ClassVar[str] = "FAB towards the 9 likeliest wrong classes, 100 steps each"
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """At most two gradients per projection (every other iterate adversarial), and a forward per run and in all."""
+        """Returns at most two gradients per projection, a forward per run, and one in all."""
         runs = self.targets * self.restarts
         return (runs * (2 * self.steps + 1) + 1) * samples, 2 * runs * self.steps * samples
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """All classes, each with all restarts."""
+        """Runs all target classes, each with all restarts."""
         ranked = likely_wrong(view(images), labels, self.targets)
-        steps = Steps(self.steps, self.alpha_max, self.eta, self.beta)
+        steps = FabOptions(self.steps, self.alpha_max, self.eta, self.beta)
 
         def run(rank: int, restart: int, todo: Tensor) -> tuple[Tensor, Tensor]:
             draws = rng.child(f"class {rank} restart {restart}").select(todo) if restart else None

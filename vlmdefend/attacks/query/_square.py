@@ -15,7 +15,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
 
 class Patterns(NamedTuple):
-    """The bumps of Andriushchenko et al. 2020, eq. 2, by side: ``values[place[side]]`` is (S, S), unit L2 norm."""
+    """The bump patterns of Andriushchenko et al. 2020, eq. 2, by side: ``values[place[side]]`` is (S, S), unit L2 norm."""
 
     values: Tensor  # (K, S, S), zero outside [0, side)^2
     place: Tensor  # (S + 1,) int64
@@ -34,20 +34,20 @@ def window_sides(queries: int, p_init: float, height: int, width: int, norm: Nor
 
 
 def put_stripes(origin: Tensor, eps: float | Tensor, rng: ImageRng) -> Tensor:
-    """Vertical stripes of +eps and -eps, one sign per channel and column."""
+    """Adds vertical stripes of +eps and -eps, one sign per channel and column."""
     _, channels, _, width = origin.shape
     return (origin + _signs(rng.uniform((channels, 1, width)).to(origin.device)) * eps).clamp_(0.0, 1.0)
 
 
 def put_square(best: Tensor, origin: Tensor, eps: float | Tensor, side: Tensor, numbers: Tensor) -> Tensor:
-    """Repaint a window of each image: +eps or -eps of the clean one, a sign per channel."""
+    """Sets a window of each image to +eps or -eps around the clean pixels, one sign per channel."""
     window = _window(best, side, numbers[:, 0], numbers[:, 1])
     painted = (origin + _signs(numbers[:, 5:, None, None]) * eps).clamp_(0.0, 1.0)
     return torch.where(window, painted, best)
 
 
 def patterns(sides: Tensor, height: int, width: int, device: torch.device) -> Patterns:
-    """The bump of every side that occurs."""
+    """Returns the bump of every side that occurs."""
     largest = min(height, width)
     distinct = sorted(set(sides.tolist()))
     place = torch.zeros(largest + 1, dtype=torch.int64)
@@ -59,7 +59,7 @@ def patterns(sides: Tensor, height: int, width: int, device: torch.device) -> Pa
 
 
 def bump(side: int) -> Tensor:
-    """(side, side) a positive pyramid over a negative one, unit L2 norm."""
+    """Returns a (side, side) positive pyramid over a negative one, of unit L2 norm."""
     both = torch.cat([_pyramid(side // 2, side), -_pyramid(side - side // 2, side)])
     return both / both.square().sum().sqrt()
 
@@ -82,7 +82,7 @@ def grid_of_tiles(origin: Tensor, eps: float | Tensor, rng: ImageRng) -> Tensor:
 def shift_energy(
     best: Tensor, origin: Tensor, eps: float | Tensor, side: Tensor, numbers: Tensor, tables: Patterns
 ) -> Tensor:
-    """Clear one window and give its energy, and what the radius leaves unused, to a bump in another."""
+    """Clears one window and adds its energy, and what the radius leaves unused, to a bump in another."""
     delta = best - origin
     window, cleared = (_window(best, side, numbers[:, at], numbers[:, at + 1]) for at in (0, 2))
     unused = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp_min(0.0) / best.shape[1]

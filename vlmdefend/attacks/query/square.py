@@ -1,4 +1,4 @@
-"""Square attack: random search over square windows; it sees logits only, never a gradient."""
+"""Square attack: random search over square windows; uses logits only, never a gradient."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.active_set import State, run_in_slots
+from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.best_iterates import Part
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.best_iterates import AttackPart
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.query._square import grid_of_tiles, patterns, put_square, put_stripes, shift_energy, window_sides
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
@@ -51,17 +51,17 @@ class Square(Attack):
             raise UserError(f"square: queries={self.queries} must be at least 1, p_init={self.p_init} in (0, 1].")
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``queries`` forwards."""
+        """Returns ``queries`` forwards."""
         return self.queries * samples, 0
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """(B, C, H, W); the image of highest margin that was seen."""
+        """Returns the (B, C, H, W) images of highest margin that were queried."""
         if images.dim() != 4:
             raise UserError(f"attack square needs images (B, C, H, W), it was given {tuple(images.shape)}.")
         _, channels, height, width = images.shape
         sides = torch.tensor(window_sides(self.queries, self.p_init, height, width, threat.norm, self.rescale))
         tables = None if threat.norm == "linf" else patterns(sides, height, width, images.device)
-        result, goal = images.clone(), Goal(labels)
+        result, criterion = images.clone(), Criterion(labels)
         sides = sides.to(images.device)
 
         def start(index: Tensor) -> State:
@@ -78,8 +78,8 @@ class Square(Attack):
                 "taken": torch.zeros(len(index), dtype=torch.int64, device=images.device),
             }
 
-        def step(part: Part, index: Tensor, s: State) -> Tensor:
-            margin = part.goal.margin(part.view(s["x"]))
+        def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
+            margin = part.criterion.margin(part.view(s["x"]))
             better = margin > s["margin"]
             torch.where(better, margin, s["margin"], out=s["margin"])
             torch.where(per_image(better, s["x"]), s["x"], s["best"], out=s["best"])
@@ -96,10 +96,10 @@ class Square(Attack):
             s["taken"] += 1
             return done
 
-        run_in_slots(
+        run_active_set(
             len(images),
             view.width,
-            lambda index: Part(view.select(index), goal.select(index), threat.select(index)),
+            lambda index: AttackPart(view.select(index), criterion.select(index), threat.select(index)),
             start,
             step,
         )

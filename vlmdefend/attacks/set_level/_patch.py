@@ -1,4 +1,4 @@
-"""Squares in images: where they lie, how they get there, what the gradient says of them."""
+"""Geometry of patches: positions, pasting, cutting out, resizing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Place = Literal["random", "center", "corner"]
 
 
 def corners(place: Place, side: int, images: Tensor, rng: ImageRng) -> Tensor:
-    """(B, 2) int64 top and left of a square of ``side`` pixels: anywhere, in the middle, or at the lower right."""
+    """Returns (B, 2) int64 top and left of a square of ``side`` pixels: random, centred, or at the lower right."""
     room = torch.tensor(images.shape[2:], device=images.device) - side
     if place == "random":
         at = (rng.uniform((2,)).to(images.device) * (room + 1)).long()
@@ -30,7 +30,7 @@ def window(at: Tensor, side: int, images: Tensor) -> Tensor:
 
 
 def paste(images: Tensor, patches: Tensor, at: Tensor) -> Tensor:
-    """(B, C, H, W) with (C, S, S) or (B, C, S, S) patches in their places; a new tensor."""
+    """Returns (B, C, H, W) images with (C, S, S) or (B, C, S, S) patches pasted in; a new tensor."""
     side = patches.shape[-1]
     patches = patches.expand(len(images), *patches.shape[-3:])
     rows, columns = (_offsets(at[:, axis], images.shape[2 + axis]).clamp(0, side - 1) for axis in (0, 1))
@@ -41,7 +41,7 @@ def paste(images: Tensor, patches: Tensor, at: Tensor) -> Tensor:
 
 
 def cut(images: Tensor, at: Tensor, side: int) -> Tensor:
-    """(B, C, side, side) what lies in the squares."""
+    """Returns the (B, C, side, side) content of the squares."""
     along = torch.arange(side, device=images.device)
     rows, columns = at[:, :1] + along, at[:, 1:] + along
     found = images.gather(2, rows[:, None, :, None].expand(*images.shape[:2], -1, images.shape[3]))

@@ -1,4 +1,4 @@
-"""What attacks share that learn one thing for a whole set of images."""
+"""The base of attacks that fit one perturbation to a whole set of images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import check_options
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
 from vlmdefend.attacks.view import View, chunks
 from vlmdefend.errors import UserError
@@ -22,7 +22,7 @@ from vlmdefend.types import Threat, per_image
 
 @dataclass(frozen=True, kw_only=True)
 class SetLevel(Attack):
-    """One thing learned by stochastic gradient ascent over mini-batches, then used on every image alike.
+    """One perturbation fitted by stochastic gradient ascent over mini-batches, then applied to every image.
 
     It is learned from images of the very set that is judged, right or wrong, so it is at its strongest there. Only
     the sign (L2: the direction) of the batch's summed gradient counts, and the steps shrink linearly to nothing, for
@@ -50,20 +50,20 @@ class SetLevel(Attack):
     @property
     @abstractmethod
     def loss_name(self) -> Literal["ce", "cw", "feature"]:
-        """The loss that is raised, by its name in attacks/losses.py."""
+        """The name of the loss that is maximised, as in attacks/losses.py."""
 
     @property
     def learns_from(self) -> int:
-        """``images``."""
+        """The option ``images``."""
         return self.images
 
     @property
     def keeps_best(self) -> bool:
-        """Never: whoever uses one thing on all images does not look at each."""
+        """False: the fitted perturbation is scored on every image."""
         return False
 
     def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
-        """A gradient per image and pass, and the clean outputs where the loss compares with them."""
+        """Returns a gradient per image and pass, and a forward for the clean outputs where the loss compares with them."""
         gradients = self.steps * count * samples
         return gradients + (count * samples if self.loss_name in NEEDS_REFERENCE else 0), gradients
 
@@ -88,7 +88,7 @@ class SetLevel(Attack):
         apply: Callable[[Tensor, Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]],
         update: Callable[[Tensor, float], None],
     ) -> None:
-        """All passes.
+        """Runs all passes over the images.
 
         Args:
             apply: (indices of images, their pixels) -> the pixels with the thing on them, and a function that turns
@@ -97,16 +97,16 @@ class SetLevel(Attack):
                 down to above 0, changes the thing.
         """
         _check_fit(self.name, images)
-        goal, loss = Goal(labels), LOSSES[self.loss_name]
+        criterion, loss = Criterion(labels), LOSSES[self.loss_name]
         if self.loss_name in NEEDS_REFERENCE:
-            goal = Goal(labels, reference=view.outputs(images))
+            criterion = Criterion(labels, reference=view.outputs(images))
         batches = list(_batches(len(images), self.batch, self.steps, own_stream(view, "order")))
         for number, batch in enumerate(batches):
             total: Tensor | None = None
             for chunk in chunks(len(batch), view.width):
                 at = batch[chunk]
                 pixels, gradient_of = apply(at, images[at])
-                query = view.select(at).gradient(pixels, goal.select(at), loss)
+                query = view.select(at).gradient(pixels, criterion.select(at), loss)
                 counts = query.loss.isfinite() & query.pixels.flatten(1).isfinite().all(1)
                 if self.ceiling is not None and self.loss_name not in NEEDS_REFERENCE:
                     counts &= query.loss < self.ceiling
@@ -118,7 +118,7 @@ class SetLevel(Attack):
 
 
 def own_stream(view: View, purpose: str) -> ImageRng:
-    """One stream for the set rather than one per image."""
+    """Returns one random stream for the set rather than one per image."""
     return ImageRng(view.rng.seed, ["the whole set"], f"{view.rng.purpose}/{purpose}")
 
 
@@ -135,5 +135,5 @@ def _check_fit(name: str, images: Tensor) -> None:
 
 
 def radius_of(threat: Threat) -> float:
-    """The one radius that a thing is learned for."""
+    """Returns the one radius for which the perturbation is fitted."""
     return float(torch.as_tensor(threat.eps).max())

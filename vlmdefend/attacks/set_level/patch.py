@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
-from vlmdefend.attacks.active_set import State, run_in_slots
+from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.best_iterates import Harvest, Part, keep_
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.set_level._patch import Place, corners, cut, paste, resized, window
 from vlmdefend.attacks.set_level._set_level import SetLevel, own_stream, radius_of
@@ -59,29 +59,29 @@ class Patch(SetLevel):
 
     @property
     def loss_name(self) -> Literal["ce", "cw", "feature"]:
-        """``loss``."""
+        """The option ``loss``."""
         return self.loss
 
     @property
     def learns_from(self) -> int:
-        """Nothing where each image has its own."""
+        """0 where each image has a patch of its own."""
         return self.images if self.learn == "set" else 0
 
     @property
     def keeps_best(self) -> bool:
-        """Only where each image has its own."""
+        """True only where each image has a patch of its own."""
         return self.learn == "image"
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """``steps`` gradients and a forward where each image has its own; else nothing is asked."""
+        """Returns ``steps`` gradients and a forward where each image has a patch of its own; else nothing."""
         return ((self.steps + 1) * samples, self.steps * samples) if self.learn == "image" else (0, 0)
 
     def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
-        """As of the set; nothing where each image has its own."""
+        """Returns the budget of fitting the set's patch; nothing where each image has its own."""
         return super().fit_budget(count, samples) if self.learn == "set" else (0, 0)
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        """Learn the set's patch."""
+        """Returns the attack with the fitted patch of the set."""
         if self.learn == "image":
             return self
         _check_shape(images)
@@ -101,7 +101,7 @@ class Patch(SetLevel):
         return self._with(patch)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The images with their patches; of another size than the learned one it is resized."""
+        """Returns the images with their patches; a fitted patch of another size is resized."""
         _check_shape(images)
         patch = None if self.learn == "image" else self._lesson()
         result, places = images.clone(), rng.child("place")
@@ -113,14 +113,14 @@ class Patch(SetLevel):
             if side and patch is not None:
                 result[at] = paste(images[at], resized(patch, side), corner)
             elif side:
-                part = Part(view.select(at), Goal(labels[at]), threat.select(at))
+                part = AttackPart(view.select(at), Criterion(labels[at]), threat.select(at))
                 result[at] = self._climb(part, images[at], corner, side, rng.child("start").select(at))
         return result
 
-    def _climb(self, whole: Part, images: Tensor, corner: Tensor, side: int, rng: ImageRng) -> Tensor:
+    def _climb(self, whole: AttackPart, images: Tensor, corner: Tensor, side: int, rng: ImageRng) -> Tensor:
         """A patch for each of N images; (N, C, H, W) the iterates of highest margin, of a random pipeline the last."""
-        view, goal = whole.view, whole.goal
-        alpha, loss, harvest = parse_eps(self.alpha), LOSSES[self.loss], Harvest(images)
+        view, criterion = whole.view, whole.criterion
+        alpha, loss, iterates = parse_eps(self.alpha), LOSSES[self.loss], BestIterates(images)
 
         def start(index: Tensor) -> State:
             patches = rng.select(index).uniform((images.shape[1], side, side)).to(images.device)
@@ -133,9 +133,9 @@ class Patch(SetLevel):
                 "taken": torch.zeros(len(index), dtype=torch.int64),
             }
 
-        def step(part: Part, index: Tensor, s: State) -> Tensor:
-            query = part.view.gradient(s["x"], part.goal, loss)
-            margin = part.goal.margin(query.logits)
+        def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
+            query = part.view.gradient(s["x"], part.criterion, loss)
+            margin = part.criterion.margin(query.logits)
             keep_(s, (margin > s["margin"]) | view.stochastic, best=s["x"], margin=margin)
             fooled = ((margin > SURE) & view.stop).cpu()
             s["x"].add_(query.pixels.sign_() * s["free"], alpha=alpha).clamp_(0.0, 1.0)
@@ -143,21 +143,21 @@ class Patch(SetLevel):
             done = fooled | (s["taken"] == self.steps)
             leaving = done.nonzero()[:, 0]
             if len(leaving):
-                harvest.take(index[leaving], s["best"][leaving], s["margin"][leaving])
+                iterates.keep_best(index[leaving], s["best"][leaving], s["margin"][leaving])
                 surviving = (done & ~fooled).nonzero()[:, 0]
-                harvest.look_later(index[surviving], s["x"][surviving])
+                iterates.keep_last(index[surviving], s["x"][surviving])
             return done
 
-        run_in_slots(
+        run_active_set(
             len(images),
             view.width,
-            lambda index: Part(view.select(index), goal.select(index), whole.threat),
+            lambda index: AttackPart(view.select(index), criterion.select(index), whole.threat),
             start,
             step,
         )
         if view.stochastic:
-            harvest.margins.fill_(-torch.inf)  # the luckiest of several draws is not the best: the last one counts
-        return harvest.finish(view, goal)[0]
+            iterates.margins.fill_(-torch.inf)  # the luckiest of several draws is not the best: the last one counts
+        return iterates.finish(view, criterion)[0]
 
 
 def _check_shape(images: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A universal perturbation: one delta, learned for the set, added to every image."""
+"""A universal perturbation: one delta fitted to the set, added to every image."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ class Universal(SetLevel):
 
     @property
     def loss_name(self) -> Literal["ce", "cw", "feature"]:
-        """``loss``."""
+        """The option ``loss``."""
         return self.loss
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        """Learn the delta, from a random one: at zero the feature loss has no gradient."""
+        """Fits the delta, from a random start: at zero the feature loss has no gradient."""
         eps = radius_of(threat)
         alpha = step_size(self.alpha, eps, self.steps)
         shape, linf = images.shape[1:], threat.norm == "linf"
@@ -78,7 +78,7 @@ class Universal(SetLevel):
         return self._with(delta)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The images with the delta, inside of the ball even where it is smaller than the one it was learned for."""
+        """Returns the images with the delta, projected into the ball if it is smaller than the one it was fitted for."""
         delta = self._lesson()
         if images.shape[1:] != delta.shape:
             raise UserError(

@@ -1,4 +1,6 @@
-"""What the class prompts make of fixed images: how many stay right, and where their embeddings should go."""
+"""Scores class prompts on fixed images: how many stay right, and the gradient of the loss with respect to class
+features.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,19 @@ from vlmdefend.types import Outputs
 PROBE = 8  # images on which it is tried whether the embeddings may be kept
 
 
-class Score(NamedTuple):
-    """How good prompts are for an attacker: few right images, then a high loss."""
+class PromptScore(NamedTuple):
+    """The value of prompts for an attacker: few right images, then a high loss."""
 
     right: int
     loss: float
 
-    def better(self, other: Score) -> bool:
-        """Whether these prompts fool more images, or as many with a higher loss."""
+    def better(self, other: PromptScore) -> bool:
+        """Returns whether these prompts fool more images, or as many with a higher loss."""
         return (-self.right, self.loss) > (-other.right, other.loss)
 
 
-class Answers:
-    """A view's answers on the N images that it gets right with the clean prompts, under any prompts.
+class PromptScores:
+    """Scores any prompts on the N images that the view classifies correctly with the clean prompts.
 
     Most pipelines treat the image first and compare its embedding with the classes last: these are asked once per
     image (and draw), and every further question is a matrix product. Where the embedding depends on the prompts, or
@@ -57,16 +59,16 @@ class Answers:
 
     @property
     def keeps_embeddings(self) -> bool:
-        """Whether the pipeline is asked about each image only once."""
+        """True: image embeddings are computed once, since prompts do not change them."""
         return self._kept is not None
 
-    def score(self, classes: Tensor) -> Score:
-        """Of (C, D) class features."""
+    def score(self, classes: Tensor) -> PromptScore:
+        """Returns the score of (C, D) class features."""
         if not len(self):
-            return Score(0, 0.0)
+            return PromptScore(0, 0.0)
         logits = self.logits(classes)
         loss = F.cross_entropy(logits.double(), self.labels)
-        return Score(int((logits.argmax(dim=1) == self.labels).sum()), float(loss))
+        return PromptScore(int((logits.argmax(dim=1) == self.labels).sum()), float(loss))
 
     def logits(self, classes: Tensor) -> Tensor:
         """(C, D) class features -> (N, C)."""
@@ -104,7 +106,7 @@ class Answers:
         return torch.stack([self._side.classifier.logits(kept) for kept in self._kept[number]]).mean(dim=0)
 
     def _ask(self, chunk: Tensor) -> list[Outputs]:
-        """The pipeline's outputs for each draw; the same draws at every call."""
+        """Runs the pipeline once per draw, with the same draws at every call."""
         streams = self._streams(chunk)
         at = chunk.to(self.images.device)
         return [self._view.select(self._at[chunk]).once(self.images[at], streams) for _ in range(self._view.samples)]
@@ -113,7 +115,7 @@ class Answers:
         return self._view.rng.child("prompts").select(self._at[chunk])
 
     def _may_keep(self) -> bool:
-        """True if other prompts leave the embeddings as they are and the logits are those of the embeddings."""
+        """Returns whether prompts leave the embeddings unchanged and the logits are those of the embeddings."""
         few = torch.arange(min(PROBE, len(self)))
         seen: list[Tensor] = []
         clean = self._side.classifier.text_features

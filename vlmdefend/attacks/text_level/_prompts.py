@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.text_level._answers import Answers, Score
+from vlmdefend.attacks.text_level._answers import PromptScore, PromptScores
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.text_side import PROMPTS_AT_ONCE, TextSide, ensembled, parts_of
 
@@ -18,11 +18,11 @@ PLACEHOLDER = "the"  # where a token will be appended, the gradient is taken at 
 
 
 class Prompts(NamedTuple):
-    """The prompts of C classes and T templates, on the way or found."""
+    """The prompts of C classes and T templates, during the search and as its result."""
 
     tokens: Tensor  # (C, T, L)
     prompts: Tensor  # (C, T, D) their unit features
-    score: Score
+    score: PromptScore
     changed: tuple[tuple[int, ...], ...]  # for each group the slots that were changed, or 0, 1, ... appended
 
     @property
@@ -32,7 +32,7 @@ class Prompts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptGroup:
     """Prompts that get the same tokens in the same places."""
 
     rows: Tensor  # (R,) which, counted c * T + t
@@ -46,7 +46,7 @@ class Group:
         return first[:, None] + torch.tensor(which, dtype=torch.int64, device=first.device)
 
 
-def groups_of(side: TextSide, mode: Mode, per_class: bool) -> list[Group]:
+def groups_of(side: TextSide, mode: Mode, per_class: bool) -> list[PromptGroup]:
     """Which prompts change together.
 
     A suffix is the same for all prompts, or all of one class. Substituted are tokens of a template, for all classes
@@ -58,13 +58,13 @@ def groups_of(side: TextSide, mode: Mode, per_class: bool) -> list[Group]:
     classes, templates = side.tokens.shape[:2]
     every = torch.arange(classes * templates, device=side.tokens.device).view(classes, templates)
     if mode == "suffix":
-        return [Group(rows, None) for rows in (every if per_class else every.view(1, -1))]
+        return [PromptGroup(rows, None) for rows in (every if per_class else every.view(1, -1))]
     groups = []
     for template, slots in enumerate(side.slots):
         if slots.shape[1]:
             rows = every[:, template]
             parts = [(rows[c : c + 1], slots[c : c + 1]) for c in range(classes)] if per_class else [(rows, slots)]
-            groups += [Group(*part) for part in parts]
+            groups += [PromptGroup(*part) for part in parts]
     if not groups:
         raise UserError(
             "mode=substitute exchanges words of the templates, and these hold nothing but the class name; use "
@@ -74,12 +74,12 @@ def groups_of(side: TextSide, mode: Mode, per_class: bool) -> list[Group]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class PromptSearch:
     """Greedy, or with beams: one token per round and group; the best candidates of first order are tried in full."""
 
     side: TextSide
-    answers: Answers
-    groups: list[Group]
+    answers: PromptScores
+    groups: list[PromptGroup]
     usable: Tensor  # (V,) bool
     candidates: int
     beams: int
@@ -153,7 +153,7 @@ class Search:
             tried = self._best([], tried)
         return tried
 
-    def _proposed(self, tokens: Tensor, group: Group, places: Tensor, placeholder: bool) -> Tensor:
+    def _proposed(self, tokens: Tensor, group: PromptGroup, places: Tensor, placeholder: bool) -> Tensor:
         """(K, 2) slot and token of the highest first-order gains (HotFlip: gradient times change of the embedding).
 
         Half of them for the loss over all images, half for those that are still right: the first soon knows only images

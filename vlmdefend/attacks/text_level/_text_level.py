@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import check_options
-from vlmdefend.attacks.text_level._answers import Answers
-from vlmdefend.attacks.text_level._prompts import Mode, Prompts, Search, groups_of
+from vlmdefend.attacks.text_level._answers import PromptScores
+from vlmdefend.attacks.text_level._prompts import Mode, Prompts, PromptSearch, groups_of
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.text_side import TextSide
@@ -94,8 +94,8 @@ class TextLevel(Attack):
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
         """Learn the prompts."""
         side = self._reached(view.text_side)
-        answers = Answers(view, side, images, labels)
-        search = Search(
+        answers = PromptScores(view, side, images, labels)
+        search = PromptSearch(
             side=side,
             answers=answers,
             groups=groups_of(side, self.mode, self.per_class),

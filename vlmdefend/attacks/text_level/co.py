@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.best_iterates import check_options
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.text_level._text_level import TextLevel
 from vlmdefend.attacks.view import View
@@ -70,7 +70,7 @@ class Co(TextLevel):
         with self.conditions(view.text_side):
             todo = torch.arange(len(images))
             if view.stop:
-                todo = (Goal(labels).margin(view(images)) <= SURE).nonzero()[:, 0].cpu()
+                todo = (Criterion(labels).margin(view(images)) <= SURE).nonzero()[:, 0].cpu()
             if len(todo):
                 step = self._image_step()
                 result[todo] = step.perturb(

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data.base import ImageSet, Listed, Source
+from vlmdefend.data.base import ImageSet, ListedDataset, Source
 from vlmdefend.data.class_names import underscores
 from vlmdefend.data.folders import image_files, labelled, printable, subfolders
 from vlmdefend.data.images import decode
@@ -34,9 +34,11 @@ class Domain(Source):
     name: ClassVar[str] = "domain"
     prefix: ClassVar[str] = "domain"
 
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedDataset]:
         """The form of the name."""
-        return [Listed("domain:ROOT/DOMAIN", "a domain of an adaptation set (Office-31 ...)", None, "your folder")]
+        return [
+            ListedDataset("domain:ROOT/DOMAIN", "a domain of an adaptation set (Office-31 ...)", None, "your folder")
+        ]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:
         """Read the folder after ``domain:``.

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data.base import ImageSet, Listed, Source
+from vlmdefend.data.base import ImageSet, ListedDataset, Source
 from vlmdefend.data.shards import open_layout
 from vlmdefend.data.sources import SOURCES
 
@@ -31,9 +31,9 @@ class Embedded(Source):
 
     name: ClassVar[str] = "embedded"
 
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedDataset]:
         """The sets, by name."""
-        return [Listed(name, summary, classes, "embedded") for name, (summary, classes) in SETS.items()]
+        return [ListedDataset(name, summary, classes, "embedded") for name, (summary, classes) in SETS.items()]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:
         """Read one set; ``root`` is not used.

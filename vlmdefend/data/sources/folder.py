@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data.base import ImageSet, Listed, Source
+from vlmdefend.data.base import ImageSet, ListedDataset, Source
 from vlmdefend.data.class_names import underscores
 from vlmdefend.data.folders import SPLIT_NAMES, labelled, printable, split_folder, subfolders
 from vlmdefend.data.images import decode
@@ -27,9 +27,9 @@ class Folder(Source):
     name: ClassVar[str] = "folder"
     prefix: ClassVar[str] = "folder"
 
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedDataset]:
         """The form of the name."""
-        return [Listed("folder:PATH", "one folder per class (ImageFolder)", None, "your folder")]
+        return [ListedDataset("folder:PATH", "one folder per class (ImageFolder)", None, "your folder")]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:
         """Read the folder after ``folder:``.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from vlmdefend.data import class_names, layouts
-from vlmdefend.data.base import ImageSet, Listed, Source, data_root
+from vlmdefend.data.base import ImageSet, ListedDataset, Source, data_root
 from vlmdefend.data.class_names import underscores
 from vlmdefend.data.folders import printable
 from vlmdefend.data.images import decode, to_rgb
@@ -45,7 +45,7 @@ def _first(attribute: str) -> Callable[[Any], list[str]]:
 
 
 @dataclass(frozen=True)
-class Row:
+class TorchvisionSet:
     """One set: where torchvision keeps it and where its names, files and labels are found."""
 
     name: str
@@ -65,99 +65,101 @@ class Row:
 def _distributed(
     name: str,
     classes: int,
-    build: Callable[[Path, str], layouts.Files],
+    build: Callable[[Path, str], layouts.LabelledFiles],
     folder: str,
     *,
     summary: str,
     fetch: str,
     **splits: str,
-) -> Row:
+) -> TorchvisionSet:
     """A row for a set read as it is distributed; ``test`` is its ``val``, or all of it."""
     places = {split: {"folder": folder + below} for split, below in {"test": splits.get("val", ""), **splits}.items()}
     labels, paths = attrgetter("labels"), attrgetter("paths")
-    return Row(name, "", classes, folder, summary, places, labels=labels, paths=paths, build=build, fetch=fetch)
+    return TorchvisionSet(
+        name, "", classes, folder, summary, places, labels=labels, paths=paths, build=build, fetch=fetch
+    )
 
 
 TABLE = (
-    Row(
+    TorchvisionSet(
         "cifar10", "CIFAR10", 10, "cifar-10-batches-py", "32x32 photographs (Krizhevsky 2009)",
         splits=BY_TRAIN, class_names=_words, labels=attrgetter("targets"),
     ),
-    Row(
+    TorchvisionSet(
         "cifar100", "CIFAR100", 100, "cifar-100-python", "32x32 photographs (Krizhevsky 2009)",
         splits=BY_TRAIN, class_names=_words, labels=attrgetter("targets"),
     ),
-    Row("stl10", "STL10", 10, "stl10_binary", "96x96 photographs (Coates 2011)", labels=attrgetter("labels")),
-    Row(
+    TorchvisionSet("stl10", "STL10", 10, "stl10_binary", "96x96 photos (Coates 2011)", labels=attrgetter("labels")),
+    TorchvisionSet(
         "sun397", "SUN397", 397, "SUN397", "scenes (Xiao 2010); no official split in torchvision, all are test",
         splits=WHOLE, class_names=_words, paths=attrgetter("_image_files"),
     ),
-    Row(
+    TorchvisionSet(
         "food101", "Food101", 101, "food-101", "dishes (Bossard 2014)",
         class_names=_words, paths=attrgetter("_image_files"),
     ),
-    Row(
+    TorchvisionSet(
         "oxford-pets", "OxfordIIITPet", 37, "oxford-iiit-pet", "cats and dogs by breed (Parkhi 2012)",
         splits={"test": {"split": "test"}, "train": {"split": "trainval"}}, paths=attrgetter("_images"),
     ),
-    Row(
+    TorchvisionSet(
         "flowers102", "Flowers102", 102, "flowers-102", "flowers (Nilsback 2008)",
         splits=BY_SPLIT_VAL, class_names=_always(class_names.FLOWERS102), paths=attrgetter("_image_files"),
     ),
-    Row(
+    TorchvisionSet(
         "dtd", "DTD", 47, "dtd/dtd", "textures (Cimpoi 2014), partition 1",
         splits=BY_SPLIT_VAL, class_names=_words, paths=attrgetter("_image_files"),
     ),
-    Row(
+    TorchvisionSet(
         "eurosat", "EuroSAT", 10, "eurosat/2750", "satellite images (Helber 2019); no official split, all are test",
         splits=WHOLE, class_names=lambda d: [class_names.EUROSAT.get(c, c) for c in d.classes],
         labels=_second("samples"), paths=_first("samples"),
     ),
-    Row(
+    TorchvisionSet(
         "fgvc-aircraft", "FGVCAircraft", 100, "fgvc-aircraft-2013b", "aircraft by variant (Maji 2013)",
         splits={**BY_SPLIT_VAL, "trainval": {"split": "trainval"}}, paths=attrgetter("_image_files"),
     ),
-    Row(
+    TorchvisionSet(
         "caltech101", "Caltech101", 101, "caltech101/101_ObjectCategories",
         "objects (Fei-Fei 2004), without the background class; no official split, all are test",
         splits=WHOLE, class_names=lambda d: [class_names.CALTECH101.get(c, underscores(c)) for c in d.categories],
         labels=attrgetter("y"), paths=layouts.caltech101_paths,
     ),
-    Row(
+    TorchvisionSet(
         "caltech256", "Caltech256", 257, "caltech256/256_ObjectCategories",
         "objects (Griffin 2007), with the clutter class; no official split, all are test",
         splits=WHOLE, class_names=lambda d: [layouts.caltech256_name(c) for c in d.categories],
         labels=attrgetter("y"), paths=layouts.caltech256_paths,
     ),
-    Row(
+    TorchvisionSet(
         "stanford-cars", "StanfordCars", 196, "stanford_cars/devkit", "cars by model and year (Krause 2013)",
         labels=_second("_samples"), paths=_first("_samples"),
         fetch="its first home is gone, so get a copy in that layout (devkit, cars_train, cars_test, "
         "cars_test_annos_withlabels.mat), or webdataset shards and wds:PATH",
     ),
-    Row(
+    TorchvisionSet(
         "pcam", "PCAM", 2, "pcam", "lymph node tissue, with or without tumour (Veeling 2018); needs h5py",
         splits=BY_SPLIT_VAL, class_names=_always(class_names.PCAM), labels=layouts.pcam_labels,
     ),
-    Row(
+    TorchvisionSet(
         "country211", "Country211", 211, "country211", "photographs by country (Radford 2021)",
         splits={**BY_SPLIT, "val": {"split": "valid"}},
         class_names=lambda d: [class_names.COUNTRY211.get(c, c) for c in d.classes],
         labels=_second("samples"), paths=_first("samples"),
     ),
-    Row(
+    TorchvisionSet(
         "svhn", "SVHN", 10, "svhn", "house numbers (Netzer 2011)",
         class_names=_always(class_names.DIGIT_WORDS), labels=attrgetter("labels"), folder="svhn",
     ),
-    Row(
+    TorchvisionSet(
         "gtsrb", "GTSRB", 43, "gtsrb", "German traffic signs (Stallkamp 2012)",
         class_names=_always(class_names.GTSRB), labels=_second("_samples"), paths=_first("_samples"),
     ),
-    Row(
+    TorchvisionSet(
         "fashion-mnist", "FashionMNIST", 10, "FashionMNIST/raw", "the full Fashion-MNIST (Xiao 2017)",
         splits=BY_TRAIN, labels=attrgetter("targets"),
     ),
-    Row(
+    TorchvisionSet(
         "mnist-full", "MNIST", 10, "MNIST/raw", "the full MNIST (LeCun 1998)",
         splits=BY_TRAIN, class_names=_always(class_names.DIGITS), labels=attrgetter("targets"),
     ),
@@ -202,9 +204,9 @@ class TorchvisionSets(Source):
 
     name: ClassVar[str] = "torchvision_sets"
 
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedDataset]:
         """The rows of the table."""
-        return [Listed(row.name, row.summary, row.classes, "torchvision") for row in TABLE]
+        return [ListedDataset(row.name, row.summary, row.classes, "torchvision") for row in TABLE]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:
         """Read one set under ``root``.
@@ -228,12 +230,12 @@ class TorchvisionSets(Source):
 Read = Callable[[int], "Image.Image"]
 
 
-def _in_arrays(row: Row, dataset: Any, split: str) -> tuple[list[str], list[int], Read]:
+def _in_arrays(row: TorchvisionSet, dataset: Any, split: str) -> tuple[list[str], list[int], Read]:
     labels = [int(label) for label in row.labels(dataset)]
     return [f"{split}/{i:06d}" for i in range(len(labels))], labels, lambda i: to_rgb(dataset[i][0])
 
 
-def _in_files(row: Row, dataset: Any, top: Path) -> tuple[list[str], list[int], Read]:
+def _in_files(row: TorchvisionSet, dataset: Any, top: Path) -> tuple[list[str], list[int], Read]:
     assert row.paths is not None
     # sorted, because the order in which some classes list files is the file system's
     files = sorted(zip(map(str, row.paths(dataset)), map(int, row.labels(dataset)), strict=True))
@@ -241,7 +243,7 @@ def _in_files(row: Row, dataset: Any, top: Path) -> tuple[list[str], list[int], 
     return ids, [label for _, label in files], lambda i: decode(Path(files[i][0]), files[i][0], upright=False)
 
 
-def _opened(row: Row, split: str, top: Path) -> Any:
+def _opened(row: TorchvisionSet, split: str, top: Path) -> Any:
     """The dataset object of a row: torchvision's, or one of :mod:`vlmdefend.data.layouts`."""
     if split not in row.splits:
         hint = "It has no official split: every image is in test." if row.splits is WHOLE else ""
@@ -262,7 +264,7 @@ def _opened(row: Row, split: str, top: Path) -> Any:
         ) from None
 
 
-def _how_to_get(row: Row, top: Path, where: Path, arguments: Mapping[str, Any]) -> str:
+def _how_to_get(row: TorchvisionSet, top: Path, where: Path, arguments: Mapping[str, Any]) -> str:
     folder = top / row.folder
     given = "".join(f", {key}={value!r}" for key, value in arguments.items())
     line = f"`torchvision.datasets.{row.dataset}({str(folder)!r}{given}, download=True)`"

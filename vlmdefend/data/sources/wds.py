@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-from vlmdefend.data.base import ImageSet, Listed, Source
+from vlmdefend.data.base import ImageSet, ListedDataset, Source
 from vlmdefend.data.shards import image_set, open_layout
 from vlmdefend.data.sources import SOURCES
 from vlmdefend.errors import UserError
@@ -22,9 +22,11 @@ class WebDataset(Source):
     name: ClassVar[str] = "wds"
     prefix: ClassVar[str] = "wds"
 
-    def listed(self) -> list[Listed]:
+    def listed(self) -> list[ListedDataset]:
         """The form of the name."""
-        return [Listed("wds:PATH", "webdataset shards in CLIP_benchmark's layout, or one .tar", None, "your folder")]
+        return [
+            ListedDataset("wds:PATH", "webdataset shards in CLIP_benchmark's layout, or one .tar", None, "your folder")
+        ]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:
         """Read the shards after ``wds:``.

@@ -35,7 +35,7 @@ class PromptTuning(Defense):
     """A defense that tunes the words before the class name on the views of one image, and forgets them after it.
 
     Deployed, as in the official codes, autograd sees the tuned class features as constants. The adaptive attacker
-    tunes anew on fresh views at every step and tries two stand-ins, best per image: those constants, and the unrolled
+    tunes anew on fresh views at every step and tries two surrogates, best per image: those constants, and the unrolled
     tuning, where second derivatives flow through the loss and the text tower, and AdamW's first step, which is all but
     a sign, has the slope of a soft sign.
 

@@ -16,7 +16,7 @@ from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
-LARGE = (0.5, 1.0)  # shares of the area that the crops of the stand-in cover
+LARGE = (0.5, 1.0)  # shares of the area that the crops of the surrogate cover
 
 
 @DEFENSES.register

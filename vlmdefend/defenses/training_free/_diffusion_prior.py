@@ -123,7 +123,7 @@ class PriorTransformer:
         return found
 
 
-@lru_cache(maxsize=2)  # weights of gigabytes, which every stand-in shares
+@lru_cache(maxsize=2)  # weights of gigabytes, which every surrogate shares
 def load_prior(text: str, device: torch.device) -> DiffusionPrior:
     """``gaussian``, ``python:MODULE:FUNCTION`` (called with the device), or a folder that diffusers wrote.
 

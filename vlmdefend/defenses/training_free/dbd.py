@@ -104,7 +104,7 @@ class _Shifted:
                 if self.gradient == "factor"
                 else ((1 + defense.factor) / 2, crops.mean(dim=1))
             )
-            stand_in = self.model.logits(image + factor * (mean - image))
-            logits = stand_in + (logits - stand_in).detach()
+            surrogate = self.model.logits(image + factor * (mean - image))
+            logits = surrogate + (logits - surrogate).detach()
         behind = mean_score(seen)  # this one's own, which chooses the factor, is not what an attacker quiets
         return Outputs(logits, shifted, agreement - defense.threshold if behind is None else behind)

@@ -33,7 +33,7 @@ class Interpolate(Defense):
     takes none, their logits are mixed.
 
     A defense worth its cost lies above the line that this control draws between its two ends. The adaptive attacker
-    has the other defense's stand-ins, draws and detector term, mixed in the same way, and what fools the bare model.
+    has the other defense's surrogates, draws and detector term, mixed in the same way, and what fools the bare model.
 
     Options:
         of: the other defense, ``jpeg``; in brackets with its options, ``[jpeg:quality=50]``.
@@ -90,12 +90,12 @@ class Interpolate(Defense):
         return self.mixed(model, self.other.wrap(model))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The other defense's stand-in, mixed."""
+        """The other defense's surrogate, mixed."""
         return self.mixed(model, self.other.surrogate(model))
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """All stand-ins of the other defense, mixed."""
-        return tuple(self.mixed(model, stand_in) for stand_in in self.other.surrogates(model))
+        """All surrogates of the other defense, mixed."""
+        return tuple(self.mixed(model, surrogate) for surrogate in self.other.surrogates(model))
 
     def mixed(self, model: Pipeline, defended: Pipeline) -> Pipeline:
         """The bare and the defended model in their proportions."""

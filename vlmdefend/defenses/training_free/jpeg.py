@@ -12,7 +12,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
-from vlmdefend.defenses.training_free._jpeg_stand_in import jpeg_stand_in
+from vlmdefend.defenses.training_free._jpeg_surrogate import jpeg_stand_in
 from vlmdefend.errors import UserError
 from vlmdefend.types import Pipeline
 
@@ -23,7 +23,7 @@ class Jpeg(Defense):
     """JPEG compression of the input (Dziugaite et al. 2016; Guo et al. 2018).
 
     The 8-bit rounding and the codec stop the gradient, so plain white-box attacks see zeros. The adaptive attacker
-    keeps the codec's values and takes the gradient of a differentiable JPEG (BPDA). The identity as stand-in, which
+    keeps the codec's values and takes the gradient of a differentiable JPEG (BPDA). The identity as surrogate, which
     most papers use, is clearly weaker, not least because the codec halves the chroma resolution.
 
     Options:
@@ -46,7 +46,7 @@ class Jpeg(Defense):
         return TransformedInput(model, lambda images, rng: self.compress(images))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The codec's values, the stand-in's gradient."""
+        """The codec's values, the surrogate's gradient."""
         transform = bpda(self.compress, lambda images: jpeg_stand_in(images, self.quality))
         return TransformedInput(model, lambda images, rng: transform(images))
 

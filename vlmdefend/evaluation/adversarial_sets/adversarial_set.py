@@ -32,7 +32,15 @@ from pydantic import ValidationError
 from vlmdefend.data import load_dataset
 from vlmdefend.data.base import ImageSet
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.adversarial_sets.set_format import FORMAT, INDEX, MANIFEST, File, IndexRow, Manifest, digest
+from vlmdefend.evaluation.adversarial_sets.set_format import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    ImageFile,
+    IndexRow,
+    Manifest,
+    digest,
+)
 from vlmdefend.types import Threat
 
 if TYPE_CHECKING:
@@ -136,7 +144,7 @@ class AdversarialSet:
         return replace(images, class_names=self.manifest.class_names)
 
 
-def _checked(folder: Path, file: File) -> bytes:
+def _checked(folder: Path, file: ImageFile) -> bytes:
     try:
         content = (folder / file.name).read_bytes()
     except OSError:

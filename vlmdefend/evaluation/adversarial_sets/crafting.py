@@ -21,7 +21,7 @@ from vlmdefend.evaluation.adversarial_sets.set_format import (
     INDEX,
     MANIFEST,
     SHEET,
-    File,
+    ImageFile,
     IndexRow,
     Manifest,
     clean_hash,
@@ -31,7 +31,7 @@ from vlmdefend.evaluation.adversarial_sets.set_format import (
 )
 from vlmdefend.evaluation.grid.bind import bind, evaluator_of, prepare, templates_of
 from vlmdefend.evaluation.grid.planned import Plan
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.evaluation.store.run_folder import Store, disk
 from vlmdefend.models import load_model
 from vlmdefend.progress import Progress
@@ -39,7 +39,7 @@ from vlmdefend.types import Threat
 
 
 @dataclass(frozen=True)
-class Crafted:
+class CraftedSet:
     """A finished set with what is needed to look at it."""
 
     saved: AdversarialSet
@@ -50,7 +50,7 @@ class Crafted:
     reused: bool  # it was found done
 
 
-def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -> Crafted:
+def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -> CraftedSet:
     """Craft the one cell of ``plan`` into ``out``; the same call goes on where a killed one stopped.
 
     Raises:
@@ -93,7 +93,7 @@ def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -
                     saved, images, judge.transform, lambda p, ids: judge.deployed.answer(p.to(device), ids)
                 )
     progress.end(record, reused=reused)
-    return Crafted(saved, record, images, judge.transform, pngs, reused)
+    return CraftedSet(saved, record, images, judge.transform, pngs, reused)
 
 
 def check_plan(plan: Plan) -> None:
@@ -150,7 +150,7 @@ def _name(number: int) -> str:
 def _seal(
     folder: Path,
     record: Record,
-    rows: Sequence[Row],
+    rows: Sequence[ImageRow],
     images: ImageSet,
     transform: PixelTransform,
     about: dict[str, Any],
@@ -162,7 +162,7 @@ def _seal(
     cell = record.cell
     threat = Threat(cell.norm, cell.eps)
     index: list[IndexRow] = []
-    files: list[File] = []
+    files: list[ImageFile] = []
     for number in range(-(-cell.n // cell.shard_size)):
         file = folder / _name(number)
         if not file.exists():  # every image of the shard was skipped, or the count below is wrong
@@ -191,7 +191,7 @@ def _seal(
                     clean_hash=clean_hash(clean[position]),
                 )
             )
-        files.append(File.of(file.name, content))
+        files.append(ImageFile.of(file.name, content))
     if len(index) != len(rows):
         raise _spoiled(folder / _name(len(files)))
     objects = [row.model_dump() for row in index]
@@ -207,7 +207,7 @@ def _seal(
         largest_distance=max(row.distance for row in index),
         ids_hash=images.ids_hash,
         images_hash=images.content_hash(),
-        index=File.of(INDEX, lines),
+        index=ImageFile.of(INDEX, lines),
         images=tuple(files),
         environment=record.environment,
         **about,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.images import decode
 from vlmdefend.data.loader import load_batch
@@ -24,14 +24,14 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.adversarial_sets.adversarial_set import AdversarialSet
 from vlmdefend.evaluation.adversarial_sets.set_format import INDEX, IndexRow, json_lines, write_whole
-from vlmdefend.evaluation.store.records import Row
+from vlmdefend.evaluation.store.records import ImageRow
 from vlmdefend.types import Outputs, Threat, per_image
 
 TOLERANCE = 1e-6  # of Threat.contains
 HALVINGS = 12
 
 
-class PngRow(Row):
+class PngRow(ImageRow):
     """One PNG file: predictions, margin and distance are those of the file."""
 
     number: int
@@ -135,13 +135,13 @@ def _write(
         raise UserError(f"{folder}: a PNG file does not hold what was written; check the disk and run again.")
     found = answer(read, [row.id for row in own])
     predictions = found.predictions.tolist()
-    margins = Goal(torch.tensor([row.label for row in own])).margin(found.logits.cpu()).tolist()
+    margins = Criterion(torch.tensor([row.label for row in own])).margin(found.logits.cpu()).tolist()
     scores = None if found.detector_score is None else found.detector_score.tolist()
     distance = saved.threat.distance(read, clean).tolist()
     inside = saved.threat.contains(read, clean, TOLERANCE).tolist()
     return [
         PngRow(
-            **row.model_dump(include=set(Row.model_fields))
+            **row.model_dump(include=set(ImageRow.model_fields))
             | {
                 "adversarial_prediction": predictions[i],
                 "adversarial_margin": margins[i],

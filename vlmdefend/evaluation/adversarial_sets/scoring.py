@@ -26,7 +26,7 @@ FIXED = ("attack", "attacker", "eps", "norm", "steps", "limit", "full", "skip_ba
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved(Attack):
+class SavedImages(Attack):
     """Returns what was crafted before, whatever it is shown; not in the registry, for it needs a set.
 
     Raises:
@@ -122,7 +122,7 @@ def plan_saved(grid: Grid) -> Plan:
         images = known.setdefault((images.name, images.split, images.ids_hash, images.class_names), images)
         cell = source.manifest.cell
         cells += [
-            PlannedCell(model, images, defense, Saved(source=source), "transfer", cell.norm, cell.eps, seed)
+            PlannedCell(model, images, defense, SavedImages(source=source), "transfer", cell.norm, cell.eps, seed)
             for model in grid.model
             for defense in defenses
             for seed in grid.seed

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from vlmdefend.evaluation.grid.protocol import Protocol
-from vlmdefend.evaluation.store.records import Cell, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ FORMAT = 1
 MANIFEST, INDEX, SHEET = "manifest.json", "index.jsonl", "contact_sheet.png"
 
 
-class IndexRow(Row):
+class IndexRow(ImageRow):
     """One image of the set: what a record says of it, and where its pixels are."""
 
     number: int  # 0, 1, 2 ... over the set
@@ -31,7 +31,7 @@ class IndexRow(Row):
     clean_hash: str  # of the clean image's float32 pixels
 
 
-class File(BaseModel):
+class ImageFile(BaseModel):
     """A file of the set."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,7 +41,7 @@ class File(BaseModel):
     sha256: str
 
     @classmethod
-    def of(cls, name: str, content: bytes) -> File:
+    def of(cls, name: str, content: bytes) -> ImageFile:
         """The entry of a file with this content."""
         return cls(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
@@ -63,8 +63,8 @@ class Manifest(BaseModel):
     largest_distance: float  # float64, in the norm of the cell
     ids_hash: str  # of the saved images' ids and labels
     images_hash: str  # of their encoded files, where those may change under the same ids
-    index: File
-    images: tuple[File, ...]
+    index: ImageFile
+    images: tuple[ImageFile, ...]
     environment: dict[str, str]
 
     @property

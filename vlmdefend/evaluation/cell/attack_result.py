@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from vlmdefend.evaluation.cell import surrogates
-from vlmdefend.evaluation.cell.attackers import Crafted, craft
-from vlmdefend.evaluation.cell.defended_model import Deployed
-from vlmdefend.evaluation.cell.fitted_attacks import Lesson
+from vlmdefend.evaluation.cell.attackers import CraftedBatch, craft
+from vlmdefend.evaluation.cell.defended_model import DefendedModel
+from vlmdefend.evaluation.cell.fitted_attacks import FittedAttack
 from vlmdefend.evaluation.store.records import Checks
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Threat
 
 
-class Attempt(NamedTuple):
+class BatchResult(NamedTuple):
     """What came of it; an image that was not attacked, or whose result left the budget, is the clean one."""
 
     images: Tensor  # (B, 3, H, W)
@@ -24,10 +24,12 @@ class Attempt(NamedTuple):
     checks: Checks
 
 
-def attempt(deployed: Deployed, lesson: Lesson, batch: Batch, right: Tensor, threat: Threat) -> Attempt:
+def attack_batch(
+    deployed: DefendedModel, fitted: FittedAttack, batch: Batch, right: Tensor, threat: Threat
+) -> BatchResult:
     """Attack the images ``right``, those that the deployed pipeline gets right.
 
-    Where stand-ins are differentiated, an image that left early because one of them was fooled, and that the deployed
+    Where surrogates are differentiated, an image that left early because one of them was fooled, and that the deployed
     pipeline gets right, is attacked again to the end.
 
     Raises:
@@ -36,20 +38,20 @@ def attempt(deployed: Deployed, lesson: Lesson, batch: Batch, right: Tensor, thr
     adversarial = batch.images.clone()
     steps = torch.zeros(len(batch.ids), dtype=torch.int64)
     if not len(right):
-        return Attempt(adversarial, steps, Checks())
+        return BatchResult(adversarial, steps, Checks())
     cell = deployed.cell
     labels, ids = batch.labels[right], [batch.ids[i] for i in right.tolist()]
     rng = ImageRng(cell.seed, ids, "attacker")
 
-    def crafted_at(at: Tensor, *, stop: bool) -> Crafted:
+    def crafted_at(at: Tensor, *, stop: bool) -> CraftedBatch:
         images = batch.images[right[at]]  # a copy, which the attack may overwrite
-        asked = (cell.attacker, lesson.attacks, deployed.defense, deployed.counted)
+        asked = (cell.attacker, fitted.attacks, deployed.defense, deployed.counted)
         return craft(*asked, images, labels[at], threat, rng.select(at), deployed.width, stop=stop)
 
     stop = surrogates.agree(deployed, batch)
     crafted = crafted_at(torch.arange(len(right)), stop=stop)
     if stop and crafted.finite:
-        spared = surrogates.spared(deployed, lesson, crafted, labels, ids)
+        spared = surrogates.spared(deployed, fitted, crafted, labels, ids)
         crafted = crafted.with_again(spared, crafted_at(spared, stop=False)) if len(spared) else crafted
     if not crafted.finite:
         raise deployed.not_finite()
@@ -61,4 +63,4 @@ def attempt(deployed: Deployed, lesson: Lesson, batch: Batch, right: Tensor, thr
         zero_gradients=crafted.zero_gradients,
         outside_budget=crafted.outside + int((~inside).sum()),
     )
-    return Attempt(adversarial, steps, checks)
+    return BatchResult(adversarial, steps, checks)

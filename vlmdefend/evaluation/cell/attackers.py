@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.criterion import SURE, Goal
+from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.view import View, chunks, quiet_margin
 from vlmdefend.defenses.base import Defense
 from vlmdefend.rng import ImageRng
@@ -19,7 +19,7 @@ BARE = -1
 JUDGED = 4  # draws of a random pipeline by which the findings of several variants are compared, the same for all
 
 
-class Crafted(NamedTuple):
+class CraftedBatch(NamedTuple):
     """Adversarial images with what they cost and what the gradients looked like."""
 
     images: Tensor  # (B, 3, H, W)
@@ -30,12 +30,12 @@ class Crafted(NamedTuple):
     finite: bool  # every logit that the attacker was shown
     fooled: Tensor  # (B,) bool, as the attacker sees it
 
-    def with_again(self, at: Tensor, again: Crafted) -> Crafted:
+    def with_again(self, at: Tensor, again: CraftedBatch) -> CraftedBatch:
         """The images ``at`` from a second attempt, and what both cost."""
         images, steps, fooled = self.images.clone(), self.steps.clone(), self.fooled.clone()
         images[at], fooled[at] = again.images, again.fooled
         steps[at.cpu()] += again.steps
-        return Crafted(
+        return CraftedBatch(
             images,
             steps,
             self.gradient_values + again.gradient_values,
@@ -56,19 +56,19 @@ class Fitted(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One of the ways in which an adaptive attacker tries: which stand-in, and how much the detector counts."""
+    """One of the ways in which an adaptive attacker tries: which surrogate, and how much the detector counts."""
 
-    surrogate: int = 0  # BARE: the model without the defense; what is found is judged by the first stand-in
+    surrogate: int = 0  # BARE: the model without the defense; what is found is judged by the first surrogate
     detector_weight: float = 0.0
 
     def purpose(self, attacker: Attacker) -> str:
         """What its random draws are for."""
-        stand_in = "bare" if self.surrogate == BARE else f"surrogate {self.surrogate}" if self.surrogate else ""
+        surrogate = "bare" if self.surrogate == BARE else f"surrogate {self.surrogate}" if self.surrogate else ""
         detector = f"detector {self.detector_weight}" if self.detector_weight else ""
-        return " ".join(filter(None, (stand_in, detector))) or attacker
+        return " ".join(filter(None, (surrogate, detector))) or attacker
 
 
-class Watched:
+class WatchedView:
     """A pipeline that remembers whether its logits were ever not finite: an attack blind with them proves nothing."""
 
     def __init__(self, pipeline: Pipeline) -> None:
@@ -107,11 +107,11 @@ def view_of(
     defense turns images away: an adaptive attacker goes on to the iterate that fools most quietly, given the labels.
     """
     if attacker == "transfer" or variant.surrogate == BARE:
-        return View(Watched(model), rng, width=width, stop=False, model=model)
+        return View(WatchedView(model), rng, width=width, stop=False, model=model)
     if attacker == "whitebox":
-        return View(Watched(defense.wrap(model)), rng, width=width, stop=not defense.stochastic, model=model)
+        return View(WatchedView(defense.wrap(model)), rng, width=width, stop=not defense.stochastic, model=model)
     return View(
-        Watched(defense.surrogates(model)[variant.surrogate]),
+        WatchedView(defense.surrogates(model)[variant.surrogate]),
         rng,
         width=width,
         samples=defense.recipe.samples,
@@ -123,7 +123,7 @@ def view_of(
 
 
 def variants(attacker: Attacker, defense: Defense) -> tuple[Variant, ...]:
-    """Every stand-in with every weight of the detector term; one for an attacker who does not know the defense."""
+    """Every surrogate with every weight of the detector term; one for an attacker who does not know the defense."""
     if attacker != "adaptive":
         return (Variant(),)
     weights = defense.recipe.detector_weights or (0.0,)
@@ -152,9 +152,9 @@ def fit(
     for variant in variants(attacker, defense):
         view = view_of(attacker, defense, model, rng.child(variant.purpose(attacker)), width, variant, labels)
         fitted[variant] = attack.fit(view, images, labels, threat)
-        values += view.ledger.gradient_values
-        zeros += int(view.ledger.zero_gradients)
-        finite = finite and (not isinstance(view.pipeline, Watched) or view.pipeline.finite)
+        values += view.queries.gradient_values
+        zeros += int(view.queries.zero_gradients)
+        finite = finite and (not isinstance(view.pipeline, WatchedView) or view.pipeline.finite)
     if attack.changes_prompts and len(fitted) > 1:
         fitted = _best_prompts(fitted, defense, model, images, labels, rng, width)
     return Fitted(fitted, values, zeros, finite)
@@ -191,7 +191,7 @@ def craft(
     width: int,
     *,
     stop: bool = True,
-) -> Crafted:
+) -> CraftedBatch:
     """Attack B images; an adaptive attacker tries every variant, best per image.
 
     ``attacks`` holds the attack for each variant, as :func:`fit` finds it. An image that left early as fooled is
@@ -215,7 +215,7 @@ def craft(
             judge.samples = max(judge.samples, JUDGED)
         with attack.conditions(judge.text_side if attack.changes_prompts else None):
             if variant.surrogate == BARE or (defense.stochastic and len(attacks) > 1):
-                margin = Goal(labels[todo]).margin(judge(found.images))
+                margin = Criterion(labels[todo]).margin(judge(found.images))
             scores = _detector_scores(defense, model, found.images, judge.rng, width) if defense.rejects else None
         if scores is not None:
             margin = quiet_margin(margin, scores)
@@ -223,17 +223,17 @@ def craft(
         best[todo] = torch.where(per_image(better, found.images), found.images, best[todo])
         margins[todo] = torch.where(better, margin, margins[todo])
         steps[todo] += found.steps
-        values += view.ledger.gradient_values
-        zeros += int(view.ledger.zero_gradients)
+        values += view.queries.gradient_values
+        zeros += int(view.queries.zero_gradients)
         outside += found.outside
         finite = finite and all(
-            not isinstance(seen.pipeline, Watched) or seen.pipeline.finite for seen in (view, judge)
+            not isinstance(seen.pipeline, WatchedView) or seen.pipeline.finite for seen in (view, judge)
         )
         if view.stop and not defense.rejects:  # another variant may fool the detector better
             todo = (margins <= SURE).nonzero()[:, 0].cpu()
         if not len(todo):
             break
-    return Crafted(best, steps, values, zeros, outside, finite, margins > 0)
+    return CraftedBatch(best, steps, values, zeros, outside, finite, margins > 0)
 
 
 def _detector_scores(defense: Defense, model: Pipeline, images: Tensor, rng: ImageRng, width: int) -> Tensor:

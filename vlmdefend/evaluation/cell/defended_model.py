@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmdefend.attacks.view import chunks
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.query_count import Counted
+from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.evaluation.store.records import Cell, Checks
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline
@@ -19,7 +19,7 @@ FEW = 8  # images that are asked for again
 
 
 @dataclass
-class Deployed:
+class DefendedModel:
     """What answers in one cell; ``width`` images go through it at once, fewer once memory has run out."""
 
     cell: Cell
@@ -28,7 +28,7 @@ class Deployed:
 
     def __post_init__(self) -> None:
         self.width = self.cell.batch_size
-        self.counted = Counted(self.model)
+        self.counted = CountingModel(self.model)
         self.pipeline = self.defense.wrap(self.counted)
 
     def answer(self, images: Tensor, ids: list[str]) -> Outputs:

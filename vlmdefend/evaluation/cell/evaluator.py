@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.criterion import Goal
+from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.view import chunks
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
-from vlmdefend.evaluation.cell.attack_result import Attempt, attempt
-from vlmdefend.evaluation.cell.defended_model import Deployed
-from vlmdefend.evaluation.cell.fitted_attacks import learn, sample, untaught
+from vlmdefend.evaluation.cell.attack_result import BatchResult, attack_batch
+from vlmdefend.evaluation.cell.defended_model import DefendedModel
+from vlmdefend.evaluation.cell.fitted_attacks import fit_attack, needs_fit, sample
 from vlmdefend.evaluation.store.environment import environment, peak_memory_mb, reset_peak_memory
-from vlmdefend.evaluation.store.records import Cell, Checks, Cost, Record, Row, Skipped
-from vlmdefend.evaluation.store.run_folder import CellWriter, Shard
+from vlmdefend.evaluation.store.records import Cell, Checks, Cost, ImageRow, Record, Skipped
+from vlmdefend.evaluation.store.run_folder import CellWriter, StoredShard
 from vlmdefend.progress import Progress
 from vlmdefend.types import Batch, Outputs, Pipeline, Threat
 
@@ -32,7 +32,7 @@ Result = TypeVar("Result")
 
 
 @dataclass
-class Judge:
+class CellEvaluator:
     """Everything needed to compute a cell."""
 
     cell: Cell
@@ -47,10 +47,10 @@ class Judge:
     keep: Callable[[int, Tensor], None] | None = None  # is given each shard's images before it counts as done
 
     def __post_init__(self) -> None:
-        self.deployed = Deployed(self.cell, self.model, self.defense)
-        self.lesson = untaught(self.deployed, self.attack)
+        self.deployed = DefendedModel(self.cell, self.model, self.defense)
+        self.fitted = needs_fit(self.deployed, self.attack)
 
-    def run(self, writer: CellWriter, progress: Progress) -> tuple[Record, list[Row]]:
+    def run(self, writer: CellWriter, progress: Progress) -> tuple[Record, list[ImageRow]]:
         """Compute the shards that are missing, then write rows and record."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
         done = writer.finished_shards()
@@ -68,7 +68,7 @@ class Judge:
         writer.finish(record, rows)
         return record, rows
 
-    def _record(self, done: list[Shard], started: str) -> tuple[Record, list[Row]]:
+    def _record(self, done: list[StoredShard], started: str) -> tuple[Record, list[ImageRow]]:
         """The sum of all shards.
 
         Raises:
@@ -93,7 +93,7 @@ class Judge:
             gradient_free=self.attack.gradient_free,
             set_level=self.attack.set_level,
             learned_prompt=self.learned_prompt,
-            attacked_prompts=self.lesson.attacked_prompts(),
+            attacked_prompts=self.fitted.attacked_prompts(),
             paradigm=self.defense.paradigm,
             environment=environment(self.device),
             started=started,
@@ -102,7 +102,7 @@ class Judge:
         return record, rows
 
     def _within_memory(self, compute: Callable[[], Result], progress: Progress) -> Result:
-        """Halve the batch when memory runs out; the shard, or the lesson, is computed anew from its start."""
+        """Halve the batch when memory runs out; the shard, or the fitted, is computed anew from its start."""
         while True:
             try:
                 return compute()
@@ -122,13 +122,13 @@ class Judge:
 
     def _learn(self) -> None:
         batch, _ = self._load(sample(len(self.images), self.attack.learns_from))
-        self.lesson = learn(self.deployed, self.attack, batch)
+        self.fitted = fit_attack(self.deployed, self.attack, batch)
 
-    def _shard(self, number: int, index: list[int]) -> Shard:
+    def _shard(self, number: int, index: list[int]) -> StoredShard:
         """Predict, attack what is right, predict again."""
         batch, skipped = self._load(index)
         if not batch.ids:
-            return Shard(number, [], skipped, Cost(), Checks())
+            return StoredShard(number, [], skipped, Cost(), Checks())
         reset_peak_memory(self.device)
         checks = self.deployed.check(batch) if number == 0 else Checks()
         spent, threat = self.deployed.counted.spent, Threat(self.cell.norm, self.cell.eps)
@@ -137,7 +137,7 @@ class Judge:
         clean = self.deployed.answer(batch.images, batch.ids)
         predicted = spent()
         right = (clean.predictions == batch.labels).nonzero()[:, 0]
-        attacked = attempt(self.deployed, self.lesson, batch, right, threat)
+        attacked = attack_batch(self.deployed, self.fitted, batch, right, threat)
         to_predict, to_attack = predicted.since(before), spent().since(predicted)
         cost = Cost(
             clean_images=len(batch.ids),
@@ -150,34 +150,36 @@ class Judge:
             attack_seconds=to_attack.seconds,
             peak_memory_mb=peak_memory_mb(self.device),
         )
-        with self.lesson.conditions():
+        with self.fitted.conditions():
             final = self.deployed.answer(attacked.images, batch.ids)
         rows = self._rows(batch, clean, final, attacked, threat.distance(attacked.images, batch.images))
         if self.keep is not None:
             self.keep(number, attacked.images)
         if number == 0:
-            checks, cost = checks + self.lesson.checks, cost + self.lesson.cost
+            checks, cost = checks + self.fitted.checks, cost + self.fitted.cost
         checks = checks + attacked.checks + self._check_survivors(rows, right.tolist())
-        return Shard(number, rows, skipped, cost, checks)
+        return StoredShard(number, rows, skipped, cost, checks)
 
-    def _rows(self, batch: Batch, clean: Outputs, final: Outputs, attacked: Attempt, distance: Tensor) -> list[Row]:
-        goal, radius = Goal(batch.labels), clean.certified_radius
+    def _rows(
+        self, batch: Batch, clean: Outputs, final: Outputs, attacked: BatchResult, distance: Tensor
+    ) -> list[ImageRow]:
+        criterion, radius = Criterion(batch.labels), clean.certified_radius
         columns: dict[str, Sequence[Any]] = {
             "id": batch.ids,
             "label": batch.labels.tolist(),
             "clean_prediction": clean.predictions.tolist(),
-            "clean_margin": goal.margin(clean.logits).tolist(),
+            "clean_margin": criterion.margin(clean.logits).tolist(),
             "adversarial_prediction": final.predictions.tolist(),
-            "adversarial_margin": goal.margin(final.logits).tolist(),
+            "adversarial_margin": criterion.margin(final.logits).tolist(),
             "distance": distance.tolist(),
             "steps": attacked.steps.tolist(),
             "certified_radius": [None] * len(batch.ids) if radius is None else radius.tolist(),
             "clean_score": self.deployed.scores(clean),
             "adversarial_score": self.deployed.scores(final),
         }
-        return [Row(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+        return [ImageRow(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
-    def _check_survivors(self, rows: list[Row], right: list[int]) -> Checks:
+    def _check_survivors(self, rows: list[ImageRow], right: list[int]) -> Checks:
         climbs = self.cell.eps > 0 and not self.attack.blind and not self.attack.set_level
         survivors = [rows[i] for i in right if rows[i].robust] if climbs else []
         return Checks(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from vlmdefend.attacks.base import Attack
 from vlmdefend.evaluation.cell.attackers import Variant, fit, variants
-from vlmdefend.evaluation.cell.defended_model import Deployed
+from vlmdefend.evaluation.cell.defended_model import DefendedModel
 from vlmdefend.evaluation.store.environment import peak_memory_mb, reset_peak_memory
 from vlmdefend.evaluation.store.records import Checks, Cost
 from vlmdefend.models.clip.text_side import TextSide
@@ -17,7 +17,7 @@ from vlmdefend.types import Batch, Threat
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lesson:
+class FittedAttack:
     """The attack for each variant of the attacker, and what learning took; as it was given if it learns nothing."""
 
     attacks: Mapping[Variant, Attack]
@@ -39,9 +39,9 @@ class Lesson:
         return next(iter(self.attacks.values()))
 
 
-def untaught(deployed: Deployed, attack: Attack) -> Lesson:
+def needs_fit(deployed: DefendedModel, attack: Attack) -> FittedAttack:
     """Every variant with the attack as it is."""
-    return Lesson(
+    return FittedAttack(
         attacks=dict.fromkeys(variants(deployed.cell.attacker, deployed.defense), attack),
         text_side=_text_side(deployed, attack),
     )
@@ -53,7 +53,7 @@ def sample(count: int, learns_from: int) -> list[int]:
     return [i * count // chosen for i in range(chosen)]
 
 
-def learn(deployed: Deployed, attack: Attack, batch: Batch) -> Lesson:
+def fit_attack(deployed: DefendedModel, attack: Attack, batch: Batch) -> FittedAttack:
     """What ``attack`` learns from these images, and what that cost.
 
     Raises:
@@ -68,7 +68,7 @@ def learn(deployed: Deployed, attack: Attack, batch: Batch) -> Lesson:
     if not fitted.finite:
         raise deployed.not_finite()
     spent = deployed.counted.spent().since(before)
-    return Lesson(
+    return FittedAttack(
         attacks=fitted.attacks,
         text_side=_text_side(deployed, attack),
         cost=Cost(
@@ -81,5 +81,5 @@ def learn(deployed: Deployed, attack: Attack, batch: Batch) -> Lesson:
     )
 
 
-def _text_side(deployed: Deployed, attack: Attack) -> TextSide | None:
+def _text_side(deployed: DefendedModel, attack: Attack) -> TextSide | None:
     return getattr(deployed.model, "text_side", None) if attack.changes_prompts else None

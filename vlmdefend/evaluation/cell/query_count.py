@@ -13,20 +13,20 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
 
-class Spent(NamedTuple):
+class PassCount(NamedTuple):
     """Forwards and backwards, in images, and seconds: so far, or since another moment."""
 
     forwards: int
     backwards: int
     seconds: float
 
-    def since(self, before: Spent) -> Spent:
+    def since(self, before: PassCount) -> PassCount:
         """What was spent after ``before``."""
         forwards, backwards = self.forwards - before.forwards, self.backwards - before.backwards
-        return Spent(forwards, backwards, self.seconds - before.seconds)
+        return PassCount(forwards, backwards, self.seconds - before.seconds)
 
 
-class Counted:
+class CountingModel:
     """A pipeline that counts forwards and backwards, in images."""
 
     def __init__(self, model: Pipeline) -> None:
@@ -54,9 +54,9 @@ class Counted:
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    def spent(self) -> Spent:
+    def spent(self) -> PassCount:
         """What was asked until now."""
-        return Spent(self.forwards, self.backwards, time.perf_counter())
+        return PassCount(self.forwards, self.backwards, time.perf_counter())
 
     @contextmanager
     def paused(self) -> Iterator[None]:

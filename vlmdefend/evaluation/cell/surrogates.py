@@ -1,25 +1,25 @@
-"""Whether an adaptive attacker's stand-ins may be believed: fooling one is not yet fooling the deployed pipeline."""
+"""Whether an adaptive attacker's surrogates may be believed: fooling one is not yet fooling the deployed pipeline."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from vlmdefend.evaluation.cell.attackers import Crafted
-from vlmdefend.evaluation.cell.defended_model import Deployed, same
-from vlmdefend.evaluation.cell.fitted_attacks import Lesson
+from vlmdefend.evaluation.cell.attackers import CraftedBatch
+from vlmdefend.evaluation.cell.defended_model import DefendedModel, same
+from vlmdefend.evaluation.cell.fitted_attacks import FittedAttack
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
-ASKED = 4  # images on which a stand-in is compared
+ASKED = 4  # images on which a surrogate is compared
 
 
-def are_used(deployed: Deployed) -> bool:
+def are_used(deployed: DefendedModel) -> bool:
     """Whether the attacker differentiates something else than the deployed pipeline."""
     return deployed.cell.attacker == "adaptive" and not deployed.defense.adaptive_equals_whitebox
 
 
-def agree(deployed: Deployed, batch: Batch) -> bool:
+def agree(deployed: DefendedModel, batch: Batch) -> bool:
     """Whether they have the deployed pipeline's values, so that an image which fools them may leave early.
 
     Asked of clean images; what they say of the others is judged after the attack (:func:`spared`).
@@ -30,15 +30,17 @@ def agree(deployed: Deployed, batch: Batch) -> bool:
     with deployed.counted.paused(), torch.no_grad():
         right = deployed.predict(images, ids)
         return all(
-            same(stand_in(images, ImageRng(deployed.cell.seed, ids, "deployed")).logits, right)
-            for stand_in in deployed.defense.surrogates(deployed.counted)
+            same(surrogate(images, ImageRng(deployed.cell.seed, ids, "deployed")).logits, right)
+            for surrogate in deployed.defense.surrogates(deployed.counted)
         )
 
 
-def spared(deployed: Deployed, lesson: Lesson, crafted: Crafted, labels: Tensor, ids: list[str]) -> Tensor:
-    """(n,) images that a stand-in calls fooled, so that they left early, and the deployed pipeline gets right."""
+def spared(
+    deployed: DefendedModel, fitted: FittedAttack, crafted: CraftedBatch, labels: Tensor, ids: list[str]
+) -> Tensor:
+    """(n,) images that a surrogate calls fooled, so that they left early, and the deployed pipeline gets right."""
     if not are_used(deployed) or deployed.defense.stochastic:  # of a random pipeline none leaves early
         return torch.empty(0, dtype=torch.int64)
-    with deployed.counted.paused(), lesson.conditions():
+    with deployed.counted.paused(), fitted.conditions():
         right = deployed.answer(crafted.images, ids).predictions == labels
     return (crafted.fooled & right).nonzero()[:, 0].cpu()

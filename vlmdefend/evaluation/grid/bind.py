@@ -8,7 +8,7 @@ import json
 import torch
 
 from vlmdefend.data.transforms import PixelTransform
-from vlmdefend.evaluation.cell.evaluator import Judge
+from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 from vlmdefend.evaluation.grid.planned import Plan, PlannedCell
 from vlmdefend.evaluation.store.environment import choose_device
 from vlmdefend.evaluation.store.fingerprint import code_hash, house_hash
@@ -60,10 +60,10 @@ def bind(
     )
 
 
-def evaluator_of(plan: Plan, planned: PlannedCell, model: VisionLanguageModel, cell: Cell) -> Judge:
+def evaluator_of(plan: Plan, planned: PlannedCell, model: VisionLanguageModel, cell: Cell) -> CellEvaluator:
     """Returns the evaluator of a cell, with the zero-shot classifier of the cell's model and prompts."""
     native = plan.protocol.pixel_space == "native"
-    return Judge(
+    return CellEvaluator(
         cell=cell,
         model=model.zero_shot(
             planned.images.class_names,

@@ -12,7 +12,7 @@ from vlmdefend.evaluation.grid.bind import bind, evaluator_of, prepare
 from vlmdefend.evaluation.grid.grid import Grid
 from vlmdefend.evaluation.grid.planned import Plan, PlannedCell
 from vlmdefend.evaluation.make_plan import make_plan
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.evaluation.store.run_folder import Store
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
@@ -23,7 +23,7 @@ from vlmdefend.progress import Failure, Progress
 class Evaluation:
     """The outcome of a grid: finished records with their rows, failures, and how many were found done."""
 
-    results: list[tuple[Record, list[Row]]] = field(default_factory=list)
+    results: list[tuple[Record, list[ImageRow]]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     reused: int = 0
 

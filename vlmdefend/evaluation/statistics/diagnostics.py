@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Literal, NamedTuple, get_args
 
 from vlmdefend.evaluation.statistics.paired import MATERIAL, clearly_lower, compared, percent, robust_under_all, share
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.registry import split_outside
 from vlmdefend.types import Attacker, format_eps
 
@@ -29,7 +29,7 @@ class Result(NamedTuple):
     """A record with its per-image rows (none for a failed cell)."""
 
     record: Record
-    rows: Sequence[Row]
+    rows: Sequence[ImageRow]
 
 
 @dataclass(frozen=True)

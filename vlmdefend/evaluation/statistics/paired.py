@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from vlmdefend.evaluation.store.records import Record, Row
+from vlmdefend.evaluation.store.records import ImageRow, Record
 
-Outcome = tuple[Record, Sequence[Row]]
+Outcome = tuple[Record, Sequence[ImageRow]]
 SIGNIFICANT = 0.05  # p of the paired test
 MATERIAL = 0.01  # one point of accuracy: less is never worth a flag
 

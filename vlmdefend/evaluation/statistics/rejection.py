@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from vlmdefend.evaluation.store.records import Row
+from vlmdefend.evaluation.store.records import ImageRow
 
 RATES = (0.0, 0.01, 0.05, 0.1, 0.2)
 
 
-class Operating(NamedTuple):
+class OperatingPoint(NamedTuple):
     """One threshold."""
 
     rate: float  # share of the clean images that may be turned away
@@ -26,7 +26,7 @@ class Operating(NamedTuple):
     detected: float  # share of the images fooled without the detector that it turns away
 
 
-def accuracy_against_rejection(rows: Sequence[Row], rates: Sequence[float] = RATES) -> list[Operating]:
+def accuracy_against_rejection(rows: Sequence[ImageRow], rates: Sequence[float] = RATES) -> list[OperatingPoint]:
     """One line per rate: the lowest threshold that turns away no more than that share of the clean images.
 
     Rows without scores: no lines.
@@ -44,7 +44,7 @@ def accuracy_against_rejection(rows: Sequence[Row], rates: Sequence[float] = RAT
         away = [row for row in fooled if (row.adversarial_score or 0.0) > threshold]
         robust = [row for row in right if row.robust or (row.adversarial_score or 0.0) > threshold]
         lines.append(
-            Operating(
+            OperatingPoint(
                 rate,
                 threshold,
                 1 - len(accepted) / len(scored),
@@ -56,7 +56,7 @@ def accuracy_against_rejection(rows: Sequence[Row], rates: Sequence[float] = RAT
     return lines
 
 
-def rejection_text(rows: Sequence[Row], rates: Sequence[float] = RATES) -> str:
+def rejection_text(rows: Sequence[ImageRow], rates: Sequence[float] = RATES) -> str:
     """``turned away 0 / 5 / 10 % of the clean images: accuracy 88 / 85 / 81, robust 20 / 25 / 30 %``; empty if none."""
     lines = accuracy_against_rejection(rows, rates)
     if not lines:

@@ -65,7 +65,7 @@ class Cell(_Strict):
         return f"{where}: {self.attack}{source}{budget} seed {self.seed}"
 
 
-class Row(_Strict):
+class ImageRow(_Strict):
     """One image of a cell."""
 
     id: str

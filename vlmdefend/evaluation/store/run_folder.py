@@ -21,14 +21,14 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from vlmdefend.errors import Busy, StorageError, UserError
-from vlmdefend.evaluation.store.records import SCHEMA_VERSION, Cell, Checks, Cost, Record, Row, Skipped
+from vlmdefend.evaluation.store.records import SCHEMA_VERSION, Cell, Checks, Cost, ImageRow, Record, Skipped
 
 
-class Shard(NamedTuple):
+class StoredShard(NamedTuple):
     """What one shard of a cell added."""
 
     number: int
-    rows: list[Row]
+    rows: list[ImageRow]
     skipped: list[Skipped]
     cost: Cost
     checks: Checks
@@ -99,7 +99,7 @@ class Store:
         """Every record of the folder, in a stable order."""
         return [read_record(file) for file in sorted(self.folder.glob("cells/*/record.json"))]
 
-    def rows(self, record: Record) -> list[Row]:
+    def rows(self, record: Record) -> list[ImageRow]:
         """The per-image rows of a finished cell.
 
         Raises:
@@ -123,20 +123,20 @@ class CellWriter:
         self.cell = cell
         self._partial = folder / "partial.jsonl"
 
-    def finished_shards(self) -> list[Shard]:
+    def finished_shards(self) -> list[StoredShard]:
         """The shards of an interrupted run, in order; a line that was cut by a kill is dropped from the file."""
         if not self._partial.exists():
             return []
-        shards: list[Shard] = []
+        shards: list[StoredShard] = []
         good_bytes = 0
         for line in self._partial.read_bytes().splitlines(keepends=True):
             try:
                 if not line.endswith(b"\n"):
                     break
                 data = json.loads(line)
-                shard = Shard(
+                shard = StoredShard(
                     data["shard"],
-                    [Row(**row) for row in data["rows"]],
+                    [ImageRow(**row) for row in data["rows"]],
                     [Skipped(**s) for s in data["skipped"]],
                     Cost(**data["cost"]),
                     Checks(**data["checks"]),
@@ -151,7 +151,7 @@ class CellWriter:
             os.truncate(self._partial, good_bytes)
         return shards
 
-    def add(self, shard: Shard) -> None:
+    def add(self, shard: StoredShard) -> None:
         """Append a finished shard and flush it to the disk."""
         line = json.dumps(
             {
@@ -181,7 +181,7 @@ class CellWriter:
         with disk(self.folder):
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
 
-    def finish(self, record: Record, rows: list[Row]) -> None:
+    def finish(self, record: Record, rows: list[ImageRow]) -> None:
         """Write rows, then the record (which makes the cell count as done), then drop the partial file."""
         with disk(self.folder):
             write_atomically(self.folder / "rows.jsonl", "".join(row.model_dump_json() + "\n" for row in rows))
@@ -240,7 +240,7 @@ def read_record(file: Path) -> Record:
         ) from None
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_rows(file: Path) -> list[ImageRow]:
     """Read and validate per-image rows.
 
     Raises:
@@ -248,7 +248,7 @@ def read_rows(file: Path) -> list[Row]:
     """
     try:
         # not splitlines: a file name may hold one of the other line separators of Unicode
-        return [Row.model_validate_json(line) for line in file.read_bytes().removesuffix(b"\n").split(b"\n")]
+        return [ImageRow.model_validate_json(line) for line in file.read_bytes().removesuffix(b"\n").split(b"\n")]
     except (ValidationError, UnicodeDecodeError):
         raise UserError(
             f"{file}: holds a line that is no row (cut off or edited); delete the folder {file.parent} and run the "

@@ -36,7 +36,7 @@ from vlmdefend.models.weights.tensor_file import named_prompts, plain_names, rea
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class ModelSource:
     """A model before its weights are read."""
 
     name: str
@@ -53,7 +53,7 @@ def tags(architecture: str) -> list[str]:
     return list(open_clip.list_pretrained_tags_by_model(architecture))
 
 
-def from_folder(name: str, folder: Path) -> Blueprint:
+def from_folder(name: str, folder: Path) -> ModelSource:
     """A folder in open_clip's format.
 
     Raises:
@@ -61,7 +61,7 @@ def from_folder(name: str, folder: Path) -> Blueprint:
     """
     if not folder.is_dir():
         raise UserError(f"{name}: there is no folder {folder}; give the path of a folder with {CONFIG} and {WEIGHTS}.")
-    return Blueprint(
+    return ModelSource(
         name=name,
         config=read_config(folder / CONFIG),
         weights=lambda: find_weights(folder),
@@ -72,7 +72,7 @@ def from_folder(name: str, folder: Path) -> Blueprint:
     )
 
 
-def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> Blueprint:
+def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> ModelSource:
     """A hub repository in open_clip's format.
 
     Raises:
@@ -85,7 +85,7 @@ def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> Blueprint:
     config = read_config(config_file)
     own_tokenizer = config["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
     tokenizer_name = name if own_tokenizer else f"local-dir:{config_file.parent}"
-    return Blueprint(
+    return ModelSource(
         name=name,
         config=config,
         weights=lambda: repository.file([WEIGHTS, "open_clip_pytorch_model.bin"], cache_dir),
@@ -95,7 +95,7 @@ def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> Blueprint:
     )
 
 
-def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path | None) -> Blueprint:
+def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path | None) -> ModelSource:
     """An architecture of open_clip's, with the activation, the preprocessing and the weights of ``tag`` (or none)."""
     pretrained = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     quick = f"{architecture}-quickgelu"
@@ -107,7 +107,7 @@ def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path
     repo, _, file = pretrained.get("hf_hub", "").rpartition("/")
     repository = Repository(name, repo, _command(architecture, tag, cache_dir))
     names = [f"{Path(file).stem}.safetensors", file] if file else [WEIGHTS, "open_clip_pytorch_model.bin"]
-    return Blueprint(
+    return ModelSource(
         name=name,
         config={"model_cfg": model_cfg, "preprocess_cfg": pretrained},
         weights=lambda: repository.file(names, cache_dir),
@@ -117,7 +117,7 @@ def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path
 
 
 def assemble(
-    blueprint: Blueprint, *, weights: str | Path | None = None, device: str | torch.device | None = None
+    blueprint: ModelSource, *, weights: str | Path | None = None, device: str | torch.device | None = None
 ) -> VisionLanguageModel:
     """Build the model and load its weights, or those of the file ``weights``.
 
@@ -151,7 +151,7 @@ def assemble(
     return model
 
 
-def _load(clip: Any, blueprint: Blueprint, source: Path) -> dict[str, Any] | None:
+def _load(clip: Any, blueprint: ModelSource, source: Path) -> dict[str, Any] | None:
     """Load the weights of a user's file; what it holds, if that is a prompt too."""
     check_weights_file(source)
     contents = read_contents(source)
@@ -170,7 +170,7 @@ def _load(clip: Any, blueprint: Blueprint, source: Path) -> dict[str, Any] | Non
     return contents if prompted else None
 
 
-def _own_weights(blueprint: Blueprint, weights: Path, what: str) -> Path:
+def _own_weights(blueprint: ModelSource, weights: Path, what: str) -> Path:
     """The named model's own weights, which give what the file does not hold."""
     try:
         return blueprint.weights()
@@ -200,7 +200,7 @@ def untrained(config: dict[str, Any], source: str = "the saved configuration") -
 _TOKENIZERS: dict[str, Any] = {}  # open_clip's own, by text configuration: building one takes a third of a second
 
 
-def _tokenizer(blueprint: Blueprint) -> Any:
+def _tokenizer(blueprint: ModelSource) -> Any:
     text = blueprint.config.get("model_cfg", {}).get("text_cfg", {})
     key = "" if "hf_tokenizer_name" in text else json.dumps(text, sort_keys=True, default=str)
     if key not in _TOKENIZERS:
@@ -211,7 +211,7 @@ def _tokenizer(blueprint: Blueprint) -> Any:
     return copy(_TOKENIZERS[key])
 
 
-def _build_tokenizer(blueprint: Blueprint) -> Any:
+def _build_tokenizer(blueprint: ModelSource) -> Any:
     try:
         with _quiet():
             return blueprint.tokenizer()

@@ -12,7 +12,7 @@ from vlmdefend.errors import UserError
 SECONDS_TO_CONNECT = 5
 
 
-class Unobtainable(UserError):
+class DownloadError(UserError):
     """Weights that are neither in the cache nor to be downloaded."""
 
 
@@ -41,7 +41,7 @@ class Repository(NamedTuple):
             if isinstance(found, Path):
                 return found
             reason = found
-        raise Unobtainable(
+        raise DownloadError(
             f"the weights of {self.model} are not in {cache_folder(cache_dir)} and cannot be downloaded ({reason}): "
             f'run `python -c "{self.command}"` where there is a network and copy that folder here, give a local '
             "file with --weights FILE, or use the embedded tiny-vit or tiny-rn, which need no download."

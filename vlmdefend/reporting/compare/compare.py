@@ -25,7 +25,7 @@ class NotComparable(UserError):
     exit_code = 3
 
 
-class Setting(NamedTuple):
+class ComparedSetting(NamedTuple):
     """What both sides must share for a pair of numbers to be about the model, the code, or the weights alone."""
 
     protocol: str
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedCounts:
     """One measure on the same images before and after.
 
     ``p``: how likely so many losses among the images that changed are, were losses and gains equally likely (exact
@@ -69,7 +69,7 @@ class Paired:
     p: float
 
     @classmethod
-    def of(cls, ids: Set[str], before: Mapping[str, bool], after: Mapping[str, bool]) -> Paired:
+    def of(cls, ids: Set[str], before: Mapping[str, bool], after: Mapping[str, bool]) -> PairedCounts:
         """Outcomes by image id. ``p`` is not corrected yet."""
         lost = sum(before[i] and not after[i] for i in ids)
         won = sum(after[i] and not before[i] for i in ids)
@@ -85,14 +85,14 @@ class Paired:
 class Comparison:
     """One defense at one radius and seed. ``worst`` is None where nothing was attacked."""
 
-    setting: Setting
+    setting: ComparedSetting
     models: tuple[str, str]  # before, after
-    clean: Paired
-    worst: Paired | None
+    clean: PairedCounts
+    worst: PairedCounts | None
     doubts: tuple[str, ...] = ()  # reasons to distrust the new number that the old one did not have
 
     @property
-    def measures(self) -> dict[Measure, Paired]:
+    def measures(self) -> dict[Measure, PairedCounts]:
         """Clean and, where there is one, worst."""
         return {"clean": self.clean, "worst": self.worst} if self.worst else {"clean": self.clean}
 
@@ -120,9 +120,9 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> list[Compariso
         sides = own, new[setting]
         _check_attacks(setting, *sides)
         ids = _images(setting, *sides)
-        clean = Paired.of(ids, *map(clean_under_all, sides))
+        clean = PairedCounts.of(ids, *map(clean_under_all, sides))
         attacked = [[r for r in side if is_attacked(r.record.cell)] for side in sides]
-        worst = Paired.of(ids, *map(robust_under_all, attacked)) if all(attacked) else None
+        worst = PairedCounts.of(ids, *map(robust_under_all, attacked)) if all(attacked) else None
         known = _doubts(old, setting)
         fresh = tuple(text for kind, text in _doubts(new, setting).items() if kind not in known)
         models = (own[0].record.cell.model, new[setting][0].record.cell.model)
@@ -130,8 +130,8 @@ def compare(before: Sequence[Result], after: Sequence[Result]) -> list[Compariso
     return _corrected(sorted(found, key=lambda c: c.setting.order))
 
 
-def _by_setting(results: Iterable[Result], by_model: bool) -> dict[Setting, list[Result]]:
-    groups: dict[Setting, list[Result]] = {}
+def _by_setting(results: Iterable[Result], by_model: bool) -> dict[ComparedSetting, list[Result]]:
+    groups: dict[ComparedSetting, list[Result]] = {}
     for result in results:
         cell = result.record.cell
         if result.record.status != "done":
@@ -140,17 +140,17 @@ def _by_setting(results: Iterable[Result], by_model: bool) -> dict[Setting, list
     return groups
 
 
-def _setting(cell: Cell, by_model: bool) -> Setting:
-    same = {name: getattr(cell, name) for name in Setting._fields if name not in ("defense_config", "model")}
+def _setting(cell: Cell, by_model: bool) -> ComparedSetting:
+    same = {name: getattr(cell, name) for name in ComparedSetting._fields if name not in ("defense_config", "model")}
     config = json.dumps(cell.defense_config, sort_keys=True)
-    return Setting(**same, defense_config=config, model=cell.model if by_model else "")
+    return ComparedSetting(**same, defense_config=config, model=cell.model if by_model else "")
 
 
-def _missing(setting: Setting, others: Iterable[Setting]) -> str:
+def _missing(setting: ComparedSetting, others: Iterable[ComparedSetting]) -> str:
     """Which fields keep the nearest setting of the other side from being the same."""
 
-    def apart(other: Setting) -> list[str]:
-        return [n for n, a, b in zip(Setting._fields, setting, other, strict=True) if a != b]
+    def apart(other: ComparedSetting) -> list[str]:
+        return [n for n, a, b in zip(ComparedSetting._fields, setting, other, strict=True) if a != b]
 
     nearest = min((apart(other) for other in others), key=len)
     return (
@@ -159,7 +159,7 @@ def _missing(setting: Setting, others: Iterable[Setting]) -> str:
     )
 
 
-def _images(setting: Setting, before: Sequence[Result], after: Sequence[Result]) -> Set[str]:
+def _images(setting: ComparedSetting, before: Sequence[Result], after: Sequence[Result]) -> Set[str]:
     """The ids of the images, the same on both sides."""
     old, new = (
         frozenset.intersection(*(frozenset(row.id for row in r.rows) for r in side)) for side in (before, after)
@@ -172,7 +172,7 @@ def _images(setting: Setting, before: Sequence[Result], after: Sequence[Result])
     return old
 
 
-def _check_attacks(setting: Setting, before: Sequence[Result], after: Sequence[Result]) -> None:
+def _check_attacks(setting: ComparedSetting, before: Sequence[Result], after: Sequence[Result]) -> None:
     """Robustness against other attacks is another number."""
 
     def attacks(results: Sequence[Result]) -> dict[str, str]:
@@ -197,7 +197,7 @@ def _check_attacks(setting: Setting, before: Sequence[Result], after: Sequence[R
         )
 
 
-def _doubts(groups: Mapping[Setting, Sequence[Result]], setting: Setting) -> dict[str, str]:
+def _doubts(groups: Mapping[ComparedSetting, Sequence[Result]], setting: ComparedSetting) -> dict[str, str]:
     """Kind and sentence of every reason to doubt the numbers of a setting; other radii of the pipeline testify too."""
     pipeline = [r for other, own in groups.items() if other._replace(eps=setting.eps) == setting for r in own]
     found = [reason for reason in reasons(pipeline) if reason.eps in (None, setting.eps)]

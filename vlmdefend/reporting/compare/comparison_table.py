@@ -8,7 +8,7 @@ from textwrap import fill
 
 from tabulate import tabulate
 
-from vlmdefend.reporting.compare.compare import Comparison, Paired
+from vlmdefend.reporting.compare.compare import Comparison, PairedCounts
 from vlmdefend.reporting.tables.groups import percent, plain
 from vlmdefend.reporting.tables.markdown import escape
 from vlmdefend.reporting.tables.terminal import NARROWEST
@@ -119,7 +119,7 @@ def _sentences(name: str, comparison: Comparison, tolerance: float, alpha: float
     return [*fell, *(f"DOUBTFUL {where}: new is {doubt}" for doubt in comparison.doubts)]
 
 
-def _change(paired: Paired) -> str:
+def _change(paired: PairedCounts) -> str:
     return f"{percent(paired.before / paired.n)} → {percent(paired.after / paired.n)}"
 
 

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vlmdefend.data.loader import load_batch
-from vlmdefend.evaluation.store.records import Row
+from vlmdefend.evaluation.store.records import ImageRow
 from vlmdefend.types import ABSTAINED, format_eps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image, ImageDraw, ImageFont
 
-    from vlmdefend.evaluation.adversarial_sets.crafting import Crafted
+    from vlmdefend.evaluation.adversarial_sets.crafting import CraftedSet
     from vlmdefend.evaluation.adversarial_sets.set_format import IndexRow
 
     Pixels = NDArray[np.float32]  # (H, W, 3) in [0, 1]
@@ -37,15 +37,15 @@ INK, FAINT, RED, GREEN, PAPER = "#1d1d1f", "#6e6e73", "#c0271b", "#1b7f3b", "#ff
 
 
 @dataclass(frozen=True)
-class Shown:
+class ContactSheetItem:
     """One image of the sheet."""
 
-    row: Row
+    row: ImageRow
     clean: Pixels
     adversarial: Pixels
 
 
-def contact_sheet(crafted: Crafted) -> bytes | None:
+def contact_sheet(crafted: CraftedSet) -> bytes | None:
     """The sheet of a set as a PNG file; None where the model was right on no image, so that none was attacked."""
     saved = crafted.saved
     chosen = choose(saved.rows)
@@ -53,7 +53,7 @@ def contact_sheet(crafted: Crafted) -> bytes | None:
     for row in chosen:
         clean = load_batch(crafted.images, [row.number], crafted.transform, skip_bad=False)[0].images
         pairs = [images[0].permute(1, 2, 0).numpy() for images in (clean, saved.images([row]))]
-        shown.append(Shown(row, *pairs))
+        shown.append(ContactSheetItem(row, *pairs))
     if not shown:
         return None
     cell, n = saved.manifest.cell, saved.manifest.n
@@ -76,7 +76,7 @@ def choose(rows: Sequence[IndexRow]) -> list[IndexRow]:
     return [*fooled[: FOOLED + SURVIVED - len(some)], *some]
 
 
-def draw_sheet(shown: Sequence[Shown], class_names: Sequence[str], title: str, about: str) -> Image.Image:
+def draw_sheet(shown: Sequence[ContactSheetItem], class_names: Sequence[str], title: str, about: str) -> Image.Image:
     """Cards in two columns under a heading; the gain of the differences is the same on all of them."""
     from PIL import Image, ImageDraw
 
@@ -117,7 +117,7 @@ def _draw_card(
     sheet: Image.Image,
     draw: ImageDraw.ImageDraw,
     at: tuple[int, int],
-    one: Shown,
+    one: ContactSheetItem,
     class_names: Sequence[str],
     gain: float,
 ) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
-from vlmdefend.reporting.verdicts.line import Line, Share
+from vlmdefend.reporting.verdicts.line import Proportion, VerdictRow
 
 if TYPE_CHECKING:
     import pandas
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _TYPES = {"text": "string", "whole": "Int64", "real": "Float64", "truth": "boolean"}
 
 
-def frame(lines: Sequence[Line]) -> pandas.DataFrame:
+def frame(lines: Sequence[VerdictRow]) -> pandas.DataFrame:
     """One row per line: everything a line knows, missing where it was not measured.
 
     ``adaptive`` (and, without a defense, ``transfer``) repeats ``whitebox`` where the attackers are one;
@@ -33,13 +33,13 @@ def frame(lines: Sequence[Line]) -> pandas.DataFrame:
     return pandas.DataFrame(columns)
 
 
-def csv(lines: Sequence[Line]) -> str:
+def csv(lines: Sequence[VerdictRow]) -> str:
     """The frame as CSV."""
     text: str = frame(lines).to_csv(index=False, lineterminator="\n")
     return text
 
 
-def parquet(lines: Sequence[Line]) -> bytes:
+def parquet(lines: Sequence[VerdictRow]) -> bytes:
     """The frame as a Parquet file.
 
     Raises:
@@ -76,8 +76,8 @@ def _costs() -> list[str]:
     return [name for name in PerImage.__dataclass_fields__ if name != "device"]
 
 
-def _row(line: Line) -> dict[str, Any]:
-    shares: dict[str, Share | None] = {"clean": line.clean, "worst": line.worst}
+def _row(line: VerdictRow) -> dict[str, Any]:
+    shares: dict[str, Proportion | None] = {"clean": line.clean, "worst": line.worst}
     for attacker in ATTACKERS:
         shares[attacker] = line.robust.get("whitebox" if attacker in line.same_as_whitebox else attacker)
     row: dict[str, Any] = {

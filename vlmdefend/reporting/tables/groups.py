@@ -11,7 +11,7 @@ from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
 from vlmdefend.reporting.verdicts.attack_names import differing
 from vlmdefend.reporting.verdicts.certified import certified_text
 from vlmdefend.reporting.verdicts.cost import PerImage, mean_cost
-from vlmdefend.reporting.verdicts.line import Line, Pipeline
+from vlmdefend.reporting.verdicts.line import ScoredPipeline, VerdictRow
 from vlmdefend.reporting.verdicts.seeds import over_seeds
 from vlmdefend.types import Attacker, format_eps
 
@@ -34,20 +34,20 @@ class CostRow(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Group:
+class VerdictTable:
     """What one table shows. ``rows`` pairs each line with the name of its defense."""
 
     title: str
-    rows: tuple[tuple[str, Line], ...]
+    rows: tuple[tuple[str, VerdictRow], ...]
     costs: tuple[CostRow, ...]
     footnotes: tuple[Footnote, ...]
 
     @property
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[VerdictRow]:
         """The lines alone."""
         return [line for _, line in self.rows]
 
-    def is_best(self, line: Line) -> bool:
+    def is_best(self, line: VerdictRow) -> bool:
         """The highest ``worst`` of its radius among the numbers that nothing speaks against.
 
         Compared are lines without a flag whose attackers are as many as any line's, and that met every attack which
@@ -66,10 +66,10 @@ class Group:
         return len(rivals) > 1 and line in fair and line.worst is not None and line.worst.value == best
 
 
-def grouped(lines: Sequence[Line]) -> list[Group]:
+def verdict_tables(lines: Sequence[VerdictRow]) -> list[VerdictTable]:
     """Groups in the order of the lines, seeds merged. Two protocols are never in one group."""
     merged = over_seeds(lines)
-    by_place: dict[Hashable, list[Line]] = {}
+    by_place: dict[Hashable, list[VerdictRow]] = {}
     for line in merged:
         by_place.setdefault((line.pipeline.place, line.norm), []).append(line)
     return [_group(same, merged) for same in by_place.values()]
@@ -80,14 +80,14 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}"
 
 
-def attacker_text(line: Line, attacker: Attacker) -> str:
+def attacker_text(line: VerdictRow, attacker: Attacker) -> str:
     """An attacker's column: a percentage, ``=`` for what equals white-box, ``-`` for what was not run."""
     if attacker in line.robust:
         return percent(line.robust[attacker].value)
     return "=" if attacker in line.same_as_whitebox else "-"
 
 
-def worst_text(line: Line) -> str:
+def worst_text(line: VerdictRow) -> str:
     """``45.2 [41.0, 49.5]``, over seeds ``45.2 ± 0.6``."""
     share = line.worst
     if share is None:
@@ -98,7 +98,7 @@ def worst_text(line: Line) -> str:
     return f"{percent(share.value)} ± {percent(share.spread)}"
 
 
-def worst_header(lines: Iterable[Line]) -> str:
+def worst_header(lines: Iterable[VerdictRow]) -> str:
     """What stands beside the headline: the Wilson interval, the standard deviation over seeds, or both."""
     shares = [line.worst for line in lines if line.worst is not None]
     shown = ["[95 %]"] if any(share.interval for share in shares) else []
@@ -106,12 +106,12 @@ def worst_header(lines: Iterable[Line]) -> str:
     return " ".join(["worst", *shown])
 
 
-def clean_text(line: Line) -> str:
+def clean_text(line: VerdictRow) -> str:
     """The clean accuracy."""
     return percent(line.clean.value if line.clean else None)
 
 
-def eps_text(line: Line) -> str:
+def eps_text(line: VerdictRow) -> str:
     """``4/255``; ``-`` where only the clean images were judged."""
     return "-" if line.clean_only else format_eps(line.eps)
 
@@ -128,7 +128,9 @@ def ms_text(value: float | None) -> str:
     return "-" if value is None else _short(value)
 
 
-def labels(lines: Iterable[Line], field: Callable[[Pipeline], tuple[str, str]]) -> dict[Pipeline, str]:
+def labels(
+    lines: Iterable[VerdictRow], field: Callable[[ScoredPipeline], tuple[str, str]]
+) -> dict[ScoredPipeline, str]:
     """A short unambiguous name per pipeline: the name, and the first digits of its hash where names collide."""
     pairs = {line.pipeline: field(line.pipeline) for line in lines}
     hashes: dict[str, set[str]] = {}
@@ -137,7 +139,7 @@ def labels(lines: Iterable[Line], field: Callable[[Pipeline], tuple[str, str]]) 
     return {p: name if len(hashes[name]) == 1 else f"{name}#{digest[:6]}" for p, (name, digest) in pairs.items()}
 
 
-def defense_labels(lines: Iterable[Line]) -> dict[Pipeline, str]:
+def defense_labels(lines: Iterable[VerdictRow]) -> dict[ScoredPipeline, str]:
     """The defense's name, with the options in which its configurations differ."""
     pipelines = list(dict.fromkeys(line.pipeline for line in lines))
     configs: dict[str, list[dict[str, Any]]] = {}
@@ -151,14 +153,14 @@ def plain(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _group(lines: Sequence[Line], everything: Sequence[Line]) -> Group:
+def _group(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> VerdictTable:
     names = {pipeline: plain(text) for pipeline, text in defense_labels(lines).items()}
     costs = []
     for pipeline, label in names.items():
         own = [line for line in lines if line.pipeline == pipeline and line.clean is not None]
         if own:
             costs.append(CostRow(label, own[0].paradigm, mean_cost([line.cost for line in own])))
-    return Group(
+    return VerdictTable(
         title=plain(_title(lines, everything)),
         rows=tuple((names[line.pipeline], line) for line in lines),
         costs=tuple(costs),
@@ -166,7 +168,7 @@ def _group(lines: Sequence[Line], everything: Sequence[Line]) -> Group:
     )
 
 
-def _title(lines: Sequence[Line], everything: Sequence[Line]) -> str:
+def _title(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> str:
     """``tiny-vit on fashion (test, n = 500) · pgd steps=10 linf · protocol unified · seed 0``."""
     first = lines[0].pipeline
     model = labels(everything, lambda p: (p.model, p.weights_hash))[first]
@@ -193,7 +195,7 @@ def _title(lines: Sequence[Line], everything: Sequence[Line]) -> str:
     )
 
 
-def _others(first: Pipeline, lines: Sequence[Line], *same: str, of: str, n: int | None = None) -> set[str]:
+def _others(first: ScoredPipeline, lines: Sequence[VerdictRow], *same: str, of: str, n: int | None = None) -> set[str]:
     """The values of ``of`` among pipelines that share the fields ``same`` (and the number of images)."""
     alike = [
         line.pipeline
@@ -203,9 +205,9 @@ def _others(first: Pipeline, lines: Sequence[Line], *same: str, of: str, n: int 
     return {getattr(pipeline, of) for pipeline in alike}
 
 
-def _footnotes(lines: Sequence[Line], names: dict[Pipeline, str]) -> Iterable[Footnote]:
+def _footnotes(lines: Sequence[VerdictRow], names: dict[ScoredPipeline, str]) -> Iterable[Footnote]:
     """Reasons, errors, then notes; what is said of several lines is said once, with the lines it holds for."""
-    said: dict[tuple[Word, str], list[Line]] = {}
+    said: dict[tuple[Word, str], list[VerdictRow]] = {}
     for line in lines:
         for reason in line.reasons:
             said.setdefault((reason.word, reason.text), []).append(line)
@@ -227,7 +229,7 @@ def _footnotes(lines: Sequence[Line], names: dict[Pipeline, str]) -> Iterable[Fo
         yield Footnote(word, plain(f"{_where(where, lines, names)}: {text}"))
 
 
-def _where(where: Sequence[Line], lines: Sequence[Line], names: dict[Pipeline, str]) -> str:
+def _where(where: Sequence[VerdictRow], lines: Sequence[VerdictRow], names: dict[ScoredPipeline, str]) -> str:
     """``ttc 4/255, jpeg``: a defense without a radius is meant at all its radii."""
     if len(where) == len(lines) > 1:
         return "all"
@@ -240,7 +242,7 @@ def _where(where: Sequence[Line], lines: Sequence[Line], names: dict[Pipeline, s
     return "; ".join(parts)
 
 
-def _coverage(line: Line) -> Iterable[str]:
+def _coverage(line: VerdictRow) -> Iterable[str]:
     missing = [a for a in ATTACKERS if a not in line.covered]
     if line.worst is not None and missing:
         yield f"worst does not cover the {' and '.join(missing)} attacker{'s' if len(missing) > 1 else ''}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
 from vlmdefend.reporting.tables.groups import (
-    Group,
+    VerdictTable,
     attacker_text,
     clean_text,
     eps_text,
@@ -34,7 +34,7 @@ _SPECIAL = {
 }
 
 
-def latex(groups: list[Group]) -> str:
+def latex(groups: list[VerdictTable]) -> str:
     """One ``table`` per group, ready for ``\\input``; the best worst case of each radius is bold."""
     return "% needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n" + "\n".join(map(_table, groups))
 
@@ -44,7 +44,7 @@ def escape(text: str) -> str:
     return "".join(_SPECIAL.get(c, c) for c in text)
 
 
-def _table(group: Group) -> str:
+def _table(group: VerdictTable) -> str:
     headers = ["Defense", r"$\varepsilon$", "Clean", *(a.capitalize() for a in ATTACKERS)]
     headers += [escape(worst_header(group.lines)).capitalize(), "Fwd+bwd", "ms/image"]
     flagged = any(line.flags for line in group.lines)

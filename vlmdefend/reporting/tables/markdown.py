@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
 from vlmdefend.reporting.tables.groups import (
-    Group,
+    VerdictTable,
     attacker_text,
     clean_text,
     eps_text,
@@ -22,7 +22,7 @@ from vlmdefend.reporting.tables.groups import (
 ALIGN = ("left", "left", *["right"] * (2 + len(ATTACKERS)), "left", "right", "right", "left")
 
 
-def markdown(groups: list[Group]) -> str:
+def markdown(groups: list[VerdictTable]) -> str:
     """A heading, a table and its footnotes per group; the best worst case of each radius is bold."""
     return "\n".join(_section(group) for group in groups)
 
@@ -32,7 +32,7 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]<>|~#$&])", r"\\\1", plain(text))
 
 
-def _section(group: Group) -> str:
+def _section(group: VerdictTable) -> str:
     rows = []
     for defense, line in group.rows:
         worst = worst_text(line)

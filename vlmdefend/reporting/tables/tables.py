@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vlmdefend.errors import UserError, did_you_mean
-from vlmdefend.evaluation.store.records import Record, Row
-from vlmdefend.reporting.tables.groups import grouped
-from vlmdefend.reporting.verdicts.line import Line
-from vlmdefend.reporting.verdicts.verdict import verdict_lines
+from vlmdefend.evaluation.store.records import ImageRow, Record
+from vlmdefend.reporting.tables.groups import verdict_tables
+from vlmdefend.reporting.verdicts.line import VerdictRow
+from vlmdefend.reporting.verdicts.verdict import verdict_rows
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 FORMATS = ("terminal", "markdown", "latex", "csv", "parquet")
 
 
-def render(lines: Sequence[Line], format: str = "terminal") -> str:
-    """The lines (one per seed, as :func:`verdict_lines` gives them) as text.
+def render(lines: Sequence[VerdictRow], format: str = "terminal") -> str:
+    """The lines (one per seed, as :func:`verdict_rows` gives them) as text.
 
     Terminal, Markdown and LaTeX merge seeds to mean and spread; CSV keeps one row per seed. Parquet is no text: see
     :func:`vlmdefend.reporting.tables.frame.parquet`.
@@ -35,7 +35,7 @@ def render(lines: Sequence[Line], format: str = "terminal") -> str:
         from vlmdefend.reporting.tables.frame import csv
 
         return csv(lines)
-    groups = grouped(lines)
+    groups = verdict_tables(lines)
     if format == "markdown":
         from vlmdefend.reporting.tables.markdown import markdown
 
@@ -49,10 +49,10 @@ def render(lines: Sequence[Line], format: str = "terminal") -> str:
     return text(groups)
 
 
-def print_verdict(cells: Iterable[tuple[Record, Sequence[Row]]], console: Console | None = None) -> None:
+def print_verdict(cells: Iterable[tuple[Record, Sequence[ImageRow]]], console: Console | None = None) -> None:
     """Print the verdict on these cells: tables, reasons to doubt them, costs."""
     from rich.console import Console
 
     from vlmdefend.reporting.tables.terminal import print_groups
 
-    print_groups(grouped(verdict_lines(cells)), console or Console())
+    print_groups(verdict_tables(verdict_rows(cells)), console or Console())

@@ -11,7 +11,7 @@ from rich.text import Text
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
 from vlmdefend.reporting.tables.groups import (
     Footnote,
-    Group,
+    VerdictTable,
     attacker_text,
     clean_text,
     eps_text,
@@ -27,7 +27,7 @@ WIDE = 100  # room for the cost beside the verdict
 _STYLES = {"MASKED?": "bold red", "BUDGET!": "bold red", "ERROR": "red", "note": "dim"}
 
 
-def print_groups(groups: list[Group], console: Console) -> None:
+def print_groups(groups: list[VerdictTable], console: Console) -> None:
     """Print every group: title, table, footnotes, and the cost where it did not fit beside.
 
     A terminal narrower than a table breaks its lines itself, rather than being shown numbers cut short.
@@ -43,7 +43,7 @@ def print_groups(groups: list[Group], console: Console) -> None:
         console.width = own_width
 
 
-def _print_group(group: Group, console: Console, *, wide: bool) -> None:
+def _print_group(group: VerdictTable, console: Console, *, wide: bool) -> None:
     parts: list[Text | Table] = [Text(group.title, style="bold"), _verdicts(group, wide=wide)]
     parts += [_footnote(footnote) for footnote in group.footnotes]
     if group.costs and not wide:
@@ -52,7 +52,7 @@ def _print_group(group: Group, console: Console, *, wide: bool) -> None:
         console.print(part, crop=False, highlight=False)
 
 
-def text(groups: list[Group], width: int = NARROWEST) -> str:
+def text(groups: list[VerdictTable], width: int = NARROWEST) -> str:
     """The same as plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
@@ -66,7 +66,7 @@ def _table(defenses: list[str]) -> Table:
     return table
 
 
-def _verdicts(group: Group, *, wide: bool) -> Table:
+def _verdicts(group: VerdictTable, *, wide: bool) -> Table:
     table = _table([defense for defense, _ in group.rows])
     flagged = any(line.flags for line in group.lines)
     for header in ("eps", "clean", *ATTACKERS):
@@ -96,7 +96,7 @@ def _verdicts(group: Group, *, wide: bool) -> Table:
     return table
 
 
-def _costs(group: Group) -> Table:
+def _costs(group: VerdictTable) -> Table:
     """Per image: the deployed pipeline, and all attacks together."""
     table = _table([row.defense for row in group.costs])
     table.add_column("paradigm")

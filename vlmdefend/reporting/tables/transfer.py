@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.evaluation.statistics.intervals import wilson
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.reporting.tables.groups import percent, plain
 from vlmdefend.reporting.verdicts.attack_names import differing
 from vlmdefend.types import format_eps
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 PER_TABLE = 3  # columns that fit beside the name of a set in 80 characters
 
 
-def print_transfer(cells: Iterable[tuple[Record, Sequence[Row]]], console: Console | None = None) -> None:
+def print_transfer(cells: Iterable[tuple[Record, Sequence[ImageRow]]], console: Console | None = None) -> None:
     """Robust accuracy with its Wilson interval for every saved set and every target; clean accuracy on top.
 
     An image that a target gets wrong when clean counts as not robust. One that the attacked model got wrong was not

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from vlmdefend.evaluation.statistics.intervals import mean_and_spread
-from vlmdefend.evaluation.store.records import Row
+from vlmdefend.evaluation.store.records import ImageRow
 from vlmdefend.types import ABSTAINED
 
 RADII = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # L2, pixels in [0, 1]
 Curve = Mapping[float, float]  # radius -> share of the images
 
 
-def certified_curve(rows: Sequence[Row]) -> dict[float, float]:
+def certified_curve(rows: Sequence[ImageRow]) -> dict[float, float]:
     """Share of images that are right with at least this certified radius; empty where nothing certifies.
 
     Ends at the first radius that no image reaches. At radius 0 it is the share of right answers; an image on which the
@@ -29,7 +29,7 @@ def certified_curve(rows: Sequence[Row]) -> dict[float, float]:
     return curve
 
 
-def abstained(rows: Sequence[Row]) -> float:
+def abstained(rows: Sequence[ImageRow]) -> float:
     """Share of clean images without an answer."""
     return sum(row.clean_prediction == ABSTAINED for row in rows) / len(rows) if rows else 0.0
 

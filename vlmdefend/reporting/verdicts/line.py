@@ -15,7 +15,7 @@ from vlmdefend.types import Attacker
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A proportion of n images, for one seed or several."""
 
     counts: tuple[int, ...]
@@ -41,7 +41,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class ScoredPipeline:
     """What was scored, on what: the fields that two cells share if their rows may be combined."""
 
     protocol: str
@@ -56,7 +56,7 @@ class Pipeline:
     defense_config: str  # JSON with sorted keys
 
     @classmethod
-    def of(cls, cell: Cell) -> Pipeline:
+    def of(cls, cell: Cell) -> ScoredPipeline:
         """The pipeline of a cell."""
         same = {name: getattr(cell, name) for name in cls.__dataclass_fields__ if name != "defense_config"}
         return cls(**same, defense_config=json.dumps(cell.defense_config, sort_keys=True))
@@ -74,10 +74,10 @@ class Pipeline:
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class VerdictRow:
     """The verdict on one pipeline at one radius, for one seed (or several, once they are merged)."""
 
-    pipeline: Pipeline
+    pipeline: ScoredPipeline
     norm: str
     eps: float
     seeds: tuple[int, ...]
@@ -85,9 +85,9 @@ class Line:
     stochastic: bool = False
     n: int = 0
     skipped: int = 0
-    clean: Share | None = None  # None: every cell failed
-    robust: Mapping[Attacker, Share] = field(default_factory=dict)  # attackers that were run
-    worst: Share | None = None  # None: nothing was attacked
+    clean: Proportion | None = None  # None: every cell failed
+    robust: Mapping[Attacker, Proportion] = field(default_factory=dict)  # attackers that were run
+    worst: Proportion | None = None  # None: nothing was attacked
     same_as_whitebox: tuple[Attacker, ...] = ()  # not run, because equal to white-box
     certified: Mapping[float, float] = field(default_factory=dict)  # L2 radius -> accuracy, where the defense certifies
     abstained: float = 0.0  # share of clean images without an answer

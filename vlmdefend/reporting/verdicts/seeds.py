@@ -10,18 +10,18 @@ from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS, Reason
 from vlmdefend.evaluation.statistics.intervals import mean_and_spread
 from vlmdefend.reporting.verdicts.certified import mean_curve
 from vlmdefend.reporting.verdicts.cost import mean_cost
-from vlmdefend.reporting.verdicts.line import Line, Share
+from vlmdefend.reporting.verdicts.line import Proportion, VerdictRow
 
 
-def over_seeds(lines: Sequence[Line]) -> list[Line]:
+def over_seeds(lines: Sequence[VerdictRow]) -> list[VerdictRow]:
     """Lines that differ only in the seed become one, with mean and spread."""
-    merged: dict[tuple[Any, ...], list[Line]] = {}
+    merged: dict[tuple[Any, ...], list[VerdictRow]] = {}
     for line in lines:
         merged.setdefault((line.pipeline, line.norm, line.eps, line.clean_only), []).append(line)
     return sorted((_merge(same) for same in merged.values()), key=lambda line: line.order)
 
 
-def _merge(lines: Sequence[Line]) -> Line:
+def _merge(lines: Sequence[VerdictRow]) -> VerdictRow:
     """Seeds of one pipeline at one radius."""
     if len(lines) == 1:
         return lines[0]
@@ -61,7 +61,7 @@ def _merge(lines: Sequence[Line]) -> Line:
     )
 
 
-def _merged_reasons(lines: Sequence[Line]) -> tuple[Reason, ...]:
+def _merged_reasons(lines: Sequence[VerdictRow]) -> tuple[Reason, ...]:
     """Each kind of reason once, in the words of its first seed, with the number of seeds that have it."""
     by_kind: dict[tuple[str, str, float | None], list[Reason]] = {}
     for line in lines:
@@ -73,8 +73,8 @@ def _merged_reasons(lines: Sequence[Line]) -> tuple[Reason, ...]:
     )
 
 
-def _joined(shares: Sequence[Share]) -> Share:
-    return Share(tuple(c for s in shares for c in s.counts), tuple(n for s in shares for n in s.ns))
+def _joined(shares: Sequence[Proportion]) -> Proportion:
+    return Proportion(tuple(c for s in shares for c in s.counts), tuple(n for s in shares for n in s.ns))
 
 
 def _union(labels: Iterable[tuple[str, ...]]) -> tuple[str, ...]:

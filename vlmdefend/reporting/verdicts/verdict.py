@@ -19,16 +19,16 @@ from vlmdefend.evaluation.statistics.diagnostics import (
     reasons,
 )
 from vlmdefend.evaluation.statistics.paired import robust_under_all
-from vlmdefend.evaluation.store.records import Cell, Record, Row
+from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.reporting.verdicts.attack_names import attack_names
 from vlmdefend.reporting.verdicts.certified import abstained, certified_curve
 from vlmdefend.reporting.verdicts.cost import per_image
-from vlmdefend.reporting.verdicts.line import Line, Pipeline, Share
+from vlmdefend.reporting.verdicts.line import Proportion, ScoredPipeline, VerdictRow
 from vlmdefend.reporting.verdicts.notes import notes
 from vlmdefend.types import Attacker
 
 
-def verdict_lines(cells: Iterable[tuple[Record, Sequence[Row]]]) -> list[Line]:
+def verdict_rows(cells: Iterable[tuple[Record, Sequence[ImageRow]]]) -> list[VerdictRow]:
     """One line per (protocol, model, defense, dataset, norm, eps, seed), sorted for a table.
 
     Cells of another subset, other prompts, weights, protocol settings or defense options are other lines. Cells that
@@ -36,8 +36,8 @@ def verdict_lines(cells: Iterable[tuple[Record, Sequence[Row]]]) -> list[Line]:
     without robust accuracies; next to attacked cells it adds nothing and is left out.
     """
     results = [Result(record, rows) for record, rows in cells]
-    lines: list[Line] = []
-    for same in _grouped(results, lambda c: (Pipeline.of(c), c.seed)).values():
+    lines: list[VerdictRow] = []
+    for same in _grouped(results, lambda c: (ScoredPipeline.of(c), c.seed)).values():
         by_norm = _grouped([r for r in same if is_attacked(r.record.cell)], lambda c: c.norm)
         for attacked in by_norm.values() or [same]:
             unattacked = [] if attacked is same else [r for r in same if not is_attacked(r.record.cell)]
@@ -47,14 +47,14 @@ def verdict_lines(cells: Iterable[tuple[Record, Sequence[Row]]]) -> list[Line]:
     return sorted(lines, key=lambda line: line.order)
 
 
-def _line(results: Sequence[Result], found: Sequence[Reason]) -> Line:
+def _line(results: Sequence[Result], found: Sequence[Reason]) -> VerdictRow:
     """The verdict on cells of one pipeline, seed, norm and radius."""
     cell = results[0].record.cell
     done = [r for r in results if r.record.status == "done"]
     failed = [r.record for r in results if r.record.status == "error"]
     attacked = [r for r in done if is_attacked(r.record.cell)]
-    line = Line(
-        pipeline=Pipeline.of(cell),
+    line = VerdictRow(
+        pipeline=ScoredPipeline.of(cell),
         norm=cell.norm,
         eps=cell.eps,
         seeds=(cell.seed,),
@@ -100,8 +100,8 @@ def clean_under_all(results: Sequence[Result]) -> dict[str, bool]:
     return right
 
 
-def _share(outcome: Mapping[str, bool], ids: set[str]) -> Share:
-    return Share((sum(outcome[i] for i in ids),), (len(ids),))
+def _share(outcome: Mapping[str, bool], ids: set[str]) -> Proportion:
+    return Proportion((sum(outcome[i] for i in ids),), (len(ids),))
 
 
 def _grouped(results: Iterable[Result], key: Callable[[Cell], Any]) -> dict[Any, list[Result]]:

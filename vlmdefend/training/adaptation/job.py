@@ -14,13 +14,13 @@ from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.measure import TargetNumbers
 from vlmdefend.training.adaptation.methods import adaptation_of, robustification_of
 from vlmdefend.training.adaptation.sets import open_sets
-from vlmdefend.training.adaptation.settings import UrdaSettings
 from vlmdefend.training.adaptation.step import AdaptationStep, StepName
 from vlmdefend.training.adaptation.student import copy_of
 from vlmdefend.training.adaptation.summary import summary_of
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, as_teacher, load_teacher
 from vlmdefend.training.job import JobResult, TrainingJob
 from vlmdefend.training.loop.cost import StageCost
+from vlmdefend.training.settings.adaptation_settings import UrdaSettings
 
 TEACHER: StepName = "teacher"
 STUDENT: StepName = "student"

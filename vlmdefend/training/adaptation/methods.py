@@ -9,7 +9,7 @@ from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation.base import Adaptation, Role
 from vlmdefend.errors import UserError
 from vlmdefend.registry import parse_spec
-from vlmdefend.training.adaptation.settings import Term, UrdaSettings
+from vlmdefend.training.settings.adaptation_settings import Term, UrdaSettings
 
 ABLATED: dict[Term, str] = {
     "features": "features",

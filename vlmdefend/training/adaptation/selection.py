@@ -12,9 +12,9 @@ from vlmdefend.attacks.view import View, chunks
 from vlmdefend.defenses.adaptation.dart_urda import certainty
 from vlmdefend.models.classifier.classifier import ImageClassifier
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.adaptation.settings import Select
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, predictions
 from vlmdefend.training.loop.results import Accuracies, HitCount
+from vlmdefend.training.settings.adaptation_settings import Select
 from vlmdefend.types import Batch, Threat
 
 WIDTH = 64

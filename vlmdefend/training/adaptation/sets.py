@@ -13,8 +13,8 @@ from vlmdefend.errors import UserError
 from vlmdefend.models.classifier.backbones import Backbone
 from vlmdefend.models.classifier.classifier import ImageClassifier
 from vlmdefend.training.adaptation.data import same_classes, unlabelled
-from vlmdefend.training.adaptation.settings import UrdaSettings
 from vlmdefend.training.loop.data import TrainingImages
+from vlmdefend.training.settings.adaptation_settings import UrdaSettings
 from vlmdefend.types import Batch
 
 LEAST = 4  # held-out images of a domain

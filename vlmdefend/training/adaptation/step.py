@@ -12,7 +12,6 @@ from vlmdefend.progress import Progress
 from vlmdefend.training.adaptation.data import DomainImages
 from vlmdefend.training.adaptation.selection import selection_score
 from vlmdefend.training.adaptation.sets import AdaptationSets
-from vlmdefend.training.adaptation.settings import UrdaSettings
 from vlmdefend.training.adaptation.student import AdaptedStudent
 from vlmdefend.training.adaptation.teacher import FrozenTeacher
 from vlmdefend.training.job import TrainingJob
@@ -22,6 +21,7 @@ from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.schedule import Decay
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.weight_averages import put_
+from vlmdefend.training.settings.adaptation_settings import UrdaSettings
 
 StepName = Literal["teacher", "student"]
 

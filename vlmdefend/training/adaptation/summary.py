@@ -11,9 +11,9 @@ from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.classifier.classifier import ClassifierModel
 from vlmdefend.training.adaptation.measure import TargetNumbers, bound_terms, target_numbers
 from vlmdefend.training.adaptation.sets import AdaptationSets
-from vlmdefend.training.adaptation.settings import UrdaSettings
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, TeacherPipeline, as_teacher, predictions
 from vlmdefend.training.loop.processes import is_out_of_memory
+from vlmdefend.training.settings.adaptation_settings import UrdaSettings
 
 
 def summary_of(

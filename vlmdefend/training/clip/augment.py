@@ -8,7 +8,7 @@ from torch import Tensor
 
 from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.rng import ImageRng
-from vlmdefend.training.clip.train_settings import Augment
+from vlmdefend.training.settings.train_settings import Augment
 
 
 def crop_and_flip(images: Tensor, rng: ImageRng) -> Tensor:

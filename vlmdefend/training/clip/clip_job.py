@@ -10,10 +10,10 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.training.clip.held_out import accuracies
-from vlmdefend.training.clip.settings import ClipSettings
 from vlmdefend.training.job import JobResult, TrainingJob
 from vlmdefend.training.loop.data import TrainingImages, hold_out
 from vlmdefend.training.loop.results import Accuracies
+from vlmdefend.training.settings.clip_settings import ClipSettings
 from vlmdefend.training.settings.run_settings import lines_of
 from vlmdefend.types import Batch, Pipeline
 

@@ -9,7 +9,6 @@ from typing import Any
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.progress import Progress
 from vlmdefend.training.clip.clip_job import ClipJob
-from vlmdefend.training.clip.distill_settings import DistillSettings
 from vlmdefend.training.clip.distillation_models import DistillationModels
 from vlmdefend.training.clip.held_out import proxy_gap
 from vlmdefend.training.job import JobResult
@@ -19,6 +18,7 @@ from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import TrainedStudent
 from vlmdefend.training.loop.trainer_state import TrainerState
 from vlmdefend.training.loop.weight_averages import Weights, copied, put_, weights_hash
+from vlmdefend.training.settings.distill_settings import DistillSettings
 from vlmdefend.types import Batch
 
 SHARE_KEPT = 0.75  # of its clean accuracy: what every proxy of the paper keeps on the target's adversarial images

@@ -13,11 +13,11 @@ from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.weights.checkpoint import find_weights, read_weights
 from vlmdefend.training.clip.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
-from vlmdefend.training.clip.distill_settings import DistillSettings
 from vlmdefend.training.loop.folder import PIVOT, TRAINING
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.loop.weight_averages import Weights
+from vlmdefend.training.settings.distill_settings import DistillSettings
 from vlmdefend.types import Pipeline
 
 

@@ -17,7 +17,7 @@ from vlmdefend.models.prompts.learned_prompts import (
     text_transformer,
 )
 from vlmdefend.training.clip.classifier import TrainedClassifier
-from vlmdefend.training.clip.settings import PROMPT_KINDS
+from vlmdefend.training.settings.clip_settings import PROMPT_KINDS
 
 DEPTH = 9  # blocks with tokens of their own, the first counted, in the published runs of MaPLe and FAP
 DEVIATION = 0.02  # of where learned vectors begin that begin at no word

@@ -13,10 +13,10 @@ from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.training.clip.adapters import folded
 from vlmdefend.training.clip.classifier import statistics
-from vlmdefend.training.clip.train_settings import TrainSettings
 from vlmdefend.training.loop.folder import TRAINING, RunFolder
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import Accuracies
+from vlmdefend.training.settings.train_settings import TrainSettings
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ AT_ONCE = 64
 
 
 @runtime_checkable
-class Stores(Protocol):
+class StoresFeatures(Protocol):
     """An objective that trains on what it makes of each image once."""
 
     def stored(self, student: Student, batch: Batch, rng: ImageRng) -> Tensor:
@@ -60,7 +60,7 @@ class StoredFeatures:
 
 
 def store_features(
-    objective: Stores, student: TrainedStudent, images: TrainingImages, folder: Path, seed: int
+    objective: StoresFeatures, student: TrainedStudent, images: TrainingImages, folder: Path, seed: int
 ) -> StoredFeatures:
     """Make the features of all images, in batches that are always the same, or read those that a run before made.
 

@@ -15,14 +15,14 @@ from vlmdefend.training.clip.classifier import BatchNormPolicy, TrainedClassifie
 from vlmdefend.training.clip.clip_job import ClipJob
 from vlmdefend.training.clip.prompts import choose_prompts
 from vlmdefend.training.clip.result_writer import ResultWriter
-from vlmdefend.training.clip.stored_features import Stores, store_features
-from vlmdefend.training.clip.train_settings import TrainSettings
+from vlmdefend.training.clip.stored_features import StoresFeatures, store_features
 from vlmdefend.training.job import JobResult
 from vlmdefend.training.loop.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.loop.data import Images
 from vlmdefend.training.loop.results import Accuracies
 from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.loop.weight_averages import put_
+from vlmdefend.training.settings.train_settings import TrainSettings
 from vlmdefend.types import Pipeline
 
 
@@ -45,7 +45,7 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
                 f"--method {settings.method}: the loss of an image depends on the others of its batch, which must come "
                 "in one piece: run one process without --micro-batch."
             )
-        if settings.augment != "none" and isinstance(settings.objective, Stores):
+        if settings.augment != "none" and isinstance(settings.objective, StoresFeatures):
             raise UserError(
                 f"--augment {settings.augment}: {settings.objective.name} trains on what it made of each image before "
                 "the first step; leave it out."
@@ -111,7 +111,7 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
     def _images(self) -> Images:
         images = self.training_images
         objective = self.settings.objective
-        if isinstance(objective, Stores):
+        if isinstance(objective, StoresFeatures):
             return store_features(objective, self.student, images, self.folder.training, self.settings.seed)
         return images
 

@@ -20,7 +20,7 @@ from vlmdefend.training.loop.log import Log, Tracking
 from vlmdefend.training.loop.results import Accuracies, EpochResult, HitCount
 from vlmdefend.training.loop.stage import Optimization, Stage
 from vlmdefend.training.loop.student import Accumulator, TrainedStudent, make_optimizer, update
-from vlmdefend.training.loop.trainer_state import Position, TrainerState
+from vlmdefend.training.loop.trainer_state import TrainerPosition, TrainerState
 from vlmdefend.training.loop.weight_averages import Weights, average_, copied, pull_, put_
 from vlmdefend.types import Batch
 
@@ -92,7 +92,7 @@ class Trainer:
             self._run_epoch(stage, epoch)
         if stage.ema is not None:
             self.state.pivot = self.state.ema
-        self.state.position = Position(number + 1, 0, 0, self.state.position.done)
+        self.state.position = TrainerPosition(number + 1, 0, 0, self.state.position.done)
         self._save()
 
     def _begin(self, stage: Stage) -> None:

@@ -15,7 +15,7 @@ from vlmdefend.training.loop.weight_averages import Weights, put_
 STATE = "state.safetensors"
 
 
-class Position(NamedTuple):
+class TrainerPosition(NamedTuple):
     """The next step to take: of this stage and epoch (0, 1, ...); ``done`` counts steps over all stages."""
 
     stage: int = 0
@@ -32,7 +32,7 @@ class TrainerState:
     best: Weights
     ema: Weights | None = None
     pivot: Weights | None = None
-    position: Position = field(default_factory=Position)
+    position: TrainerPosition = field(default_factory=TrainerPosition)
     epochs: list[dict[str, Any]] = field(default_factory=list)  # a line of the log for each that is done
     sums: dict[str, float] = field(default_factory=dict)  # over the images of the epoch that runs
 
@@ -59,7 +59,7 @@ class TrainerState:
         put_(student.weights(), placed["weights"])
         restore_optimizer(optimizer, list(student.parameters), groups["optimizer"])
         self.best, self.ema, self.pivot = placed["best"], placed.get("ema"), placed.get("pivot", self.pivot)
-        self.position, self.epochs, self.sums = Position(*facts["position"]), facts["epochs"], facts["sums"]
+        self.position, self.epochs, self.sums = TrainerPosition(*facts["position"]), facts["epochs"], facts["sums"]
         student.carried = placed.get("carried", {})
         if facts["scaler"]:
             student.processes.scaler.load_state_dict(facts["scaler"])

@@ -1,0 +1,1 @@
+"""Rebuild the embedded images and models from public packages."""

@@ -1,0 +1,1 @@
+"""What attacks, defenses and training methods come to."""
