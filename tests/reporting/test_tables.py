@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics.diagnostics import Result
-from vlmdefend.reporting import print_verdict, render, verdict_lines
+from vlmdefend.reporting import print_verdict, render, verdict_rows
 from vlmdefend.reporting.tables.frame import frame, parquet
 from vlmdefend.reporting.tables.groups import verdict_tables
 from vlmdefend.reporting.tables.latex import escape as latex_escape
@@ -21,7 +21,7 @@ NASTY = "a|b_c[red]&100%$#{x}~^\\<i>*"
 
 
 def test_terminal_shows_the_verdict_as_promised(grid: list[Result]) -> None:
-    text = render(verdict_lines(grid), "terminal")
+    text = render(verdict_rows(grid), "terminal")
     joined = " ".join(text.split())
     assert "tiny-vit on fashion (test, n = 100) · pgd steps=10 linf · protocol unified · seed 0" in joined
     rows = [line.split() for line in text.splitlines()]
@@ -59,11 +59,11 @@ def test_without_a_terminal_there_are_no_escape_codes(grid: list[Result]) -> Non
     stream = io.StringIO()
     print_verdict(grid, Console(file=stream, width=80))
     assert "\x1b" not in stream.getvalue()
-    assert all(line == line.rstrip() for line in render(verdict_lines(grid)).splitlines())
+    assert all(line == line.rstrip() for line in render(verdict_rows(grid)).splitlines())
 
 
 def test_protocols_are_never_in_one_table(make: Make) -> None:
-    groups = verdict_tables(verdict_lines([make(range(5)), make(range(5), protocol="tecoa")]))
+    groups = verdict_tables(verdict_rows([make(range(5)), make(range(5), protocol="tecoa")]))
     assert [group.title.split(" · ")[2] for group in groups] == ["protocol tecoa", "protocol unified"]
 
 
@@ -73,7 +73,7 @@ def test_what_differs_behind_one_name_is_told_apart(make: Make) -> None:
         make(range(5), defense_config={"steps": 4, "tau": 0.2}),
         make(range(5), weights_hash="abcdef123", ids_hash="fedcba987"),
     ]
-    text = " ".join(render(verdict_lines(cells)).split())
+    text = " ".join(render(verdict_rows(cells)).split())
     assert "ttc steps=2" in text
     assert "ttc steps=4" in text
     assert "tiny-vit#abcdef on fashion (test, n = 10, images #fedcba)" in text
@@ -85,7 +85,7 @@ def test_radii_with_other_attacks_and_seeds_are_told_below(make: Make) -> None:
         make(range(5), attack="apgd", attack_config={}, seed=0),
         make(range(4), attack="apgd", attack_config={}, seed=1),
     ]
-    text = render(verdict_lines(cells))
+    text = render(verdict_rows(cells))
     assert "linf, attacks below" in text
     assert "note none 4/255: attacks pgd steps=10" in text
     assert "note ttc 4/255: attacks apgd" in text
@@ -95,24 +95,24 @@ def test_radii_with_other_attacks_and_seeds_are_told_below(make: Make) -> None:
 
 def test_the_best_is_bold_in_latex_once_per_radius_and_never_a_doubtful_one(make: Make, grid: list[Result]) -> None:
     pattern = r"^([^&\n]*) & ([^&\n]*) &.*\\textbf\{([^}]*)\}"
-    bold = re.findall(pattern, render(verdict_lines(grid), "latex"), re.MULTILINE)
+    bold = re.findall(pattern, render(verdict_rows(grid), "latex"), re.MULTILINE)
     # jpeg is higher but not covered by the adaptive attacker, ttc is masked
     assert bold == [("none", "1/255", "50.0 [40.4, 59.6]"), ("none", "4/255", "30.0 [21.9, 39.6]")]
-    assert "textbf" not in render(verdict_lines([make(range(5))]), "latex")
+    assert "textbf" not in render(verdict_rows([make(range(5))]), "latex")
 
 
 def test_a_defense_that_met_fewer_attacks_is_not_the_best(make: Make) -> None:
     met = [make(range(5), defense="jpeg", attack=a, adaptive_equals_whitebox=True) for a in ("pgd", "fgsm")]
     spared = make(range(9), defense="ttc", attack="fgsm", adaptive_equals_whitebox=True)
-    (group,) = verdict_tables(verdict_lines([*met, spared]))
+    (group,) = verdict_tables(verdict_rows([*met, spared]))
     assert [group.is_best(line) for line in group.lines] == [True, False]
-    (group,) = verdict_tables(verdict_lines([met[1], spared]))
+    (group,) = verdict_tables(verdict_rows([met[1], spared]))
     assert [group.is_best(line) for line in group.lines] == [False, True]
 
 
 @pytest.mark.parametrize("format", ["terminal", "markdown", "latex", "csv"])
 def test_names_from_data_are_printed_as_they_are(make: Make, format: str) -> None:
-    lines = verdict_lines([make(range(5), defense="none"), make(range(5), defense=NASTY, model=f"m{NASTY}\x1b[31m\n")])
+    lines = verdict_rows([make(range(5), defense="none"), make(range(5), defense=NASTY, model=f"m{NASTY}\x1b[31m\n")])
     text = render(lines, format)
     if format == "terminal":
         assert NASTY in text.replace("\n", "")
@@ -134,7 +134,7 @@ def test_names_from_data_are_printed_as_they_are(make: Make, format: str) -> Non
 
 
 def test_markdown_reads_back_as_a_table(grid: list[Result]) -> None:
-    text = render(verdict_lines(grid), "markdown")
+    text = render(verdict_rows(grid), "markdown")
     table = "\n".join(line for line in text.splitlines() if line.startswith("| "))
     read = pandas.read_csv(io.StringIO(table), sep="|", skipinitialspace=True)
     assert len(read) == 6
@@ -142,7 +142,7 @@ def test_markdown_reads_back_as_a_table(grid: list[Result]) -> None:
 
 
 def test_csv_and_parquet_hold_the_same_one_row_per_line(make: Make, grid: list[Result]) -> None:
-    lines = verdict_lines([*grid, make(range(5), seed=1), make(range(3), dataset="mnist", status="error", error="x")])
+    lines = verdict_rows([*grid, make(range(5), seed=1), make(range(3), dataset="mnist", status="error", error="x")])
     expected = frame(lines)
     assert len(expected) == len(lines) == 8
     stored = pandas.read_parquet(io.BytesIO(parquet(lines)))
@@ -155,7 +155,7 @@ def test_csv_and_parquet_hold_the_same_one_row_per_line(make: Make, grid: list[R
 
 
 def test_csv_holds_shares_of_one_with_intervals_and_costs(grid: list[Result]) -> None:
-    data = pandas.read_csv(io.StringIO(render(verdict_lines(grid), "csv"))).set_index(["defense", "eps"])
+    data = pandas.read_csv(io.StringIO(render(verdict_rows(grid), "csv"))).set_index(["defense", "eps"])
     ttc, none = data.loc[("ttc", 4 / 255)], data.loc[("none", 4 / 255)]
     assert ttc["worst"] == 0.4
     assert ttc["worst_low"] == pytest.approx(0.3094, abs=1e-4)
@@ -170,9 +170,9 @@ def test_csv_holds_shares_of_one_with_intervals_and_costs(grid: list[Result]) ->
 def test_parquet_without_pyarrow_says_how_to_get_it(grid: list[Result], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=re.escape("pip install 'vlmdefend[report]'")):
-        parquet(verdict_lines(grid))
+        parquet(verdict_rows(grid))
 
 
 def test_an_unknown_format_is_answered_with_the_nearest(grid: list[Result]) -> None:
     with pytest.raises(UserError, match="did you mean 'markdown'"):
-        render(verdict_lines(grid), "markdwon")
+        render(verdict_rows(grid), "markdwon")

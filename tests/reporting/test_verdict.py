@@ -4,7 +4,7 @@ import pytest
 
 from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.evaluation.store.records import Checks, Cost, Skipped
-from vlmdefend.reporting import over_seeds, verdict_lines
+from vlmdefend.reporting import over_seeds, verdict_rows
 from vlmdefend.reporting.verdicts.line import VerdictRow
 
 Make = Callable[..., Result]
@@ -17,7 +17,7 @@ def only(lines: list[VerdictRow]) -> VerdictRow:
 
 def test_worst_is_the_and_over_images_not_the_lowest_attacker(make: Make) -> None:
     line = only(
-        verdict_lines(
+        verdict_rows(
             [
                 make(range(0, 6), attacker="transfer"),
                 make(range(3, 9), attacker="whitebox"),
@@ -39,7 +39,7 @@ def test_worst_is_the_and_over_images_not_the_lowest_attacker(make: Make) -> Non
 
 def test_every_attack_of_an_attacker_counts_also_two_settings_of_one(make: Make) -> None:
     line = only(
-        verdict_lines(
+        verdict_rows(
             [
                 make(range(0, 8)),
                 make(range(2, 10), attack_config={"steps": 100}),
@@ -53,28 +53,28 @@ def test_every_attack_of_an_attacker_counts_also_two_settings_of_one(make: Make)
 
 def test_settings_that_share_a_label_are_spelled_out_where_they_differ(make: Make) -> None:
     configs = [{"steps": 10, "loss": "ce", "alpha": "eps/4"}, {"steps": 10, "loss": "dlr", "alpha": "eps/4"}]
-    line = only(verdict_lines([make(range(5), attack_config=c) for c in configs]))
+    line = only(verdict_rows([make(range(5), attack_config=c) for c in configs]))
     assert line.attack_set == ("pgd steps=10 loss=ce", "pgd steps=10 loss=dlr")
 
 
 def test_an_image_wrong_when_clean_is_not_robust(make: Make) -> None:
-    line = only(verdict_lines([make(range(10), clean=range(7))]))
+    line = only(verdict_rows([make(range(10), clean=range(7))]))
     assert line.clean is not None
     assert line.worst is not None
     assert (line.clean.counts, line.worst.counts) == ((7,), (7,))
 
 
 def test_without_a_defense_the_three_attackers_are_one(make: Make) -> None:
-    line = only(verdict_lines([make(range(5), defense="none")]))
+    line = only(verdict_rows([make(range(5), defense="none")]))
     assert line.same_as_whitebox == ("transfer", "adaptive")
     assert line.covered == {"transfer", "whitebox", "adaptive"}
 
 
 def test_adaptive_equals_white_box_only_where_the_record_says_so(make: Make) -> None:
-    assert only(verdict_lines([make(range(5), adaptive_equals_whitebox=True)])).same_as_whitebox == ("adaptive",)
-    assert only(verdict_lines([make(range(5))])).same_as_whitebox == ()
+    assert only(verdict_rows([make(range(5), adaptive_equals_whitebox=True)])).same_as_whitebox == ("adaptive",)
+    assert only(verdict_rows([make(range(5))])).same_as_whitebox == ()
     lone = make(range(5), attacker="transfer", adaptive_equals_whitebox=True)
-    assert only(verdict_lines([lone])).same_as_whitebox == ()
+    assert only(verdict_rows([lone])).same_as_whitebox == ()
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_adaptive_equals_white_box_only_where_the_record_says_so(make: Make) -> 
     ],
 )
 def test_what_changes_the_question_is_another_line(make: Make, other: dict[str, object]) -> None:
-    lines = verdict_lines([make(range(5)), make(range(3), attack="apgd"), make(range(9), **other)])
+    lines = verdict_rows([make(range(5)), make(range(3), attack="apgd"), make(range(9), **other)])
     assert sorted(line.worst.counts[0] for line in lines if line.worst) == [3, 9]
 
 
 def test_batch_sizes_and_devices_all_count_and_a_note_says_so(make: Make) -> None:
-    line = only(verdict_lines([make(range(0, 6)), make(range(1, 7), batch_size=64, device="cuda")]))
+    line = only(verdict_rows([make(range(0, 6)), make(range(1, 7), batch_size=64, device="cuda")]))
     assert line.worst is not None
     assert line.worst.counts == (5,)
     assert line.notes == (
@@ -110,7 +110,7 @@ def test_batch_sizes_and_devices_all_count_and_a_note_says_so(make: Make) -> Non
 
 def test_cells_over_other_images_are_combined_on_the_shared_ones_with_a_note(make: Make) -> None:
     skipped = [Skipped(id="9", reason="cut off")]
-    line = only(verdict_lines([make(range(10)), make(range(10), ids=range(9), attacker="transfer", skipped=skipped)]))
+    line = only(verdict_rows([make(range(10)), make(range(10), ids=range(9), attacker="transfer", skipped=skipped)]))
     assert line.worst is not None
     assert (line.n, line.worst.ns) == (9, (9,))
     assert "different images (9 to 10)" in line.notes[0]
@@ -118,14 +118,14 @@ def test_cells_over_other_images_are_combined_on_the_shared_ones_with_a_note(mak
 
 
 def test_cells_without_a_shared_image_are_refused(make: Make) -> None:
-    line = only(verdict_lines([make(range(5), ids=range(5)), make(range(5, 9), ids=range(5, 10), attacker="transfer")]))
+    line = only(verdict_rows([make(range(5), ids=range(5)), make(range(5, 9), ids=range(5, 10), attacker="transfer")]))
     assert line.worst is None
     assert line.flags == ("ERROR",)
     assert "share no image" in line.errors[0]
 
 
 def test_clean_predictions_that_differ_between_cells_are_noted(make: Make) -> None:
-    line = only(verdict_lines([make(range(5)), make(range(5), clean=range(8), attacker="transfer")]))
+    line = only(verdict_rows([make(range(5)), make(range(5), clean=range(8), attacker="transfer")]))
     assert line.clean is not None
     assert line.clean.counts == (8,)
     assert "clean predictions of 2 images differ" in line.notes[0]
@@ -133,7 +133,7 @@ def test_clean_predictions_that_differ_between_cells_are_noted(make: Make) -> No
 
 def test_a_failed_cell_is_an_error_beside_the_number_of_the_others(make: Make) -> None:
     failed = make(attacker="adaptive", status="error", error="RuntimeError: no\ngradient")
-    line = only(verdict_lines([make(range(5)), failed]))
+    line = only(verdict_rows([make(range(5)), failed]))
     assert line.worst is not None
     assert line.flags == ("ERROR",)
     assert line.errors == ("pgd steps=10 adaptive: RuntimeError: no gradient",)
@@ -141,34 +141,34 @@ def test_a_failed_cell_is_an_error_beside_the_number_of_the_others(make: Make) -
 
 
 def test_a_line_of_failures_only_has_no_number(make: Make) -> None:
-    line = only(verdict_lines([make(status="error", error="boom")]))
+    line = only(verdict_rows([make(status="error", error="boom")]))
     assert (line.clean, line.worst, line.flags) == (None, None, ("ERROR",))
 
 
 def test_clean_cells_are_a_line_only_where_nothing_else_is(make: Make) -> None:
     clean = make(range(10), attack="none", attack_config={}, eps=0.0, gradient_free=True)
-    line = only(verdict_lines([clean]))
+    line = only(verdict_rows([clean]))
     assert line.clean_only
     assert line.clean is not None
     assert line.clean.value == 1.0
-    assert only(verdict_lines([clean, make(range(5))])).eps == 4 / 255
+    assert only(verdict_rows([clean, make(range(5))])).eps == 4 / 255
 
 
 def test_a_failed_clean_cell_is_told_beside_the_attacked_ones(make: Make) -> None:
     failed = make(attack="none", attack_config={}, eps=0.0, status="error", error="boom")
-    assert only(verdict_lines([failed, make(range(5))])).errors == ("clean images: boom",)
+    assert only(verdict_rows([failed, make(range(5))])).errors == ("clean images: boom",)
 
 
 def test_reasons_attach_to_their_radius_and_pipeline_reasons_to_all(make: Make) -> None:
     zeros = Checks(gradient_values=100, zero_gradients=50)
     cells = [make(range(5), checks=zeros), make(range(5), eps=8 / 255, checks=Checks(batch_dependent=True))]
-    small, large = verdict_lines(cells)
+    small, large = verdict_rows(cells)
     assert [r.kind for r in small.reasons] == ["batch mates", "zero gradients pgd steps=10 whitebox"]
     assert [r.kind for r in large.reasons] == ["batch mates"]
 
 
 def test_seeds_merge_to_mean_and_spread(make: Make) -> None:
-    lines = verdict_lines([make(range(k), seed=seed, stochastic=True) for seed, k in enumerate((4, 5, 6))])
+    lines = verdict_rows([make(range(k), seed=seed, stochastic=True) for seed, k in enumerate((4, 5, 6))])
     assert len(lines) == 3
     line = only(over_seeds(lines))
     assert line.worst is not None
@@ -187,7 +187,7 @@ def test_merged_seeds_tell_what_only_some_of_them_have(make: Make) -> None:
         make(range(5), seed=1),
         make(seed=2, status="error", error="boom"),
     ]
-    line = only(over_seeds(verdict_lines(cells)))
+    line = only(over_seeds(verdict_rows(cells)))
     assert line.reasons[0].text.endswith("(like this in 1 of 3 seeds)")
     assert "transfer was run for 1 of 3 seeds" in line.notes
     assert line.errors == ("seed 2: pgd steps=10 whitebox: boom",)
@@ -195,7 +195,7 @@ def test_merged_seeds_tell_what_only_some_of_them_have(make: Make) -> None:
 
 def test_cost_is_per_image_and_adds_attacks_but_not_repetitions_of_one(make: Make) -> None:
     line = only(
-        verdict_lines(
+        verdict_rows(
             [
                 make(range(5)),
                 make(range(5), batch_size=64),
@@ -212,7 +212,7 @@ def test_cost_is_per_image_and_adds_attacks_but_not_repetitions_of_one(make: Mak
 def test_the_time_of_the_deployed_pipeline_is_that_of_the_fastest_cell(make: Make) -> None:
     slow = Cost(clean_images=10, clean_forwards=10, clean_seconds=5.0)
     fast = Cost(clean_images=10, clean_forwards=10, clean_seconds=0.1)
-    lines = verdict_lines([make(range(5), cost=slow), make(range(5), attacker="transfer", cost=fast)])
+    lines = verdict_rows([make(range(5), cost=slow), make(range(5), attacker="transfer", cost=fast)])
     assert only(lines).cost.deployed_ms == pytest.approx(10.0)
     assert only(lines).cost.deployed_forwards == 1.0
     assert only(lines).cost.attack_forwards is None

@@ -15,7 +15,7 @@ from vlmdefend.attacks.view import View
 from vlmdefend.defenses.training_free import randomized_smoothing
 from vlmdefend.defenses.training_free.randomized_smoothing import RandomizedSmoothing, lower_bound
 from vlmdefend.evaluation.store.records import ImageRow
-from vlmdefend.reporting import render, verdict_lines
+from vlmdefend.reporting import render, verdict_rows
 from vlmdefend.reporting.verdicts.certified import abstained, certified_curve, certified_text, mean_curve
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import ABSTAINED, Outputs, Threat
@@ -187,7 +187,7 @@ def test_certificates_reach_rows_and_report_and_abstention_counts_as_wrong(tmp_p
     assert all(row.certified_radius > 0 for row in rows if row not in silent)
     right = sum(row.clean_correct for row in rows)
     assert right == record.clean_correct > 0
-    lines = verdict_lines(found.results)
+    lines = verdict_rows(found.results)
     assert lines[0].certified[0.0] == pytest.approx(right / 30)
     assert lines[0].abstained == pytest.approx(len(silent) / 30)
     for format in ("terminal", "markdown"):

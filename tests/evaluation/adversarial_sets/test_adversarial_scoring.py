@@ -79,7 +79,7 @@ def test_the_same_scoring_again_is_found_done(home: Path, tmp_path: Path, monkey
 def test_a_strong_saved_attack_on_a_pipeline_is_not_taken_for_a_transfer_that_beats_the_gradient(
     tmp_path: Path,
 ) -> None:
-    from vlmdefend.reporting import verdict_lines
+    from vlmdefend.reporting import verdict_rows
 
     options = {**OPTIONS, "limit": 60, "batch_size": 60}
     plan = make_plan(Grid.build({"eps": "8/255", "attack": "pgd:steps=20", "attacker": "adaptive"}, options))
@@ -87,7 +87,7 @@ def test_a_strong_saved_attack_on_a_pipeline_is_not_taken_for_a_transfer_that_be
     weak = vlmdefend.evaluate(tmp_path / "runs", attack="fgsm", eps="8/255", **options).results
     strong = score(tmp_path / "set", tmp_path / "runs")
     assert strong[0][0].robust < weak[0][0].robust - 6
-    (line,) = verdict_lines([*weak, *strong])
+    (line,) = verdict_rows([*weak, *strong])
     assert not [reason for reason in line.reasons if reason.kind.startswith("transfer")]
     assert line.worst is not None
     assert line.worst.counts[0] <= strong[0][0].robust
