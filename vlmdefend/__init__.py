@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from vlmdefend.moved import install
 from vlmdefend.version import __version__
 
 __all__ = ["__version__", "evaluate", "load_dataset", "load_model"]
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from vlmdefend.evaluation import evaluate
     from vlmdefend.models import load_model
 
-_HOMES = {"load_model": "models", "load_dataset": "data", "evaluate": "evaluation"}
+install()  # old import paths keep working for one version
+_PACKAGES = {"load_model": "models", "load_dataset": "data", "evaluate": "evaluation"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
+    if name in _PACKAGES:
         from importlib import import_module
 
-        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return getattr(import_module(f"{__name__}.{_PACKAGES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

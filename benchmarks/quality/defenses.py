@@ -42,8 +42,8 @@ from vlmdefend.defenses.views.views import augmented_views, most_confident
 from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.evaluation.grid.grid import ATTACKERS
 from vlmdefend.models import load_model
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.published.evidence import Evidence, MeasuredRow
 from vlmdefend.reporting.tables.groups import attacker_text, clean_text, passes_text, worst_text
 from vlmdefend.reporting.verdicts.line import VerdictRow

@@ -70,7 +70,7 @@ def steps(asked: argparse.Namespace, methods: list[str]) -> Iterator[dict[str, s
     from vlmdefend.errors import UserError
     from vlmdefend.rng import ImageRng
     from vlmdefend.training.loop.data import TrainingImages
-    from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
+    from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 
     for model in asked.models.split(","):
         for method in methods:

@@ -28,7 +28,7 @@ from vlmdefend.training.adaptation.teacher import as_teacher
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import HitCount
 from vlmdefend.training.loop.stage import Optimization
-from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
+from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 from vlmdefend.training.settings.adaptation_settings import make_urda_settings
 from vlmdefend.types import Batch
 

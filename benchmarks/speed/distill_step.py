@@ -18,9 +18,10 @@ from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.classifier import TrainedClassifier, choose_trained
+from vlmdefend.training.clip.student import AutocastTeacher, ClipStudent
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
-from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
+from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 from vlmdefend.types import Batch
 
 PAIRS = (("ViT-B-32", "RN50"), ("RN50", "ViT-B-32"))  # proxy, target
@@ -87,10 +88,10 @@ def runs_of(proxy: VisionLanguageModel, target: VisionLanguageModel) -> dict[str
     return {"floor": floor, "vlmdefend": ours, "official cost profile": official(proxy, target, classes, batch)}
 
 
-def student_of(target: VisionLanguageModel, classes: list[str]) -> TrainedStudent:
+def student_of(target: VisionLanguageModel, classes: list[str]) -> ClipStudent:
     """The target with its image tower trained."""
     classifier = TrainedClassifier(target, classes, TEMPLATE)
-    return TrainedStudent(classifier, choose_trained(classifier, "image"), Processes("cpu"))
+    return ClipStudent(classifier, choose_trained(classifier, "image"), Processes("cpu"))
 
 
 def official(

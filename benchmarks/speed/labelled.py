@@ -16,7 +16,7 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.evaluation.grid.protocol import get_protocol
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 
 BATCH = 64

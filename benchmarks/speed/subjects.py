@@ -16,7 +16,7 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.models import load_model
 from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 
 CLASSES = 1000
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.attacks.conftest import Wrapped
-from vlmdefend.models.clip.text_side import TextSide
+from vlmdefend.models.zero_shot.text_side import TextSide
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
 WORDS = ("calm", "loud", "red", "blue", "old", "new", "far", "near")

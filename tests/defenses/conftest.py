@@ -11,7 +11,7 @@ from tests.defenses.fashion import TWO_TEMPLATES, fashion_classifier
 from tests.defenses.linear import SIZE
 from vlmdefend.defenses.test_time._token_statistics import known_images
 from vlmdefend.defenses.test_time.tapt import Tapt
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 
 
 @pytest.fixture(scope="session")

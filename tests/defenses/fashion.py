@@ -10,7 +10,7 @@ from torch import Tensor
 import vlmdefend
 from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs
 

@@ -13,7 +13,7 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.composed import create_defense
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.attackers import variants
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline
 

@@ -14,7 +14,7 @@ from tests.defenses.cases import ACTING, CASES, NAMES, Case, every
 from tests.defenses.fashion import fashion_batch
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Recipe
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.published.evidence import evidence_on
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch

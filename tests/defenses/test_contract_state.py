@@ -10,7 +10,7 @@ import torch
 from tests.defenses.cases import Case, every
 from tests.defenses.fashion import fashion_batch, fingerprint
 from vlmdefend.evaluation.cell.query_count import CountingModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline
 

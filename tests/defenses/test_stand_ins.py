@@ -14,7 +14,7 @@ from vlmdefend.defenses.base import Defense, Paradigm, Recipe
 from vlmdefend.defenses.training_free.anti_adversary import AntiAdversary
 from vlmdefend.defenses.training_free.noise import Noise
 from vlmdefend.evaluation.cell.attackers import Variant, craft, variants
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline, Threat
 

@@ -26,10 +26,10 @@ from vlmdefend.progress import Progress
 from vlmdefend.training.clip.classifier import TrainedClassifier, choose_trained
 from vlmdefend.training.clip.held_out import accuracies
 from vlmdefend.training.clip.prompts import choose_prompts
+from vlmdefend.training.clip.student import AutocastTeacher, ClipStudent
 from vlmdefend.training.loop.data import TrainingImages
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization, Stage
-from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.loop.trainer import Trainer
 from vlmdefend.types import Batch
 
@@ -84,7 +84,7 @@ def classifier(model: VisionLanguageModel, **options: Any) -> TrainedClassifier:
 def student_of(model: VisionLanguageModel, trains: str = "image", precision: Any = None, **options: Any):
     made = classifier(model, **options)
     parameters = choose_prompts(made, trains, seed=0) or choose_trained(made, trains)
-    return TrainedStudent(made, parameters, Processes("cpu", precision))
+    return ClipStudent(made, parameters, Processes("cpu", precision))
 
 
 def parts_of(name: str) -> str:

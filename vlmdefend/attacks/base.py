@@ -17,7 +17,7 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Norm, Threat, per_image
 
 if TYPE_CHECKING:
-    from vlmdefend.models.clip.text_side import TextSide
+    from vlmdefend.models.zero_shot.text_side import TextSide
 
 
 class AttackResult(NamedTuple):
@@ -199,3 +199,10 @@ def _inside(found: Tensor, clean: Tensor, threat: Threat) -> tuple[Tensor, int]:
         repaired = threat.project(torch.where(found.isfinite(), found, clean), clean)
         found = torch.where(per_image(contained, found), found, repaired)
     return found, outside
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

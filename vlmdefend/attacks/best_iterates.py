@@ -1,4 +1,4 @@
-"""Best iterates of iterative attacks, and several runs of one attack of which each sees the images not fooled so far."""
+"""Best iterates of iterative attacks; several runs of one attack, each on the images that are not fooled yet."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ class Criterion:
         return Criterion(self.labels[at], None if self.targets is None else self.targets[at], reference)
 
     def margin(self, logits: Tensor) -> Tensor:
-        """Returns the (B,) distance past the criterion: best other minus label logit, or target minus best other logit."""
+        """Returns the (B,) margin past the criterion: best other minus label logit, or target minus best other."""
         if self.targets is None:
             return best_other(logits, self.labels) - logits.gather(1, self.labels[:, None])[:, 0]
         return logits.gather(1, self.targets[:, None])[:, 0] - best_other(logits, self.targets)

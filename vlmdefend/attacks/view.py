@@ -1,11 +1,11 @@
-"""What an attack sees of a model or a defended model, and the count of what it asked for."""
+"""The view of a pipeline that an attack receives, and the count of its queries."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +16,11 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 
 if TYPE_CHECKING:
-    from vlmdefend.models.clip.text_side import TextSide
+    from vlmdefend.models.zero_shot.text_side import TextSide
 
 
 class Gradient(NamedTuple):
-    """One gradient query."""
+    """The result of one gradient query."""
 
     logits: Tensor  # (B, C) at the images; the mean over the samples of a random pipeline
     loss: Tensor  # (B,)
@@ -29,7 +29,7 @@ class Gradient(NamedTuple):
 
 @dataclass
 class QueryCount:
-    """What the attack spent, per image, and what its gradients looked like."""
+    """Forwards, backwards and gradient statistics of an attack, per image."""
 
     forwards: Tensor  # (N,) int64
     backwards: Tensor  # (N,) int64
@@ -40,7 +40,7 @@ class QueryCount:
 
 
 class View:
-    """B images' view of a pipeline.
+    """Gives an attack logits, features and gradients of a pipeline for B images, and counts the queries.
 
     Args:
         pipeline: pixels in [0, 1] to outputs.
@@ -86,12 +86,12 @@ class View:
 
     @property
     def stochastic(self) -> bool:
-        """Whether two queries of the same images may differ."""
+        """True if two queries of the same images may differ."""
         return self.pipeline.stochastic
 
     @property
     def text_side(self) -> TextSide | None:
-        """The prompts of the model, where its text tower can be reached."""
+        """The prompts of the model, if its text tower can be reached; else None."""
         side: TextSide | None = getattr(self._model, "text_side", None)
         return side
 
@@ -99,7 +99,7 @@ class View:
         return len(self._at)
 
     def select(self, index: Tensor) -> View:
-        """The view of some of the images; it counts in the same queries and draws from the same streams."""
+        """Returns the view of some of the images, with the same query count and random streams."""
         part = View.__new__(View)
         part.__dict__.update(self.__dict__)
         part.rng, part._draws, part._at = self.rng.select(index), self._draws.select(index), self._at[index]
@@ -107,11 +107,11 @@ class View:
         return part
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B, ...) images -> (B, C) logits, without gradient, ``width`` at a time."""
+        """Returns (B, C) logits of (B, ...) images, without gradient, ``width`` images at a time."""
         return self.outputs(images).logits
 
     def outputs(self, images: Tensor) -> Outputs:
-        """(B, ...) images -> logits and features, without gradient, ``width`` at a time."""
+        """Returns logits and features of (B, ...) images, without gradient, ``width`` images at a time."""
         parts = []
         for chunk in chunks(len(self), self.width):
             part = self.select(chunk)
@@ -126,7 +126,7 @@ class View:
     def gradient(
         self, images: Tensor, criterion: Criterion, loss: Loss, transform: Callable[[Tensor], Tensor] | None = None
     ) -> Gradient:
-        """Logits, loss and the gradient with respect to the pixels; nothing else collects a gradient.
+        """Returns logits, loss and the gradient with respect to the pixels; no other gradient is accumulated.
 
         Where autograd finds no path from the loss to the pixels (a defense that cuts it), the gradient is zero.
 
@@ -160,12 +160,12 @@ class View:
         return Gradient(self._ranked(logits, scores), values, total)
 
     def once(self, images: Tensor, draws: ImageRng) -> Outputs:
-        """One query with the caller's own draws and with its graph, for gradients that are not the pixels'."""
+        """Runs one query with the caller's draws and its graph, for gradients of other inputs than pixels."""
         self.queries.forwards[self._at] += 1
         return self.pipeline(images, draws)
 
     def logits(self, images: Tensor) -> Tensor:
-        """(n, ...) any images -> (n, C) logits that carry a gradient, for code that is not ours (attacks/external.py).
+        """Returns (n, C) logits of (n, ...) images with a graph, for external code (attacks/external.py).
 
         Such code does not say which of the view's images it asks about, so the queries are counted in equal parts,
         rounded up, and a random pipeline draws from the first n streams, over again where n is larger.
@@ -176,7 +176,7 @@ class View:
         return logits.mean(dim=0) if self.samples > 1 else logits[0]
 
     def count_backwards(self, gradient: Tensor) -> None:
-        """Count the gradient of (n, ...) images that :meth:`logits` was asked for."""
+        """Counts the gradient of (n, ...) images for which :meth:`logits` was called."""
         self.queries.backwards[self._at] += -(-len(gradient) * self.samples // len(self))
         self.queries.gradient_values += gradient.numel()
         dead = (gradient == 0) | ~gradient.isfinite()
@@ -195,7 +195,7 @@ class View:
         return Outputs(self._ranked(logits, scores), features)
 
     def _with_quiet(self, values: Tensor, outputs: Outputs, criterion: Criterion) -> Tensor:
-        """(B,) losses and what they gain where the detector is quiet."""
+        """Returns (B,) losses with the term that lowers the detector's score added."""
         if not self.detector_weight or outputs.detector_score is None:
             return values
         if math.isinf(self.detector_weight):
@@ -203,7 +203,7 @@ class View:
         return values - self.detector_weight * outputs.detector_score
 
     def _ranked(self, logits: Tensor, scores: Tensor | None) -> Tensor:
-        """(B, C) logits and the (B,) sums of the detector's scores -> logits whose margin counts the quiet too."""
+        """Returns (B, C) logits whose margin also counts how low the detector's score is."""
         if self.labels is None or scores is None:
             return logits
         labels = self.labels.to(logits.device)
@@ -217,7 +217,7 @@ class View:
 
 
 def quiet_margin(margins: Tensor, scores: Tensor) -> Tensor:
-    """(B,) margins over the label and (B,) scores of a detector -> (B,) what is best by: what fools, the quietest."""
+    """Returns (B,) values to rank iterates by: fooling ones first, and among these the lowest detector score."""
     return torch.where(margins > 0, 2.0 - scores.atan(), margins)
 
 
@@ -227,6 +227,13 @@ def _plus(total: Tensor | None, more: Tensor | None) -> Tensor | None:
 
 
 def chunks(total: int, width: int) -> Iterator[Tensor]:
-    """Index tensors over 0..total-1, ``width`` at a time."""
+    """Yields index tensors over 0..total-1, ``width`` at a time."""
     for first in range(0, total, width):
         yield torch.arange(first, min(first + width, total))
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from vlmdefend.errors import UserError
 
@@ -147,3 +147,10 @@ class Source(ABC):
         Raises:
             UserError: what is missing and how to get it.
         """
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

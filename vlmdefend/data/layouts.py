@@ -103,3 +103,10 @@ def _read(file: Path) -> str:
     if not file.is_file():
         raise UserError(f"{file} is missing; it belongs to the set as distributed: unpack the archive again.")
     return file.read_text("utf-8")
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

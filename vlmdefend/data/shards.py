@@ -21,6 +21,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from vlmdefend.data.base import ImageSet
 from vlmdefend.data.folders import split_folder, subfolders
@@ -218,3 +219,10 @@ def _lines(file: Path) -> list[str]:
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 text; save it as UTF-8.") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

@@ -1,4 +1,4 @@
-"""The judge: a grid of cells, one honest verdict each, stored as it is found."""
+"""Evaluates a grid of cells (model x defense x data set x attack x attacker x eps x seed) and stores each record."""
 
 from __future__ import annotations
 

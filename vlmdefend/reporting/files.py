@@ -1,4 +1,4 @@
-"""Write a report whole or not at all."""
+"""Writes a report file whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlmdefend.errors import UserError
 
 
 def save(content: str | bytes, file: Path) -> None:
-    """Write ``content`` beside ``file`` and rename: a reader never sees half of it, a failure leaves the old one.
+    """Writes ``content`` beside ``file`` and renames it, so that a failure leaves the old file.
 
     Raises:
         UserError: the folder is missing or cannot be written, or the disk is full.

@@ -1,4 +1,4 @@
-"""Run folders to results. Reads only, so a folder on a read-only disk is fine."""
+"""Reads run folders into results; writes nothing, so a read-only disk is fine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PATTERN = "cells/*/record.json"
 
 
 def load_runs(folders: Iterable[str | Path]) -> list[Result]:
-    """Every finished or failed cell of these run folders, in a stable order.
+    """Returns every finished or failed cell of these run folders, in a stable order.
 
     The same cell with the same outcome in two folders is taken once, and a cell that failed in one folder and is
     done in another is done. The same cell with two outcomes stays twice: the verdict says so.
@@ -35,7 +35,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[Result]:
 
 
 def unfinished(folders: Iterable[str | Path]) -> int:
-    """How many cells of these folders were begun and not finished."""
+    """Returns how many cells of these folders were begun and not finished."""
     begun = (file.parent for folder in folders for file in Path(folder).expanduser().glob("cells/*/partial.jsonl"))
     return sum(not (cell / "record.json").exists() for cell in begun)
 
@@ -47,7 +47,7 @@ def only(
     defenses: Sequence[str] = (),
     datasets: Sequence[str] = (),
 ) -> list[Result]:
-    """The results of these models, defenses and datasets; an empty choice keeps all.
+    """Returns the results of these models, defenses and datasets; an empty choice keeps all.
 
     Raises:
         UnknownName: for a name that no record has.

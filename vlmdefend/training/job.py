@@ -1,4 +1,4 @@
-"""The base of the three training commands: one run from settings to files, resumed where an earlier run stopped."""
+"""The base of the training commands: a job goes from settings to files, and resumes where an earlier run stopped."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from vlmdefend.training.settings.run_settings import RunSettings
 
 @dataclass(frozen=True, kw_only=True)
 class JobResult:
-    """What every run returns."""
+    """The result of a training job."""
 
-    out: Path
-    reused: bool  # True: an earlier run had finished it
+    out: Path  # the run folder
+    reused: bool  # True: an earlier run had finished the job
 
 
 Settings = TypeVar("Settings", bound=RunSettings)
@@ -36,16 +36,16 @@ Result = TypeVar("Result", bound=JobResult)
 
 
 class TrainingJob(ABC, Generic[Settings, Result]):
-    """One run of a training command. A subclass says what is opened, trained, measured and written.
+    """One run of a training command; subclasses define what is opened, trained, measured and written.
 
-    Construction checks the settings, the folder and the processes and opens models and images; nothing is trained
-    before :meth:`run`.
+    Construction checks the settings, the folder and the processes and opens models and images; training starts with
+    :meth:`run`.
 
     Args:
         settings: every option of the run.
 
     Raises:
-        UserError: something is missing or does not fit.
+        UserError: settings that do not fit together, or models or images that cannot be opened.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -60,10 +60,10 @@ class TrainingJob(ABC, Generic[Settings, Result]):
 
     @abstractmethod
     def refuse(self) -> None:
-        """Refuses combinations of settings, method and number of processes that cannot work.
+        """Checks the settings against the method and the number of processes.
 
         Raises:
-            UserError: names the option to change.
+            UserError: a combination that cannot work; the message names the option to change.
         """
 
     @abstractmethod
@@ -72,23 +72,23 @@ class TrainingJob(ABC, Generic[Settings, Result]):
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
-        """Returns what must be the same for a run to be resumed: settings, and hashes of images and weights."""
+        """Returns the values that must not change when a run is resumed: settings, hashes of images and weights."""
 
     @abstractmethod
     def train(self, progress: Progress, summary: dict[str, Any]) -> Result:
-        """Trains what is left to train, measures, writes models and summary.
+        """Trains what an earlier run did not finish, measures, and writes models and summary.
 
         Args:
             progress: receives the events of the run.
-            summary: what an earlier run measured; empty at first, and in processes other than the main one.
+            summary: the summary that an earlier run wrote; empty if there is none, and in all but the main process.
         """
 
     def run(self, progress: Progress) -> Result:
-        """Trains, resumes, or finds the run finished; holds the folder's lock meanwhile.
+        """Runs or resumes the job and returns its result; a finished job is read from its folder.
 
         Raises:
-            UserError: other settings than those that the folder's run was begun with; a loss that is not finite.
-            Busy: another process trains into the folder.
+            UserError: the folder holds a run with other settings, or a loss is not finite.
+            Busy: another process has locked the folder.
         """
         main = self.processes.is_main
         with deterministic(), self.folder.writing() if main else nullcontext():
@@ -108,10 +108,11 @@ class TrainingJob(ABC, Generic[Settings, Result]):
         progress: Progress,
         **options: Any,
     ) -> TrainerState:
-        """Runs the training loop with its log, state and tracker in ``folder``, which is created if needed.
+        """Runs the training loop and returns its final state; log, state file and tracker are written to ``folder``.
 
         Args:
-            options: further arguments of :class:`~vlmdefend.training.loop.trainer.Trainer`.
+            folder: created if it does not exist.
+            options: further arguments of :class:`~vlmdefend.training.loop.trainer.Trainer`, as the others are.
         """
         if self.processes.is_main:
             folder.mkdir(parents=True, exist_ok=True)

@@ -27,8 +27,8 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.clip.text_side import TextSide, ensembled
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
+from vlmdefend.models.zero_shot.text_side import TextSide, ensembled
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Threat
 

@@ -26,8 +26,8 @@ from vlmdefend.defenses.test_time.tpt import Tpt
 from vlmdefend.defenses.views.views import augmented_views, marginal_entropy, most_confident
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.types import Batch
 
 VIEWS = 24

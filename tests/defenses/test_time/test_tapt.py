@@ -21,8 +21,8 @@ from vlmdefend.defenses.test_time.tapt import Tapt
 from vlmdefend.defenses.views.views import augmented_views, marginal_entropy
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, first_image_tokens, reading
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 

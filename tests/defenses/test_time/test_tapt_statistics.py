@@ -12,8 +12,8 @@ from vlmdefend.defenses.test_time._token_statistics import Moments, TokenStatist
 from vlmdefend.defenses.test_time.tapt import Tapt
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import block_inputs
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.types import Batch
 
 VIEWS = 24

@@ -14,9 +14,9 @@ from vlmdefend.defenses.base import features_of
 from vlmdefend.defenses.test_time._deep_tuning import DeepTuned
 from vlmdefend.defenses.test_time.tapt import Tapt
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, reading
 from vlmdefend.models.prompts.learned_prompts import LearnedPrompts
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.progress import Progress
 from vlmdefend.types import Batch
 

@@ -18,7 +18,7 @@ from vlmdefend.defenses.views.border import framed
 from vlmdefend.defenses.views.views import augmented_views
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs
 

@@ -17,7 +17,7 @@ from vlmdefend.defenses.training_free.clipure_cos import ClipureCos
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.evaluation.statistics.diagnostics import Result, reasons
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline
 

@@ -25,7 +25,7 @@ from vlmdefend.defenses.training_free._diffusion_prior import (
 )
 from vlmdefend.defenses.training_free.clipure_diff import ClipureDiff, _Purified
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 

@@ -17,11 +17,11 @@ from vlmdefend.models import load_model
 from vlmdefend.models.backbone_names import load_backbone
 from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.patches import with_patches
-from vlmdefend.models.clip.text_tower import encode_embedded
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.prompts.context import ContextReader
 from vlmdefend.models.prompts.learned_prompts import LearnedPrompts, places
 from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.models.zero_shot.text_tower import encode_embedded
 
 CLASSES = ("cat", "ankle boot", "t-shirt")
 TEMPLATES = ("a photo of a {c}.",)

@@ -10,10 +10,10 @@ import torch
 from tests.models.conftest import is_one_sentence
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.clip import text_side
-from vlmdefend.models.clip.text_side import ensembled
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.models.zero_shot import text_side
+from vlmdefend.models.zero_shot.text_side import ensembled
 
 CLASSES = ("cat", "ankle boot", "t-shirt")
 TEMPLATES = ("a photo of a {c}.", "the {c}", "{c}!")

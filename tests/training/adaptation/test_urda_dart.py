@@ -21,7 +21,7 @@ from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
 from vlmdefend.training.adaptation.teacher import FrozenTeacher, as_teacher, predictions
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
-from vlmdefend.training.loop.student import Accumulator, make_optimizer, update
+from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 from vlmdefend.types import Batch, Threat
 
 CLASSES = ("bar", "cross", "square")

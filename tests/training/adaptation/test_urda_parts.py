@@ -21,7 +21,7 @@ from vlmdefend.training.adaptation.student import AdaptedStudent, copy_of
 from vlmdefend.training.adaptation.teacher import as_teacher
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
-from vlmdefend.training.loop.student import Accumulator
+from vlmdefend.training.loop.update import Accumulator
 from vlmdefend.types import Batch
 
 TRAINS = [c.name for c in ADAPTATIONS if c.trains]

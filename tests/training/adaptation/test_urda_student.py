@@ -22,7 +22,7 @@ def test_the_teacher_stays_to_the_bit_and_all_of_the_student_trains(
     folder = Path(teacher.removeprefix("local-dir:"))
     before, hashed = weights_of(folder), load_model(teacher, device="cpu").weights_hash
     ready = adaptation(root, tmp_path / "out", teacher=teacher, init=init)
-    begun = ready._fresh(16) if init == "imagenet" else load_model(teacher, device="cpu").clip
+    begun = ready.new_classifier(16) if init == "imagenet" else load_model(teacher, device="cpu").clip
     begun = {name: tensor.clone() for name, tensor in begun.state_dict().items()}
     ready.run(Progress())
     assert weights_of(folder) == before
@@ -35,10 +35,12 @@ def test_the_teacher_stays_to_the_bit_and_all_of_the_student_trains(
 
 def test_released_weights_of_the_backbone_learn_at_a_tenth_of_the_rate(root: Path, tmp_path: Path) -> None:
     from vlmdefend.training.adaptation.student import AdaptedStudent
-    from vlmdefend.training.loop.student import make_optimizer, update
+    from vlmdefend.training.loop.update import make_optimizer, update
 
     ready = adaptation(root, tmp_path / "out")
-    student = AdaptedStudent(ready._fresh(16), (ADAPTATIONS.create("mdd"),), ready.processes, backbone_factor=0.1)
+    student = AdaptedStudent(
+        ready.new_classifier(16), (ADAPTATIONS.create("mdd"),), ready.processes, backbone_factor=0.1
+    )
     optimizer = make_optimizer(student.parameters, Optimization(), student.rate_factors)
     for parameter in student.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -55,7 +57,7 @@ def test_sroudas_teacher_learns_at_a_ten_thousandth_of_the_rate(root: Path, tmp_
     from vlmdefend.training.adaptation.student import AdaptedStudent
 
     ready = adaptation(root, tmp_path / "out")
-    student = AdaptedStudent(ready._fresh(16), (ADAPTATIONS.create("srouda"),), ready.processes)
+    student = AdaptedStudent(ready.new_classifier(16), (ADAPTATIONS.create("srouda"),), ready.processes)
     beside = {name for name in student.parameters if name.startswith("teacher.")}
     assert len(beside) == len(list(student.classifier.parameters()))
     assert {student.rate_factors[name] for name in beside} == {1e-4}

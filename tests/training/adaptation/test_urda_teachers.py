@@ -103,7 +103,7 @@ def test_any_changed_weight_or_statistic_changes_the_hash(tmp_path: Path, networ
 def test_a_timm_backbone_adapts_from_its_weights_in_both_steps(tmp_path: Path, root: Path, network: Any) -> None:
     name = written(tmp_path / "hub", network, None)
     ready = adaptation(root, tmp_path / "out", backbone=name, epochs_teacher=1, epochs_student=1, limit=8)
-    begun = ready._fresh(16).backbone.state_dict()
+    begun = ready.new_classifier(16).backbone.state_dict()
     assert torch.equal(begun["conv1.0.weight"], network.state_dict()["conv1.0.weight"])
     ready.run(Progress())
     made = load_model(f"local-dir:{tmp_path / 'out'}", device="cpu")

@@ -95,5 +95,5 @@ def test_the_published_crops_are_the_papers_profiles_and_no_one_elses() -> None:
 
 
 def test_a_method_that_stores_features_once_refuses_crops(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--augment crop-flip: advpt trains on what it made of each image before"):
+    with pytest.raises(UserError, match="--augment crop-flip: advpt trains on features that it stores before"):
         training(tmp_path / "out", "advpt", augment="crop-flip", **SMALL)

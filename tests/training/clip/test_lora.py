@@ -18,12 +18,13 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import LowRank, choose_adapters
+from vlmdefend.training.clip.student import ClipStudent
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
 from vlmdefend.training.loop.state_file import load_state
-from vlmdefend.training.loop.student import Accumulator, TrainedStudent
 from vlmdefend.training.loop.trainer_state import STATE
+from vlmdefend.training.loop.update import Accumulator
 from vlmdefend.training.settings.train_settings import make_train_settings
 
 
@@ -32,7 +33,7 @@ def vit(folders: dict[str, Path]) -> VisionLanguageModel:
     return load_model(f"local-dir:{folders['vit']}", device="cpu")
 
 
-def adapted(model: VisionLanguageModel, parts: str) -> TrainedStudent:
+def adapted(model: VisionLanguageModel, parts: str) -> ClipStudent:
     """With factors that are not at 0, so that what is left out of them shows."""
     made = classifier(model)
     parameters = choose_adapters(made, parts, seed=0)
@@ -41,7 +42,7 @@ def adapted(model: VisionLanguageModel, parts: str) -> TrainedStudent:
         for name, parameter in parameters.items():
             if name.endswith(".up"):
                 parameter.fill_(0.2)
-    student = TrainedStudent(made, parameters, Processes("cpu"))
+    student = ClipStudent(made, parameters, Processes("cpu"))
     student.refresh()
     return student
 

@@ -18,8 +18,9 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.prompts.context import ContextReader
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.prompts import choose_prompts
+from vlmdefend.training.clip.student import ClipStudent
 from vlmdefend.training.loop.stage import Optimization
-from vlmdefend.training.loop.student import Accumulator, TrainedStudent, make_optimizer, update
+from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 
 CASES = [
     ("apt", "context:4", "rn"),
@@ -37,7 +38,7 @@ def loaded(folders: dict[str, Path], kind: str) -> VisionLanguageModel:
     return load_model(f"local-dir:{folders[kind]}", device="cpu")
 
 
-def one_step(method: str, student: TrainedStudent, count: int = 6, micro_batch: int | None = None) -> None:
+def one_step(method: str, student: ClipStudent, count: int = 6, micro_batch: int | None = None) -> None:
     objective, batch = OBJECTIVES.create(method, eps=EPS, alpha=EPS / 2, steps=2), batch_of(count)
     options = Optimization(batch_size=count, micro_batch=micro_batch)
     Accumulator(student, None, options).gradients(objective, batch, ImageRng(0, batch.ids, "test"))
@@ -45,7 +46,7 @@ def one_step(method: str, student: TrainedStudent, count: int = 6, micro_batch: 
     student.refresh()
 
 
-def answers(student: TrainedStudent, images: Tensor) -> Tensor:
+def answers(student: ClipStudent, images: Tensor) -> Tensor:
     with torch.no_grad():
         return student.attacked(images)
 

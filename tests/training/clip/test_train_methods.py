@@ -18,17 +18,18 @@ from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.progress import Progress
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.clip.adapters import choose_adapters, folded
+from vlmdefend.training.clip.student import AutocastTeacher, ClipStudent
 from vlmdefend.training.clip.training_job import DefenseTrainingJob
 from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.stage import Optimization
-from vlmdefend.training.loop.student import Accumulator, AutocastTeacher, TrainedStudent, make_optimizer, update
+from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 from vlmdefend.training.settings.train_settings import make_train_settings
 from vlmdefend.types import Batch
 
 NAMES = [cls.name for cls in OBJECTIVES if cls.schedule is not None and not cls.learns]
 
 
-def one_step(name: str, student: TrainedStudent, original: VisionLanguageModel, batch: Batch) -> dict[str, float]:
+def one_step(name: str, student: ClipStudent, original: VisionLanguageModel, batch: Batch) -> dict[str, float]:
     objective = OBJECTIVES.create(name, eps=EPS, alpha=EPS / 2, steps=2)
     teacher = None if objective.teacher == "none" else AutocastTeacher(classifier(original), student.processes)
     options = Optimization(batch_size=len(batch.ids))
@@ -98,11 +99,11 @@ def test_an_image_tower_that_is_neither_is_refused() -> None:
 # adapters
 
 
-def adapted(model: VisionLanguageModel, parts: str) -> TrainedStudent:
+def adapted(model: VisionLanguageModel, parts: str) -> ClipStudent:
     made = classifier(model)
     parameters = choose_adapters(made, parts, seed=0)
     assert parameters
-    return TrainedStudent(made, parameters, Processes("cpu"))
+    return ClipStudent(made, parameters, Processes("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -167,12 +168,12 @@ def test_lora_is_the_product_of_two_thin_matrices_over_the_root_of_the_rank(fold
     ("kind", "parts", "message"),
     [
         ("vit", "lora:0", "write lora: and a whole number from 1"),
-        ("vit", "lora:33", "rank 33 is more than the 32 that the image tower's attention is wide"),
+        ("vit", "lora:33", "rank 33 is more than 32, the width of the image tower's attention"),
         ("vit", "lora:2:1", "the dropout after the rank must be a number from 0 to below 1"),
         ("vit", "lora-all:2:x", "the dropout after the rank must be a number from 0 to below 1"),
         ("vit", "prompt:4:0.5", "write prompt: and a whole number from 1"),
         ("vit", "prompt:x", "write prompt: and a whole number from 1"),
-        ("vit", "prompt:16", "leaves nothing of 32 pixels"),
+        ("vit", "prompt:16", "the border covers all 32 x 32 pixels; give a narrower one"),
         ("rn", "prompt:4", "choose a ViT, or --trains image"),
     ],
 )

@@ -12,7 +12,7 @@ from tests.training.clip.short_runs import EPOCHS, close, result, same, stage_b
 from tests.training.conftest import EPS, MakeRun, stages
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
-from vlmdefend.training.loop.student import TrainedStudent
+from vlmdefend.training.clip.student import ClipStudent
 from vlmdefend.training.loop.weight_averages import Weights, copied
 
 
@@ -56,7 +56,7 @@ def test_stage_b_begins_from_vanilla_to_the_bit_whatever_stage_a_did(make_run: M
     vanilla, seen = copied(run.student.weights()), {}
     objective = HptGpd.losses
 
-    def losses(self: HptGpd, student: TrainedStudent, *rest: object) -> object:
+    def losses(self: HptGpd, student: ClipStudent, *rest: object) -> object:
         seen.setdefault(self.anchored, copied(student.weights()))
         return objective(self, student, *rest)
 

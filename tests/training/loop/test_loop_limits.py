@@ -11,7 +11,7 @@ from tests.training.clip.short_runs import close, result, same, stage_b
 from tests.training.conftest import MakeRun
 from vlmdefend.defenses.training_time.hpt_gpd import HptGpd
 from vlmdefend.errors import UserError
-from vlmdefend.training.loop.student import TrainedStudent
+from vlmdefend.training.clip.student import ClipStudent
 from vlmdefend.training.loop.weight_averages import copied
 
 # what must not change the result
@@ -69,9 +69,9 @@ def test_bfloat16_trains_in_bfloat16_and_attacks_in_float32(make_run: MakeRun) -
     inside = {"which": "attacked"}
     conv = run.student.classifier.clip.visual.conv1
     conv.register_forward_hook(lambda module, args, output: dtypes[inside["which"]].add(output.dtype))
-    call = TrainedStudent.__call__
+    call = ClipStudent.__call__
 
-    def trained(self: TrainedStudent, images: torch.Tensor) -> object:
+    def trained(self: ClipStudent, images: torch.Tensor) -> object:
         inside["which"] = "trained"
         try:
             return call(self, images)
@@ -79,7 +79,7 @@ def test_bfloat16_trains_in_bfloat16_and_attacks_in_float32(make_run: MakeRun) -
             inside["which"] = "attacked"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainedStudent, "__call__", trained)
+        patch.setattr(ClipStudent, "__call__", trained)
         run.run()
     assert dtypes == {"attacked": {torch.float32}, "trained": {torch.bfloat16}}
     assert all(w.dtype == torch.float32 for w in run.student.weights().values())

@@ -53,7 +53,7 @@ class Fab(Attack):
         check_options(self.name, steps=self.steps, restarts=self.restarts, targets=self.targets)
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """Returns at most two gradients per projection and class (every other iterate adversarial), and two forwards."""
+        """Returns at most two gradients per projection and class, and two forwards."""
         gradients = 2 * self.steps * self.targets * self.restarts
         return (gradients + self.restarts + 1) * samples, gradients * samples
 

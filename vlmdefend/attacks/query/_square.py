@@ -15,7 +15,7 @@ HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 queries
 
 
 class Patterns(NamedTuple):
-    """The bump patterns of Andriushchenko et al. 2020, eq. 2, by side: ``values[place[side]]`` is (S, S), unit L2 norm."""
+    """The bumps of Andriushchenko et al. 2020, eq. 2, by side: ``values[place[side]]`` is (S, S), unit L2 norm."""
 
     values: Tensor  # (K, S, S), zero outside [0, side)^2
     place: Tensor  # (S + 1,) int64

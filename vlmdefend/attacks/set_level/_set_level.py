@@ -63,7 +63,7 @@ class SetLevel(Attack):
         return False
 
     def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
-        """Returns a gradient per image and pass, and a forward for the clean outputs where the loss compares with them."""
+        """Returns a gradient per image and pass, and a forward where the loss compares with clean outputs."""
         gradients = self.steps * count * samples
         return gradients + (count * samples if self.loss_name in NEEDS_REFERENCE else 0), gradients
 

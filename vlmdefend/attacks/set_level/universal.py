@@ -78,7 +78,7 @@ class Universal(SetLevel):
         return self._with(delta)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """Returns the images with the delta, projected into the ball if it is smaller than the one it was fitted for."""
+        """Returns the images with the delta, projected into the ball where that is smaller than the fitted one."""
         delta = self._lesson()
         if images.shape[1:] != delta.shape:
             raise UserError(

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.attacks.view import View, chunks
-from vlmdefend.models.clip.text_side import TextSide
+from vlmdefend.models.zero_shot.text_side import TextSide
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmdefend.attacks.text_level._answers import PromptScore, PromptScores
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_side import PROMPTS_AT_ONCE, TextSide, ensembled, parts_of
+from vlmdefend.models.zero_shot.text_side import PROMPTS_AT_ONCE, TextSide, ensembled, parts_of
 
 Mode = Literal["suffix", "substitute"]
 PLACEHOLDER = "the"  # where a token will be appended, the gradient is taken at this one
@@ -27,13 +27,13 @@ class Prompts(NamedTuple):
 
     @property
     def classes(self) -> Tensor:
-        """(C, D) unit class features."""
+        """Returns (C, D) unit class features."""
         return ensembled(self.prompts)
 
 
 @dataclass(frozen=True)
 class PromptGroup:
-    """Prompts that get the same tokens in the same places."""
+    """Prompts that receive the same tokens in the same positions."""
 
     rows: Tensor  # (R,) which, counted c * T + t
     slots: Tensor | None  # (R, S) where tokens may be exchanged; None: tokens are appended
@@ -47,7 +47,7 @@ class PromptGroup:
 
 
 def groups_of(side: TextSide, mode: Mode, per_class: bool) -> list[PromptGroup]:
-    """Which prompts change together.
+    """Returns the groups of prompts that change together.
 
     A suffix is the same for all prompts, or all of one class. Substituted are tokens of a template, for all classes
     alike, or for each class by itself.
@@ -75,7 +75,7 @@ def groups_of(side: TextSide, mode: Mode, per_class: bool) -> list[PromptGroup]:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSearch:
-    """Greedy, or with beams: one token per round and group; the best candidates of first order are tried in full."""
+    """Greedy or beam search: one token per round and group; the best first-order candidates are tried in full."""
 
     side: TextSide
     answers: PromptScores
@@ -86,7 +86,7 @@ class PromptSearch:
     sweeps: int
 
     def run(self, rounds: int) -> Prompts:
-        """The best prompts with at most ``rounds`` tokens changed in each; those of fewer rounds are their prefix.
+        """Returns the best prompts with at most ``rounds`` tokens changed in each.
 
         Only what scores better than the prompts so far is taken, so the score never falls with ``rounds``.
         """
@@ -106,7 +106,7 @@ class PromptSearch:
         return beam[0]
 
     def _best(self, beam: list[Prompts], found: list[Prompts]) -> list[Prompts]:
-        """The best few of both; at equal scores the earlier."""
+        """Returns the best few of both lists; at equal scores the earlier."""
         best: list[Prompts] = []
         for one in sorted(beam + found, key=lambda one: (one.score.right, -one.score.loss)):
             if len(best) < self.beams and not any(torch.equal(one.tokens, other.tokens) for other in best):
@@ -114,7 +114,7 @@ class PromptSearch:
         return best
 
     def _grown(self, prompts: Prompts, number: int) -> list[Prompts]:
-        """With one more token changed in a group."""
+        """Returns prompts with one more token changed in a group."""
         group, changed = self.groups[number], prompts.changed[number]
         if group.slots is None:
             flat = prompts.tokens.flatten(0, 1).clone()
@@ -124,14 +124,14 @@ class PromptSearch:
         return self._tried(prompts, prompts.tokens.flatten(0, 1), number, free) if free else []
 
     def _improved(self, prompts: Prompts, number: int) -> list[Prompts]:
-        """With another token in a place that was changed before."""
+        """Returns prompts with another token in a position that was changed before."""
         changed = prompts.changed[number]
         return self._tried(prompts, prompts.tokens.flatten(0, 1), number, changed) if changed else []
 
     def _tried(
         self, prompts: Prompts, flat: Tensor, number: int, slots: tuple[int, ...], *, placeholder: bool = False
     ) -> list[Prompts]:
-        """The best few of the candidates at these slots.
+        """Scores the candidates at these positions and returns the best few.
 
         Args:
             flat: (C*T, L) the tokens at which the gradient is taken.
@@ -154,7 +154,7 @@ class PromptSearch:
         return tried
 
     def _proposed(self, tokens: Tensor, group: PromptGroup, places: Tensor, placeholder: bool) -> Tensor:
-        """(K, 2) slot and token of the highest first-order gains (HotFlip: gradient times change of the embedding).
+        """Returns (K, 2) position and token of the highest first-order gains (HotFlip).
 
         Half of them for the loss over all images, half for those that are still right: the first soon knows only images
         that are far beyond the boundary, the second forgets those that could come back.
@@ -190,7 +190,7 @@ class PromptSearch:
 
 
 def first_order_gains(gradient: Tensor, rows: Tensor, places: Tensor, table: Tensor) -> Tensor:
-    """What the loss gains, to first order, if the prompts' tokens are exchanged (Ebrahimi et al. 2018, eq. 3).
+    """Returns the first-order gain of the loss for every exchange of a token (Ebrahimi et al. 2018, eq. 3).
 
     Args:
         gradient: (R, L, W) of the loss with respect to the token embeddings.

@@ -1,4 +1,4 @@
-"""What attacks share that change the class prompts, for a whole set of images at once."""
+"""The base of attacks that change the class prompts for a whole set of images at once."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from vlmdefend.attacks.text_level._answers import PromptScores
 from vlmdefend.attacks.text_level._prompts import Mode, Prompts, PromptSearch, groups_of
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_side import TextSide
+from vlmdefend.models.zero_shot.text_side import TextSide
 from vlmdefend.types import Threat
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextLevel(Attack):
-    """Prompts learned from images of the very set that is judged, then used for every image alike.
+    """Prompts fitted to images of the set that is evaluated, then used for every image.
 
     The tokens of the class names and the special ones never change: the task stays the task, and what is attacked is
     the wording around it. A budget of k allows each prompt k changed tokens. The blank prompts of a defense are its
@@ -63,36 +63,36 @@ class TextLevel(Attack):
 
     @property
     def learns_from(self) -> int:
-        """``images``."""
+        """The option ``images``."""
         return self.images
 
     @property
     def keeps_best(self) -> bool:
-        """Never: whoever uses the same prompts for all images does not look at each."""
+        """False: the same prompts are scored on every image."""
         return False
 
     def fit_budget(self, count: int, samples: int = 1) -> tuple[int, int]:
-        """Two forwards per image and draw; more only where a defense's embeddings depend on the prompts."""
+        """Returns two forwards per image and draw; more where a defense's embeddings depend on the prompts."""
         return 2 * count * samples, 0
 
     def conditions(self, side: TextSide | None) -> AbstractContextManager[None]:
-        """The attacked prompts, once they are learned."""
+        """Returns a context in which the model reads the attacked prompts."""
         if self.learned is None:
             return nullcontext()
         return self._reached(side).using(self.learned.classes)
 
     def attacked_prompts(self, side: TextSide | None) -> list[str]:
-        """C texts: what each class's first template has become; empty before it has learned."""
+        """Returns C texts, the attacked first template of each class; empty before the fit."""
         if self.learned is None:
             return []
         return [self._reached(side).decode(row) for row in self.learned.tokens[:, 0]]
 
     def tokens_allowed(self, threat: Threat) -> int:
-        """How many tokens of each prompt may change."""
+        """Returns how many tokens of each prompt may change."""
         return int(torch.as_tensor(threat.eps).max())
 
     def fit(self, view: View, images: Tensor, labels: Tensor, threat: Threat) -> Attack:
-        """Learn the prompts."""
+        """Returns the attack with the fitted prompts."""
         side = self._reached(view.text_side)
         answers = PromptScores(view, side, images, labels)
         search = PromptSearch(

@@ -1,4 +1,4 @@
-"""Image and text attacked together."""
+"""Attacks image and text together."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ class Co(TextLevel):
         self._image_step()
 
     def budget(self, samples: int = 1) -> tuple[int, int]:
-        """As of pgd, and a forward for what the prompts alone do."""
+        """Returns the budget of pgd, and a forward for the images under the attacked prompts."""
         forwards, backwards = self._image_step().budget(samples)
         return forwards + samples, backwards
 
     def tokens_allowed(self, threat: Threat) -> int:
-        """``tokens``."""
+        """The option ``tokens``."""
         return self.tokens
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """Gradient steps on what the attacked prompts alone do not fool."""
+        """Takes gradient steps on the images that the attacked prompts alone do not fool."""
         self._lesson()
         result = images.clone()
         with self.conditions(view.text_side):

@@ -33,7 +33,7 @@ class Text(TextLevel):
     norms: ClassVar[tuple[Norm, ...]] = ("tokens",)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The images, as they are."""
+        """Returns the images unchanged."""
         spent = max(map(len, self._lesson().changed))
         if spent > int(torch.as_tensor(threat.eps).min()):
             raise UserError(

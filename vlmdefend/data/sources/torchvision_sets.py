@@ -270,3 +270,10 @@ def _how_to_get(row: TorchvisionSet, top: Path, where: Path, arguments: Mapping[
     line = f"`torchvision.datasets.{row.dataset}({str(folder)!r}{given}, download=True)`"
     how = row.fetch.format(root=repr(str(folder / row.expects))) or f"download it with {line}"
     return f"{row.name} is expected in {where}: {how}, or set $VLMDEFEND_DATA to the folder that holds {row.expects}."
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

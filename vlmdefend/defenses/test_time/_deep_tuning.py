@@ -16,7 +16,6 @@ from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Sigh
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics, known_images
 from vlmdefend.defenses.views.views import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.image_prompts import (
     DeepPromptTower,
     ImagePrompts,
@@ -25,6 +24,7 @@ from vlmdefend.models.prompts.image_prompts import (
     image_blocks,
     reading,
 )
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 

@@ -15,9 +15,9 @@ from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses.base import Defense, Paradigm, features_of
 from vlmdefend.defenses.views.views import augmented_views, mean_score, most_confident, pick, predict_views
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_side import TextSide
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
+from vlmdefend.models.zero_shot.text_side import TextSide
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline
 

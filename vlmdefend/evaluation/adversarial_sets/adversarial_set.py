@@ -1,4 +1,4 @@
-"""A saved set of adversarial images: what is in the folder, and how it is read and checked.
+"""A saved set of adversarial images: the files of its folder, read and checked.
 
 ``vlmdefend attack --out DIR`` writes
 
@@ -10,9 +10,9 @@
 * ``cells/KEY``: the record of the attack, so that DIR is also a run folder for ``vlmdefend report``;
 * ``contact_sheet.png``, and with ``--png`` the folder ``png`` (see :mod:`vlmdefend.evaluation.adversarial_sets.png`).
 
-No file is named after an id, which may hold anything: ``number`` counts the images, ``file`` and ``position`` say
-where the pixels are. The clean images are not in the set; they are read from the data set again, and the hash of
-their pixels says whether they are the same. Nothing in the set is code, so any tool can read it::
+File names never contain an image id, since an id may hold any character: ``number`` counts the images, ``file`` and
+``position`` locate the pixels. The clean images are not in the set; they are read from the data set again, and the
+hash of their pixels shows whether they are the same. Nothing in the set is code, so any tool can read it::
 
     rows = [json.loads(line) for line in open("DIR/index.jsonl")]
     images = load_file(f"DIR/{rows[0]['file']}")["images"]  # safetensors.torch, safetensors.numpy ...
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class AdversarialSet:
-    """A finished set; pixels are read, and checked against the manifest, when they are asked for."""
+    """A finished set; pixels are read, and checked against the manifest, on demand."""
 
     folder: Path
     hash: str  # of the manifest, which holds the hash of every other file
@@ -59,7 +59,7 @@ class AdversarialSet:
 
     @classmethod
     def open(cls, folder: str | Path) -> AdversarialSet:
-        """Read manifest and index; the image files must be there, as long as the manifest says.
+        """Reads manifest and index; the image files must exist with the sizes in the manifest.
 
         Raises:
             UserError: no set, an unfinished one, one of a newer format, or one that was cut off or edited.
@@ -68,25 +68,25 @@ class AdversarialSet:
         if not place.is_dir():
             raise UserError(f"--adversarial {folder}: no such folder; give the --out folder of `vlmdefend attack`.")
         manifest, set_hash = _read_manifest(place)
-        lines = _checked(place, manifest.index)
+        lines = _read_checked(place, manifest.index)
         try:
             rows = tuple(IndexRow.model_validate_json(line) for line in lines.removesuffix(b"\n").split(b"\n"))
         except ValidationError:
-            raise _damaged(place / INDEX) from None
+            raise _damaged_error(place / INDEX) from None
         if len(rows) != manifest.n or {row.file for row in rows} != {file.name for file in manifest.images}:
-            raise _damaged(place / INDEX)
+            raise _damaged_error(place / INDEX)
         for file in manifest.images:
             if not (place / file.name).is_file() or (place / file.name).stat().st_size != file.size:
-                raise _damaged(place / file.name)
+                raise _damaged_error(place / file.name)
         return cls(place, set_hash[:16], manifest, rows)
 
     @property
     def threat(self) -> Threat:
-        """What the images were crafted within."""
+        """The threat model that the images were crafted under."""
         return Threat(self.manifest.cell.norm, self.manifest.cell.eps)
 
     def pixels(self, file: str) -> Tensor:
-        """(N, 3, H, W) float32: the images of one file, in the order of their positions.
+        """Returns (N, 3, H, W) float32: the images of one file, in the order of their positions.
 
         Raises:
             UserError: the file is not the one that was written.
@@ -95,14 +95,14 @@ class AdversarialSet:
             from safetensors.torch import load
 
             (entry,) = [known for known in self.manifest.images if known.name == file]
-            found: Tensor = load(_checked(self.folder, entry))["images"]
+            found: Tensor = load(_read_checked(self.folder, entry))["images"]
             while len(self._recent) > 1:  # a batch may lie across two files
                 self._recent.pop(next(iter(self._recent)))
             self._recent[file] = found
         return self._recent[file]
 
     def images(self, rows: Sequence[IndexRow]) -> Tensor:
-        """(B, 3, H, W) float32 of these rows, which must be of one size.
+        """Returns (B, 3, H, W) float32 images of these rows, which must be of one size.
 
         Raises:
             UserError: a file is not the one that was written.
@@ -112,10 +112,10 @@ class AdversarialSet:
         return torch.stack([self.pixels(row.file)[row.position] for row in rows])
 
     def clean(self, name: str | None = None, split: str | None = None, root: Path | None = None) -> ImageSet:
-        """The clean images, in the order of the rows.
+        """Returns the clean images, in the order of the rows.
 
         Args:
-            name: the data set, where it is called otherwise here than where the set was crafted.
+            name: the data set, if its name differs from the one used when the set was crafted.
             split: its split.
             root: the folder of downloaded data sets.
 
@@ -144,22 +144,24 @@ class AdversarialSet:
         return replace(images, class_names=self.manifest.class_names)
 
 
-def _checked(folder: Path, file: ImageFile) -> bytes:
+def _read_checked(folder: Path, file: ImageFile) -> bytes:
+    """Returns the content of a file whose SHA-256 must be the one in the manifest."""
     try:
         content = (folder / file.name).read_bytes()
     except OSError:
-        raise _damaged(folder / file.name) from None
+        raise _damaged_error(folder / file.name) from None
     if hashlib.sha256(content).hexdigest() != file.sha256:
-        raise _damaged(folder / file.name)
+        raise _damaged_error(folder / file.name)
     return content
 
 
 def _read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """Returns the checked manifest of a folder and the SHA-256 that it states for itself."""
     file = folder / MANIFEST
     if not file.exists():
         begun = next(folder.glob("cells/*/partial.jsonl"), None) is not None
         advice = (
-            "run the same `vlmdefend attack` command again to finish it" if begun else "give the --out folder of one"
+            "run the same `vlmdefend attack` command again to finish it" if begun else "give the --out folder of a set"
         )
         what = "is half crafted" if begun else "holds no set of `vlmdefend attack`"
         raise UserError(f"--adversarial {folder}: {what} (there is no {MANIFEST}); {advice}.")
@@ -171,13 +173,14 @@ def _read_manifest(folder: Path) -> tuple[Manifest, str]:
                 f"{file}: has format {version}, this vlmdefend reads up to {FORMAT}; upgrade vlmdefend to read it."
             )
         if digest({key: value for key, value in data.items() if key != "sha256"}) != data.get("sha256"):
-            raise _damaged(file)
+            raise _damaged_error(file)
         return Manifest.model_validate({key: value for key, value in data.items() if key != "sha256"}), data["sha256"]
     except (OSError, ValueError, AttributeError, TypeError):  # a ValidationError is a ValueError
-        raise _damaged(file) from None
+        raise _damaged_error(file) from None
 
 
-def _damaged(file: Path) -> UserError:
+def _damaged_error(file: Path) -> UserError:
+    """Returns the error for a file that is missing, cut off or edited."""
     return UserError(
         f"{file}: is not what `vlmdefend attack` wrote (missing, cut off or edited); delete the folder {file.parent} "
         "and craft the set again."

@@ -1,4 +1,4 @@
-"""Craft one set: the judge attacks as for ``evaluate``, each shard's images are kept, the files are checked."""
+"""Crafts one set: attacks as ``evaluate`` does, keeps the images of each shard, checks the written files."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ from vlmdefend.types import Threat
 
 @dataclass(frozen=True)
 class CraftedSet:
-    """A finished set with what is needed to look at it."""
+    """A finished set, with its record, clean images and PNG files."""
 
     saved: AdversarialSet
     record: Record
     images: ImageSet  # clean, in the order of the set's rows
     transform: PixelTransform
     pngs: Pngs | None
-    reused: bool  # it was found done
+    reused: bool  # an earlier run had finished it
 
 
 def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -> CraftedSet:
-    """Craft the one cell of ``plan`` into ``out``; the same call goes on where a killed one stopped.
+    """Crafts the one cell of ``plan`` into ``out``; the same call resumes where a killed one stopped.
 
     Raises:
         UserError: more than one cell, a threat that leaves the pixels alone, or another set in ``out``.
@@ -64,7 +64,7 @@ def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -
     model = load_model(planned.model, weights=plan.grid.weights, device=device)
     cell = bind(plan, planned, model, device, planned.images.content_hash())
     _refuse_another(store, cell)
-    judge = evaluator_of(plan, planned, model, cell)
+    evaluator = evaluator_of(plan, planned, model, cell)
     progress.begin(cell, len(planned.images))
     with store.writing(cell) as writer:
         record = store.record(cell)
@@ -73,11 +73,11 @@ def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -
             rows = store.rows(record)
             progress.advance(cell, len(planned.images))
         else:
-            (store.folder / MANIFEST).unlink(missing_ok=True)  # whatever it spoke of is not there any more
-            judge.keep = lambda number, images: _keep(store.folder, number, images)
-            record, rows = judge.run(writer, progress)
+            (store.folder / MANIFEST).unlink(missing_ok=True)  # its image files are about to be replaced
+            evaluator.keep = lambda number, images: _write_images(store.folder, number, images)
+            record, rows = evaluator.run(writer, progress)
         place = {name: i for i, name in enumerate(planned.images.ids)}
-        images = planned.images.select([place[row.id] for row in rows])  # without those that could not be read
+        images = planned.images.select([place[row.id] for row in rows])  # without unreadable images
         pngs = None
         with disk(store.folder):
             if not (store.folder / MANIFEST).exists():
@@ -86,18 +86,18 @@ def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -
                     "class_names": images.class_names,
                     "templates": templates_of(plan, planned),
                 }
-                _seal(store.folder, record, rows, images, judge.transform, about)
+                _write_index_and_manifest(store.folder, record, rows, images, evaluator.transform, about)
             saved = AdversarialSet.open(store.folder)
             if png:
                 pngs = write_pngs(
-                    saved, images, judge.transform, lambda p, ids: judge.deployed.answer(p.to(device), ids)
+                    saved, images, evaluator.transform, lambda p, ids: evaluator.deployed.answer(p.to(device), ids)
                 )
     progress.end(record, reused=reused)
-    return CraftedSet(saved, record, images, judge.transform, pngs, reused)
+    return CraftedSet(saved, record, images, evaluator.transform, pngs, reused)
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse what is not one set of images.
+    """Refuses a plan that is not one set of images.
 
     Raises:
         UserError: several cells, or an attack that changes no pixel.
@@ -106,7 +106,7 @@ def check_plan(plan: Plan) -> None:
         lists = ("model", "defense", "dataset", "attack", "eps", "attacker", "seed")
         several = [name for name in lists if len(getattr(plan.grid, name) or ()) > 1]
         what = f"--{several[0]} has several values" if several else f"--eps: the default is {len(plan.cells)} radii"
-        raise UserError(f"{what}, but a set is of one model, attack and eps; give one, for example --eps 4/255.")
+        raise UserError(f"{what}, but a set has one model, attack and eps; give one value, for example --eps 4/255.")
     (planned,) = plan.cells
     if planned.attack.name == "none":
         raise UserError("--attack none: leaves the images as they are; choose one of `vlmdefend list attacks`.")
@@ -117,7 +117,7 @@ def check_plan(plan: Plan) -> None:
 
 
 def _refuse_another(store: Store, cell: Cell) -> None:
-    """One folder, one set."""
+    """Refuses a folder that holds another set."""
     begun = [*store.folder.glob("cells/*/record.json"), *store.folder.glob("cells/*/partial.jsonl")]
     other = next((file.parent for file in begun if file.parent.name != cell.key), None)
     if other is None:
@@ -135,19 +135,19 @@ def _refuse_another(store: Store, cell: Cell) -> None:
     raise StorageError(f"--out {store.folder}: holds another set or run{differs}; give a folder of its own.")
 
 
-def _keep(folder: Path, number: int, images: Tensor) -> None:
-    """Write a shard's images; only then does the judge note the shard as done."""
+def _write_images(folder: Path, number: int, images: Tensor) -> None:
+    """Writes the images of a shard; the evaluator notes the shard as done only afterwards."""
     from safetensors.torch import save
 
     with disk(folder):
-        write_whole(folder / _name(number), save({"images": images.cpu().contiguous()}))
+        write_whole(folder / _file_name(number), save({"images": images.cpu().contiguous()}))
 
 
-def _name(number: int) -> str:
+def _file_name(number: int) -> str:
     return f"images-{number:05d}.safetensors"
 
 
-def _seal(
+def _write_index_and_manifest(
     folder: Path,
     record: Record,
     rows: Sequence[ImageRow],
@@ -155,7 +155,7 @@ def _seal(
     transform: PixelTransform,
     about: dict[str, Any],
 ) -> None:
-    """Check what lies on the disk against the clean images and the rows; then write index and manifest."""
+    """Checks the written files against the clean images and the rows, then writes index and manifest."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
@@ -164,22 +164,22 @@ def _seal(
     index: list[IndexRow] = []
     files: list[ImageFile] = []
     for number in range(-(-cell.n // cell.shard_size)):
-        file = folder / _name(number)
-        if not file.exists():  # every image of the shard was skipped, or the count below is wrong
+        file = folder / _file_name(number)
+        if not file.exists():  # every image of the shard was skipped; otherwise the count below differs
             continue
         content = file.read_bytes()
         try:
             found = load(content)["images"]
         except (SafetensorError, KeyError):
-            raise _spoiled(file) from None
+            raise _changed_error(file) from None
         own = rows[len(index) : len(index) + len(found)]
         if len(own) != len(found):
-            raise _spoiled(file)
+            raise _changed_error(file)
         clean = load_batch(images, range(len(index), len(index) + len(own)), transform, skip_bad=False)[0].images
         distance = threat.distance(found, clean) if found.shape == clean.shape else None
         measured = [row.distance for row in own]
         if distance is None or not threat.contains(found, clean).all() or not _equal(distance.tolist(), measured):
-            raise _spoiled(file)
+            raise _changed_error(file)
         for position, row in enumerate(own):
             index.append(
                 IndexRow(
@@ -193,7 +193,7 @@ def _seal(
             )
         files.append(ImageFile.of(file.name, content))
     if len(index) != len(rows):
-        raise _spoiled(folder / _name(len(files)))
+        raise _changed_error(folder / _file_name(len(files)))
     objects = [row.model_dump() for row in index]
     lines = json_lines(objects)
     write_whole(folder / INDEX, lines)
@@ -212,17 +212,18 @@ def _seal(
         environment=record.environment,
         **about,
     )
-    for made_of_an_earlier_one in (folder / "png" / INDEX, folder / SHEET):
-        made_of_an_earlier_one.unlink(missing_ok=True)
+    for outdated in (folder / "png" / INDEX, folder / SHEET):  # made from an earlier set
+        outdated.unlink(missing_ok=True)
     write_whole(folder / MANIFEST, manifest_text(manifest))
 
 
 def _equal(found: list[float], measured: list[float]) -> bool:
-    """The same distance; a GPU may have summed it in another order."""
+    """Returns whether two distances are equal up to the order of summation on a GPU."""
     return all(abs(a - b) <= 1e-9 for a, b in zip(found, measured, strict=True))
 
 
-def _spoiled(file: Path) -> UserError:
+def _changed_error(file: Path) -> UserError:
+    """Returns the error for a file that does not hold the scored images."""
     return UserError(
         f"{file}: does not hold what was scored (missing, cut off, edited, or the data set changed meanwhile); delete "
         f"the folder {file.parent} and run the same command again."
@@ -230,7 +231,7 @@ def _spoiled(file: Path) -> UserError:
 
 
 def _write_parquet(file: Path, rows: list[dict[str, Any]]) -> None:
-    """The index for data frames, where pyarrow is installed; the JSON lines hold the same."""
+    """Writes the index as Parquet, if pyarrow is installed."""
     try:
         import pyarrow  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]

@@ -1,8 +1,8 @@
-"""A saved set as PNG files: rounded to 8 bits without leaving the budget, read again, predicted again.
+"""A saved set as PNG files: rounded to 8 bits inside the budget, read again, predicted again.
 
 ``DIR/png/00000.png`` is image 0 of the set; ``DIR/png/index.jsonl``, written last, holds one :class:`PngRow` per image.
-Truncating to 8 bits, as most toolkits do, weakens an attack and may leave its ball; so a level is the nearest one
-inside the ball, and what the file shows is what is judged.
+Truncating to 8 bits, as most toolkits do, weakens an attack and may leave its ball. So each pixel takes the nearest
+level inside the ball, and the model predicts the pixels that are read back from the file.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ HALVINGS = 12
 
 
 class PngRow(ImageRow):
-    """One PNG file: predictions, margin and distance are those of the file."""
+    """One PNG file: its predictions, margin and distance."""
 
     number: int
     file: str
     fooled: bool
-    inside: bool  # the file keeps the budget
+    inside: bool  # the pixels of the file are inside the budget
 
 
 class Pngs(NamedTuple):
-    """What became of a set in 8 bits."""
+    """Counts over the PNG files of a set: fooled, outside the budget, largest distance."""
 
     n: int
     fooled: int
@@ -49,16 +49,16 @@ class Pngs(NamedTuple):
     largest_distance: float
 
 
-Answer = Callable[[Tensor, list[str]], Outputs]  # (B, 3, H, W) and B ids -> what the deployed pipeline says
+Answer = Callable[[Tensor, list[str]], Outputs]  # (B, 3, H, W) and B ids -> outputs of the deployed pipeline
 
 
 def write_pngs(saved: AdversarialSet, images: ImageSet, transform: PixelTransform, answer: Answer) -> Pngs:
-    """Write the folder ``png``, or find it done.
+    """Writes the folder ``png``, or reads the finished one.
 
     Args:
         saved: the set.
         images: its clean images, in the order of its rows.
-        transform: from a picture to the pixels that were attacked.
+        transform: turns an image file into the pixels that were attacked.
         answer: the pipeline that the set was crafted against.
     """
     folder = saved.folder / "png"
@@ -80,12 +80,12 @@ def write_pngs(saved: AdversarialSet, images: ImageSet, transform: PixelTransfor
 
 
 def to_levels(images: Tensor, clean: Tensor, threat: Threat) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> (B, 3, H, W) uint8 levels near them, inside the ball wherever levels can be.
+    """Rounds (B, 3, H, W) in [0, 1] to uint8 levels, inside the ball wherever a level is.
 
     L_inf: each pixel takes the nearest of the levels inside ``[clean - eps, clean + eps]``. L2: where the nearest
-    levels lie outside, the perturbation is shrunk before it is rounded, as little as keeps the ball. A clean image of
-    :class:`PixelTransform` is made of levels itself, so both always succeed; around other pixels the ball may hold no
-    level, and the nearest is taken. Other threats: the nearest level, which for an unchanged pixel is its own.
+    levels lie outside, the perturbation is shrunk before it is rounded, by the least factor that stays in the ball. A
+    clean image of :class:`PixelTransform` consists of 8-bit levels, so both always succeed; around other pixels the
+    ball may hold no level, and the nearest is taken. Other threats: the nearest level, so an unchanged pixel stays.
     """
     wanted = (images.double() * 255).round()
     if threat.norm == "linf":
@@ -98,12 +98,12 @@ def to_levels(images: Tensor, clean: Tensor, threat: Threat) -> Tensor:
 
 
 def to_pixels(levels: Tensor) -> Tensor:
-    """uint8 levels -> float32 in [0, 1], as a file is read."""
+    """Turns uint8 levels into float32 in [0, 1], as a file is read."""
     return levels.float().div(255)
 
 
 def _shrunk(images: Tensor, clean: Tensor, wanted: Tensor, threat: Threat) -> Tensor:
-    """Halve the interval of factors per image; 0 is the clean image, 1 the adversarial one."""
+    """Returns levels of the perturbation scaled into the ball, by bisection over the factor (0 clean, 1 unscaled)."""
     inside, outside = torch.zeros(len(images), dtype=torch.float64), torch.ones(len(images), dtype=torch.float64)
     best = wanted.clamp(0, 255)
     fits = threat.contains(to_pixels(best), clean, TOLERANCE)
@@ -119,7 +119,7 @@ def _shrunk(images: Tensor, clean: Tensor, wanted: Tensor, threat: Threat) -> Te
 def _write(
     folder: Path, own: list[IndexRow], levels: Tensor, clean: Tensor, saved: AdversarialSet, answer: Answer
 ) -> list[PngRow]:
-    """Write some files, then judge what they hold."""
+    """Writes some files, reads them again and predicts them."""
     from PIL import Image
 
     files = [f"{row.number:05d}.png" for row in own]
@@ -129,8 +129,8 @@ def _write(
         temporary = folder / f".{file}.part"
         temporary.write_bytes(buffer.getvalue())
         os.replace(temporary, folder / file)
-    as_it_is = PixelTransform(None)
-    read = torch.stack([as_it_is(decode(folder / file, file, upright=False)) for file in files])
+    unresized = PixelTransform(None)
+    read = torch.stack([unresized(decode(folder / file, file, upright=False)) for file in files])
     if not torch.equal(read, to_pixels(levels)):
         raise UserError(f"{folder}: a PNG file does not hold what was written; check the disk and run again.")
     found = answer(read, [row.id for row in own])
@@ -158,7 +158,7 @@ def _write(
 
 
 def _read(index: Path, saved: AdversarialSet) -> list[PngRow] | None:
-    """The rows of a finished folder."""
+    """Returns the rows of a finished folder; None if rows or files are missing."""
     try:
         rows = [PngRow.model_validate_json(line) for line in index.read_bytes().removesuffix(b"\n").split(b"\n")]
     except (OSError, ValueError):

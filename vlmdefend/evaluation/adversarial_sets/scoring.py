@@ -1,4 +1,4 @@
-"""Score a saved set on any model: the attack that looks its images up, and the cells of ``--adversarial``."""
+"""Scores a saved set on any model: an attack that returns its images, and the cells of ``--adversarial``."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ from vlmdefend.evaluation.store.environment import choose_device
 from vlmdefend.rng import ImageRng, opaque
 from vlmdefend.types import NORMS, Norm, Threat
 
-FIXED = ("attack", "attacker", "eps", "norm", "steps", "limit", "full", "skip_bad")  # what a saved set has decided
+FIXED = ("attack", "attacker", "eps", "norm", "steps", "limit", "full", "skip_bad")  # options that a saved set fixes
 
 
 @dataclass(frozen=True, kw_only=True)
 class SavedImages(Attack):
-    """Returns what was crafted before, whatever it is shown; not in the registry, for it needs a set.
+    """An attack that returns the images of a saved set; not in the registry, since it needs a set.
 
     Raises:
-        UserError: the clean images are not those that were attacked, or the set left its budget.
+        UserError: the clean images are not those that were attacked, or saved images are outside the budget.
     """
 
     name: ClassVar[str] = "saved"
     summary: ClassVar[str] = "images of `vlmdefend attack`, scored as they were saved"
     citation: ClassVar[str] = "–"
     norms: ClassVar[tuple[Norm, ...]] = NORMS
-    gradient_free: ClassVar[bool] = False  # True would say that queries of this very pipeline found the images
+    gradient_free: ClassVar[bool] = False  # True would mean that the images were found by queries of the scored pipeline
     source: AdversarialSet
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
-        """The saved images of those whose streams ``rng`` holds."""
+        """Returns the saved images whose ids belong to the random streams of ``rng``."""
         rows = [self._by_name[name] for name in rng.names]
         found = self.source.images(rows)
         if found.shape != images.shape:
@@ -62,20 +62,20 @@ class SavedImages(Attack):
 
     @property
     def blind(self) -> bool:
-        """It asks nothing."""
+        """True: it makes no query."""
         return True
 
     @property
     def keeps_best(self) -> bool:
-        """False: what was saved is scored."""
+        """False: the saved image is scored."""
         return False
 
     def spec(self) -> dict[str, Any]:
-        """Where the images come from, by name and by hash."""
+        """Returns the source of the images, by name and by hash."""
         manifest = self.source.manifest
         fields = ("model", "weights_hash", "defense", "defense_config", "attack", "attack_config", "attacker", "seed")
         about = {f"source_{name}": getattr(manifest.cell, name) for name in fields}
-        attacked = manifest.clean_correct  # the others are in the set as they were, and count as robust where right
+        attacked = manifest.clean_correct  # the other images are in the set unchanged, and count as robust where right
         return {"source": manifest.source, "set": self.source.hash, "source_attacked": attacked, **about}
 
     @cached_property
@@ -84,13 +84,13 @@ class SavedImages(Attack):
 
 
 def plan_saved(grid: Grid) -> Plan:
-    """The cells of ``--adversarial``: every set on every model behind every defense.
+    """Returns the cells of ``--adversarial``: every set on every model behind every defense.
 
-    Data set, prompts, protocol, norm and eps are those of the sets; ``--dataset`` and ``--split`` say where the same
-    images are called otherwise, ``--template`` and ``--classes`` ask the models otherwise.
+    Data set, prompts, protocol, norm and eps are those of the sets. ``--dataset`` and ``--split`` name the same images
+    where they have another name here; ``--template`` and ``--classes`` change the prompts.
 
     Raises:
-        UserError: an option that a set has decided, a set that cannot be read, or images that are not its own.
+        UserError: an option that a set fixes, a set that cannot be read, or images other than those of the set.
     """
     from vlmdefend.models.names import check_name
 
@@ -99,7 +99,7 @@ def plan_saved(grid: Grid) -> Plan:
         option = fixed[0].replace("_", "-")
         raise UserError(f"--{option}: a saved set is scored as it is, so leave it out with --adversarial.")
     if "dataset" in given and len(grid.dataset) > 1:
-        raise UserError("--dataset: give one name with --adversarial, that of the images that the sets were made of.")
+        raise UserError("--dataset: give one name with --adversarial: the data set that the sets were crafted on.")
     choose_device(grid.device)
     for name in grid.model:
         check_name(name, weights=grid.weights)
@@ -109,7 +109,7 @@ def plan_saved(grid: Grid) -> Plan:
     dataset, split = (grid.dataset[0] if "dataset" in given else None), (grid.split if "split" in given else None)
     classes = None if grid.classes is None else tuple(read_class_names(grid.classes))
     cells = []
-    known: dict[tuple[Any, ...], ImageSet] = {}  # sets of the same images share them, so that they are hashed once
+    known: dict[tuple[Any, ...], ImageSet] = {}  # sets of the same images share one ImageSet, which is then hashed once
     for source in sets:
         images = source.clean(dataset, split, grid.root)
         if classes is not None:
@@ -132,11 +132,11 @@ def plan_saved(grid: Grid) -> Plan:
 
 
 def _protocol(grid: Grid, sets: list[AdversarialSet]) -> Protocol:
-    """That of the sets, unless another one is asked for (whose clean pixels must then be the same)."""
+    """Returns the protocol of the sets, unless another one is given."""
     given = grid.model_fields_set
     protocol = get_protocol(grid.protocol) if "protocol" in given else sets[0].manifest.protocol
     if "protocol" not in given and any(one.manifest.protocol != protocol for one in sets):
-        raise UserError("--adversarial: the sets are of several protocols; score them one by one.")
+        raise UserError("--adversarial: the sets have several protocols; score them one by one.")
     if grid.templates is None:
         return protocol
     chosen = grid.templates if grid.templates == "dataset" else tuple(grid.templates)

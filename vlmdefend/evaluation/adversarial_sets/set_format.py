@@ -1,4 +1,4 @@
-"""The files of a saved set: their fields, and how they are written. The folder is described in ``adversarial_set``."""
+"""File formats of a saved set: index rows and manifest. The folder is described in ``adversarial_set``."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ MANIFEST, INDEX, SHEET = "manifest.json", "index.jsonl", "contact_sheet.png"
 
 
 class IndexRow(ImageRow):
-    """One image of the set: what a record says of it, and where its pixels are."""
+    """One image of the set: its outcome, and the file and position of its pixels."""
 
     number: int  # 0, 1, 2 ... over the set
     file: str
     position: int  # in the file's tensor
-    fooled: bool  # right when clean, wrong now
+    fooled: bool  # the clean image was classified correctly, the adversarial one is not
     clean_hash: str  # of the clean image's float32 pixels
 
 
 class ImageFile(BaseModel):
-    """A file of the set."""
+    """Name, size and hash of one file of images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(pattern=r"^(index\.jsonl|images-\d{5,}\.safetensors)$")  # never out of the folder
+    name: str = Field(pattern=r"^(index\.jsonl|images-\d{5,}\.safetensors)$")  # no path that leaves the folder
     size: int  # bytes
     sha256: str
 
     @classmethod
     def of(cls, name: str, content: bytes) -> ImageFile:
-        """The entry of a file with this content."""
+        """Returns the entry of a file with this content."""
         return cls(name=name, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 class Manifest(BaseModel):
-    """What the set is: enough to score it, to check it and to craft it again."""
+    """The description of a set: all that is needed to score it, check it and craft it again."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class Manifest(BaseModel):
     cell: Cell  # with weights_hash, code_hash, norm, eps, attack and its options
     protocol: Protocol
     class_names: tuple[str, ...]
-    templates: tuple[str, ...]  # the prompts that the model was asked with
+    templates: tuple[str, ...]  # the prompts that the model was scored with
     n: int
     clean_correct: int
     fooled: int
@@ -69,7 +69,7 @@ class Manifest(BaseModel):
 
     @property
     def source(self) -> str:
-        """``tiny-vit:pgd:steps=10``, ``tiny-vit+jpeg:pgd:steps=10:adaptive``: what was attacked, and how."""
+        """The attacked pipeline and the attack, as ``tiny-vit+jpeg:pgd:steps=10:adaptive``."""
         from vlmdefend.evaluation.statistics.diagnostics import attack_label
 
         defended = "" if self.cell.defense == "none" else f"+{self.cell.defense}"
@@ -78,23 +78,23 @@ class Manifest(BaseModel):
 
 
 def manifest_text(manifest: Manifest) -> bytes:
-    """The manifest as a file, with a hash of its own that tells when it was edited."""
+    """Returns the content of the manifest file, with a hash of itself that reveals an edit."""
     data = manifest.model_dump(mode="json")
     return (json.dumps({**data, "sha256": digest(data)}, indent=1, allow_nan=False) + "\n").encode()
 
 
 def digest(data: dict[str, Any]) -> str:
-    """SHA-256 of a JSON object, whatever the order of its keys."""
+    """Returns the SHA-256 of a JSON object, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def clean_hash(pixels: Tensor) -> str:
-    """Of one image, (3, H, W) float32: its shape and its bits."""
+    """Returns the hash of one (3, H, W) float32 image: its shape and its bits."""
     return hashlib.sha256(repr(tuple(pixels.shape)).encode() + pixels.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a whole file or none; the writer holds the cell's lock, so what a kill left behind is overwritten."""
+    """Writes a whole file or none; the writer holds the cell's lock, so leftovers of a kill are overwritten."""
     temporary = file.with_name(f".{file.name}.part")
     with temporary.open("wb") as stream:
         stream.write(content)
@@ -104,5 +104,5 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def json_lines(rows: Sequence[dict[str, Any]]) -> bytes:
-    """One object per line; a line break in an id is escaped."""
+    """Returns one JSON object per line; a line break in an id is escaped."""
     return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()

@@ -1,4 +1,4 @@
-"""A batch under attack: only what the deployed pipeline gets right, and nothing outside the budget counts."""
+"""Attacks one batch: the images that the defended model classifies correctly; checks budget and success."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmdefend.types import Batch, Threat
 
 
 class BatchResult(NamedTuple):
-    """What came of it; an image that was not attacked, or whose result left the budget, is the clean one."""
+    """The outcome of an attack on a batch; an image not attacked, or outside the budget, is the clean one."""
 
     images: Tensor  # (B, 3, H, W)
     steps: Tensor  # (B,) gradient evaluations
@@ -27,7 +27,7 @@ class BatchResult(NamedTuple):
 def attack_batch(
     deployed: DefendedModel, fitted: FittedAttack, batch: Batch, right: Tensor, threat: Threat
 ) -> BatchResult:
-    """Attack the images ``right``, those that the deployed pipeline gets right.
+    """Attacks the images ``right``, which the defended model classifies correctly, and checks the result.
 
     Where surrogates are differentiated, an image that left early because one of them was fooled, and that the deployed
     pipeline gets right, is attacked again to the end.

@@ -1,4 +1,4 @@
-"""The three attackers: what each may differentiate, and how its findings are merged."""
+"""The three attackers (transfer, white-box, adaptive): what each differentiates, how its variants are merged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JUDGED = 4  # draws of a random pipeline by which the findings of several varian
 
 
 class CraftedBatch(NamedTuple):
-    """Adversarial images with what they cost and what the gradients looked like."""
+    """Adversarial images of a batch, with queries spent and gradient statistics."""
 
     images: Tensor  # (B, 3, H, W)
     steps: Tensor  # (B,) gradient evaluations
@@ -31,7 +31,7 @@ class CraftedBatch(NamedTuple):
     fooled: Tensor  # (B,) bool, as the attacker sees it
 
     def with_again(self, at: Tensor, again: CraftedBatch) -> CraftedBatch:
-        """The images ``at`` from a second attempt, and what both cost."""
+        """Replaces the images ``at`` by those of a second attack, and adds up the cost of both."""
         images, steps, fooled = self.images.clone(), self.steps.clone(), self.fooled.clone()
         images[at], fooled[at] = again.images, again.fooled
         steps[at.cpu()] += again.steps
@@ -47,7 +47,7 @@ class CraftedBatch(NamedTuple):
 
 
 class Fitted(NamedTuple):
-    """The attack for each variant, and what the gradients looked like from which it learned."""
+    """The fitted attack of each variant, with the gradient statistics of the fit."""
 
     attacks: dict[Variant, Attack]
     gradient_values: int
@@ -56,20 +56,20 @@ class Fitted(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """One of the ways in which an adaptive attacker tries: which surrogate, and how much the detector counts."""
+    """One way in which an adaptive attacker attacks: the surrogate, and the weight of the detector term."""
 
     surrogate: int = 0  # BARE: the model without the defense; what is found is judged by the first surrogate
     detector_weight: float = 0.0
 
     def purpose(self, attacker: Attacker) -> str:
-        """What its random draws are for."""
+        """The purpose under which its random streams are derived."""
         surrogate = "bare" if self.surrogate == BARE else f"surrogate {self.surrogate}" if self.surrogate else ""
         detector = f"detector {self.detector_weight}" if self.detector_weight else ""
         return " ".join(filter(None, (surrogate, detector))) or attacker
 
 
 class WatchedView:
-    """A pipeline that remembers whether its logits were ever not finite: an attack blind with them proves nothing."""
+    """A pipeline that records whether its logits were ever not finite, which would make the attack void."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
@@ -77,7 +77,7 @@ class WatchedView:
         self._finite: Tensor | None = None  # on the device: a test at every query would wait for it
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Predict and watch."""
+        """Predicts, and checks that the logits are finite."""
         outputs = self.pipeline(images, rng)
         finite = outputs.logits.detach().isfinite().all()
         # In place: a CUDA graph (attacks/_graph.py) repeats what is written, and would forget a new tensor.
@@ -99,7 +99,7 @@ def view_of(
     variant: Variant = Variant(),  # noqa: B008 (a tuple)
     labels: Tensor | None = None,
 ) -> View:
-    """What ``attacker`` may query.
+    """Returns the pipeline that ``attacker`` may query.
 
     ``transfer`` sees the bare model, ``whitebox`` the deployed pipeline as autograd sees it, ``adaptive`` the
     defense's surrogates with their number of draws. An image may leave early only where fooling the view is fooling
@@ -123,7 +123,7 @@ def view_of(
 
 
 def variants(attacker: Attacker, defense: Defense) -> tuple[Variant, ...]:
-    """Every surrogate with every weight of the detector term; one for an attacker who does not know the defense."""
+    """Returns every surrogate with every detector weight; one variant where the defense is unknown."""
     if attacker != "adaptive":
         return (Variant(),)
     weights = defense.recipe.detector_weights or (0.0,)
@@ -142,7 +142,7 @@ def fit(
     rng: ImageRng,
     width: int,
 ) -> Fitted:
-    """The attack for each variant, after it has learned from N images of the set.
+    """Returns the attack of each variant, fitted to N images of the set.
 
     Prompts are the same for all images, so all variants get those of the one whose prompts are best.
     """
@@ -169,7 +169,7 @@ def _best_prompts(
     rng: ImageRng,
     width: int,
 ) -> dict[Variant, Attack]:
-    """Every variant with the prompts that leave the fewest images right in the deployed pipeline; a tie: the first."""
+    """Returns every variant with the prompts that leave the fewest images right; the first at a tie."""
     right = {}
     for variant, attack in fitted.items():
         view = View(defense.wrap(model), rng.child("deployed"), width=width, model=model)
@@ -192,7 +192,7 @@ def craft(
     *,
     stop: bool = True,
 ) -> CraftedBatch:
-    """Attack B images; an adaptive attacker tries every variant, best per image.
+    """Attacks B images; an adaptive attacker runs every variant and keeps the best per image.
 
     ``attacks`` holds the attack for each variant, as :func:`fit` finds it. An image that left early as fooled is
     done.
@@ -237,7 +237,7 @@ def craft(
 
 
 def _detector_scores(defense: Defense, model: Pipeline, images: Tensor, rng: ImageRng, width: int) -> Tensor:
-    """(B,) what the deployed detector says."""
+    """Returns the (B,) scores of the defended model's detector."""
     deployed, scores = defense.wrap(model), []
     for chunk in chunks(len(images), width):
         with torch.no_grad():

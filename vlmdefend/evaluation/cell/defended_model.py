@@ -1,4 +1,4 @@
-"""The pipeline that is scored: a defense around a model, asked in batches that fit into memory."""
+"""The pipeline that is scored: a defense around a model, run in batches that fit into memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FEW = 8  # images that are asked for again
 
 @dataclass
 class DefendedModel:
-    """What answers in one cell; ``width`` images go through it at once, fewer once memory has run out."""
+    """The defended model of one cell; ``width`` images go through it at once, fewer once memory ran out."""
 
     cell: Cell
     model: Pipeline
@@ -32,7 +32,7 @@ class DefendedModel:
         self.pipeline = self.defense.wrap(self.counted)
 
     def answer(self, images: Tensor, ids: list[str]) -> Outputs:
-        """What it says: logits, and where it abstains or certifies, that too.
+        """Returns logits, and abstentions, certified radii and detector scores where the defense has them.
 
         Clean and adversarial images meet the same random draws.
 
@@ -62,18 +62,18 @@ class DefendedModel:
         )
 
     def predict(self, images: Tensor, ids: list[str]) -> Tensor:
-        """(B, C) logits."""
+        """Returns (B, C) logits."""
         return self.answer(images, ids).logits
 
     def scores(self, outputs: Outputs) -> list[float] | list[None]:
-        """The detector's scores, where the defense may turn images away; a score that only steers it is its own."""
+        """Returns the detector's scores if the defense rejects images; else None for each."""
         if not self.defense.rejects or outputs.detector_score is None:
             return [None] * len(outputs.logits)
         scores: list[float] = outputs.detector_score.tolist()
         return scores
 
     def check(self, batch: Batch) -> Checks:
-        """Ask for a few images again, and for some of them with copies of itself in the places of the others.
+        """Predicts a few images twice, and some of them with copies of themselves in place of their mates.
 
         Batches of one size and an image in its place: alone, it would differ in the last bits, and a defense that
         rounds makes them seen.
@@ -87,7 +87,7 @@ class DefendedModel:
         return Checks(forwards_differ=not same(first, second), batch_dependent=not same(first[some], apart))
 
     def not_finite(self) -> UserError:
-        """What to say where an attack was shown logits that are not finite."""
+        """Returns the error for an attack that met logits that are not finite."""
         return UserError(
             f"{self.cell.title()}: logits were not finite (nan or infinite) on images that the attack "
             "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
@@ -95,5 +95,5 @@ class DefendedModel:
 
 
 def same(logits: Tensor, others: Tensor) -> bool:
-    """Equal but for the last bits, in which batches of other sizes differ."""
+    """Returns whether logits are equal up to the last bits, in which batches of other sizes differ."""
     return torch.allclose(logits, others, rtol=1e-3, atol=1e-2)

@@ -1,4 +1,4 @@
-"""The verdict on one cell: shard by shard, attack what is right, re-predict, re-measure, trust nobody."""
+"""Computes one cell shard by shard: predict, attack what is right, predict again, measure the distance again."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class CellEvaluator:
-    """Everything needed to compute a cell."""
+    """Evaluates one cell: defended model, attack and images to per-image rows and a record."""
 
     cell: Cell
     model: Pipeline
@@ -51,7 +51,7 @@ class CellEvaluator:
         self.fitted = needs_fit(self.deployed, self.attack)
 
     def run(self, writer: CellWriter, progress: Progress) -> tuple[Record, list[ImageRow]]:
-        """Compute the shards that are missing, then write rows and record."""
+        """Computes the shards that are missing, then writes rows and record."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
         done = writer.finished_shards()
         progress.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
@@ -69,7 +69,7 @@ class CellEvaluator:
         return record, rows
 
     def _record(self, done: list[StoredShard], started: str) -> tuple[Record, list[ImageRow]]:
-        """The sum of all shards.
+        """Returns the record: the sum over all shards.
 
         Raises:
             UserError: every image was skipped.
@@ -102,7 +102,7 @@ class CellEvaluator:
         return record, rows
 
     def _within_memory(self, compute: Callable[[], Result], progress: Progress) -> Result:
-        """Halve the batch when memory runs out; the shard, or the fitted, is computed anew from its start."""
+        """Halves the batch when memory runs out, and computes the shard (or the fit) again from its start."""
         while True:
             try:
                 return compute()
@@ -115,7 +115,7 @@ class CellEvaluator:
             progress.note(f"out of memory: the batch is halved to {self.deployed.width} images")
 
     def _load(self, index: list[int]) -> tuple[Batch, list[Skipped]]:
-        """The images at ``index`` on the device, and those that cannot be read."""
+        """Returns the images at ``index`` on the device, and those that cannot be read."""
         batch, bad = load_batch(self.images, index, self.transform, skip_bad=self.skip_bad)
         there = Batch(batch.ids, batch.images.to(self.device), batch.labels.to(self.device))
         return there, [Skipped(id=name, reason=reason) for name, reason in bad]
@@ -125,7 +125,7 @@ class CellEvaluator:
         self.fitted = fit_attack(self.deployed, self.attack, batch)
 
     def _shard(self, number: int, index: list[int]) -> StoredShard:
-        """Predict, attack what is right, predict again."""
+        """Predicts a shard, attacks what is right, predicts again."""
         batch, skipped = self._load(index)
         if not batch.ids:
             return StoredShard(number, [], skipped, Cost(), Checks())

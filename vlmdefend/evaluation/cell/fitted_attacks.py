@@ -1,4 +1,4 @@
-"""What an attack learns from the set before its first shard: one thing for all images, or other prompts."""
+"""Fits attacks that need a whole set (universal, patch, text) before the first shard is attacked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from vlmdefend.evaluation.cell.attackers import Variant, fit, variants
 from vlmdefend.evaluation.cell.defended_model import DefendedModel
 from vlmdefend.evaluation.store.environment import peak_memory_mb, reset_peak_memory
 from vlmdefend.evaluation.store.records import Checks, Cost
-from vlmdefend.models.clip.text_side import TextSide
+from vlmdefend.models.zero_shot.text_side import TextSide
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Threat
 
 
 @dataclass(frozen=True, kw_only=True)
 class FittedAttack:
-    """The attack for each variant of the attacker, and what learning took; as it was given if it learns nothing."""
+    """The fitted attack of each variant of the attacker, and the cost of the fit."""
 
     attacks: Mapping[Variant, Attack]
     text_side: TextSide | None  # the model's prompts, where the attack changes them
@@ -26,21 +26,21 @@ class FittedAttack:
     checks: Checks = field(default_factory=Checks)
 
     def conditions(self) -> AbstractContextManager[None]:
-        """What holds while findings are scored: the prompts that the attack has made."""
+        """Returns a context in which results are scored: the attacked prompts, if the attack changes prompts."""
         return self._any.conditions(self.text_side)
 
     def attacked_prompts(self) -> list[str]:
-        """For each class a prompt as the attack has made it."""
+        """Returns one attacked prompt per class."""
         return self._any.attacked_prompts(self.text_side)
 
     @property
     def _any(self) -> Attack:
-        """Prompts are the same for all variants."""
+        """Returns the attack of one variant; prompts are the same for all."""
         return next(iter(self.attacks.values()))
 
 
 def needs_fit(deployed: DefendedModel, attack: Attack) -> FittedAttack:
-    """Every variant with the attack as it is."""
+    """Returns every variant with the attack as it was given, before any fit."""
     return FittedAttack(
         attacks=dict.fromkeys(variants(deployed.cell.attacker, deployed.defense), attack),
         text_side=_text_side(deployed, attack),
@@ -48,13 +48,13 @@ def needs_fit(deployed: DefendedModel, attack: Attack) -> FittedAttack:
 
 
 def sample(count: int, learns_from: int) -> list[int]:
-    """Which of ``count`` images are learned from: spread evenly, so that a resumed run learns the same again."""
+    """Returns the indices of the images to fit to, spread evenly, so that a resumed run fits to the same."""
     chosen = min(learns_from, count)
     return [i * count // chosen for i in range(chosen)]
 
 
 def fit_attack(deployed: DefendedModel, attack: Attack, batch: Batch) -> FittedAttack:
-    """What ``attack`` learns from these images, and what that cost.
+    """Fits ``attack`` to these images and returns it with the cost of the fit.
 
     Raises:
         UserError: it was shown logits that are not finite.

@@ -1,4 +1,4 @@
-"""Count what the bare model is asked, whoever asks: the currency in which defenses and attacks are compared."""
+"""Counts forwards and backwards of the bare model, the unit in which defenses and attacks are compared."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from vlmdefend.types import Outputs, Pipeline
 
 
 class PassCount(NamedTuple):
-    """Forwards and backwards, in images, and seconds: so far, or since another moment."""
+    """Forwards and backwards, in images, and seconds."""
 
     forwards: int
     backwards: int
     seconds: float
 
     def since(self, before: PassCount) -> PassCount:
-        """What was spent after ``before``."""
+        """Returns what was counted after ``before``."""
         forwards, backwards = self.forwards - before.forwards, self.backwards - before.backwards
         return PassCount(forwards, backwards, self.seconds - before.seconds)
 
 
 class CountingModel:
-    """A pipeline that counts forwards and backwards, in images."""
+    """A pipeline that counts its forwards and backwards, in images."""
 
     def __init__(self, model: Pipeline) -> None:
         self.model = model
@@ -36,31 +36,33 @@ class CountingModel:
         self.backwards = 0
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Predict and count."""
+        """Predicts and counts."""
         outputs = self.model(images, rng)
         # every gradient path passes the features; the logits come after them
         self._count(outputs.logits if outputs.features is None else outputs.features)
         return outputs
 
     def features(self, images: Tensor) -> Tensor:
-        """Embed and count."""
+        """Embeds and counts."""
         features: Tensor = self.model.features(images)  # type: ignore[attr-defined]
         self._count(features)
         return features
 
     def __getattr__(self, name: str) -> Any:
-        """What the model has beside its outputs (``logits`` of features, ``text_features``) costs no forward."""
+        """Passes other attributes of the model through (``logits`` of features, ``text_features``); they cost no
+        forward.
+        """
         if name.startswith("_") or name == "model":
             raise AttributeError(name)
         return getattr(self.model, name)
 
     def spent(self) -> PassCount:
-        """What was asked until now."""
+        """The passes counted so far."""
         return PassCount(self.forwards, self.backwards, time.perf_counter())
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What is asked in here is a check of ours and counts for nobody."""
+        """Returns a context in which nothing is counted: checks of the evaluator itself."""
         before = self.forwards, self.backwards
         try:
             yield

@@ -1,4 +1,4 @@
-"""Whether an adaptive attacker's surrogates may be believed: fooling one is not yet fooling the deployed pipeline."""
+"""Compares an adaptive attacker's surrogates with the defended model: fooling a surrogate is no success yet."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ ASKED = 4  # images on which a surrogate is compared
 
 
 def are_used(deployed: DefendedModel) -> bool:
-    """Whether the attacker differentiates something else than the deployed pipeline."""
+    """Returns whether the attacker differentiates another function than the defended model."""
     return deployed.cell.attacker == "adaptive" and not deployed.defense.adaptive_equals_whitebox
 
 
 def agree(deployed: DefendedModel, batch: Batch) -> bool:
-    """Whether they have the deployed pipeline's values, so that an image which fools them may leave early.
+    """Returns whether surrogates have the defended model's values, so that an image that fools them may stop early.
 
     Asked of clean images; what they say of the others is judged after the attack (:func:`spared`).
     """
@@ -38,7 +38,7 @@ def agree(deployed: DefendedModel, batch: Batch) -> bool:
 def spared(
     deployed: DefendedModel, fitted: FittedAttack, crafted: CraftedBatch, labels: Tensor, ids: list[str]
 ) -> Tensor:
-    """(n,) images that a surrogate calls fooled, so that they left early, and the deployed pipeline gets right."""
+    """Returns (n,) images that fool a surrogate, so that their attack stopped early, but not the defended model."""
     if not are_used(deployed) or deployed.defense.stochastic:  # of a random pipeline none leaves early
         return torch.empty(0, dtype=torch.int64)
     with deployed.counted.paused(), fitted.conditions():

@@ -11,7 +11,7 @@ from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.evaluation.cell.evaluator import CellEvaluator
 from vlmdefend.evaluation.grid.planned import Plan, PlannedCell
 from vlmdefend.evaluation.store.environment import choose_device
-from vlmdefend.evaluation.store.fingerprint import code_hash, house_hash
+from vlmdefend.evaluation.store.fingerprint import code_hash, package_hash
 from vlmdefend.evaluation.store.records import Cell
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 
@@ -32,7 +32,7 @@ def prepare(plan: Plan) -> torch.device:
 def bind(
     plan: Plan, planned: PlannedCell, model: VisionLanguageModel | None, device: torch.device, images_hash: str = ""
 ) -> Cell:
-    """The cell with the hashes that need the model; None: of a model that could not be loaded."""
+    """Returns the cell with the hashes that need the model; None: a model that could not be loaded."""
     return Cell(
         protocol=plan.protocol.name,
         protocol_hash=plan.protocol.hash,
@@ -55,7 +55,7 @@ def bind(
         seed=planned.seed,
         batch_size=plan.grid.batch_size,
         shard_size=plan.grid.batch_size * SHARD_BATCHES.get(device.type, 1),
-        code_hash=house_hash(),
+        code_hash=package_hash(),
         device=device.type,
     )
 
@@ -82,12 +82,12 @@ def evaluator_of(plan: Plan, planned: PlannedCell, model: VisionLanguageModel, c
 
 
 def templates_of(plan: Plan, planned: PlannedCell) -> tuple[str, ...]:
-    """The prompts that the model is asked with; one with a learned context reads that instead."""
+    """Returns the prompt templates of a cell; a model with a learned context reads that instead."""
     chosen = plan.protocol.templates
     return planned.images.templates if chosen == "dataset" else tuple(chosen)
 
 
 def _model_hash(model: VisionLanguageModel) -> str:
-    """A hash of the weights and how they are used: with another activation or mean they are another model."""
+    """Returns a hash of the weights and their use: with another activation or mean they are another model."""
     used = json.dumps([model.weights_hash, model.model_cfg, model.preprocess_cfg], sort_keys=True, default=str)
     return hashlib.sha256(used.encode()).hexdigest()[:16]

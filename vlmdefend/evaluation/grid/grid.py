@@ -1,4 +1,4 @@
-"""What the user asked for, checked: lists that multiply into cells. Torch-free."""
+"""The options of an evaluation, checked: lists that multiply into cells. Imports no torch."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Grid(BaseModel):
     @field_validator("model", "defense", "dataset", "attack", "attacker", "adversarial", "eps", "seed", mode="before")
     @classmethod
     def _split_commas(cls, value: Any, info: Any) -> Any:
-        """``a,b`` and a lone value are lists too; doubles are dropped, the order is kept."""
+        """Splits ``a,b`` into a list, makes a lone value a list, and drops duplicates."""
         if value is None and info.field_name in ("eps", "adversarial"):
             return None
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -122,13 +122,13 @@ class Grid(BaseModel):
     @field_validator("templates", mode="before")
     @classmethod
     def _lone_template(cls, value: Any) -> Any:
-        """One template is a list of one; a comma in it is the prompt's."""
+        """Makes one template a list of one; commas in it belong to the prompt."""
         return [value] if isinstance(value, str) and value != "dataset" else value
 
     @field_validator("norm", mode="before")
     @classmethod
     def _lower(cls, value: Any) -> Any:
-        """``L2`` is ``l2``."""
+        """Reads ``L2`` as ``l2``."""
         return value.lower() if isinstance(value, str) else value
 
     @field_validator("limit", "batch_size", "threads", "steps")
@@ -140,7 +140,7 @@ class Grid(BaseModel):
 
     @classmethod
     def build(cls, config: dict[str, Any], flags: dict[str, Any]) -> Grid:
-        """Merge a config file's keys with flags (flags win; None and empty flags were not given).
+        """Merges a config file's keys with flags (flags win; None and empty flags were not given).
 
         Raises:
             UserError: an unknown key or a value of the wrong type, in one sentence.
@@ -169,7 +169,7 @@ class Grid(BaseModel):
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The keys of a YAML config file.
+    """Returns the keys of a YAML config file.
 
     Raises:
         UserError: missing, not YAML, or not a mapping.
@@ -194,7 +194,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def read_class_names(file: Path) -> list[str]:
-    """Class names, one per line.
+    """Reads class names, one per line.
 
     Raises:
         UserError: missing or empty.

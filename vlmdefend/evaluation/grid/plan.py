@@ -65,7 +65,7 @@ def plan_attacks(grid: Grid) -> Plan:
 
 
 def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> list[Attacker]:
-    """The attackers that differ: for the bare model all are one; with an exact gradient adaptive is white-box."""
+    """Returns the attackers that differ: one for the bare model; adaptive is white-box where the gradient is exact."""
     if attack.blind or defense.name == "none":
         return ["whitebox"]
     if not defense.adaptive_equals_whitebox:
@@ -74,7 +74,7 @@ def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> lis
 
 
 def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
-    """The norm that was asked for, else the protocol's, else the only ones that the attack knows: its first."""
+    """Returns the given norm, else the protocol's, else the first that the attack supports."""
     norm = asked or (protocol.norm if protocol.norm in attack.norms else attack.norms[0])
     if norm not in attack.norms:
         raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
@@ -82,7 +82,7 @@ def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
 
 
 def _refuse_several_norms(attacks: Mapping[Norm, str], eps: Sequence[str]) -> None:
-    """4/255 is a strong attack in linf and none at all in l2."""
+    """Refuses one eps for attacks of several norms: 4/255 is strong in linf and nothing in l2."""
     if len(attacks) > 1:
         pairs = ", ".join(f"{norm} for {name}" for norm, name in attacks.items())
         raise UserError(
@@ -92,7 +92,7 @@ def _refuse_several_norms(attacks: Mapping[Norm, str], eps: Sequence[str]) -> No
 
 
 def _create_attack(text: str, steps: int | None) -> Attack:
-    """``--steps`` is for the attacks that take steps and do not say how many; the others go without.
+    """Creates an attack, with ``--steps`` where it takes steps and its text does not set them.
 
     Raises:
         UserError: attacks inside of this one take steps, and nothing says how many.

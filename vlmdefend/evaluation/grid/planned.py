@@ -18,7 +18,7 @@ from vlmdefend.types import Attacker, Norm
 
 @dataclass(frozen=True)
 class PlannedCell:
-    """One cell to come: everything but the hashes that need weights."""
+    """One cell that will be computed, without the hashes that need weights."""
 
     model: str
     images: ImageSet
@@ -30,7 +30,7 @@ class PlannedCell:
     seed: int
 
     def gradients(self) -> tuple[int, int]:
-        """The most forwards and backwards of the pipeline that is attacked or scored, over all images of the cell.
+        """Returns the most forwards and backwards of the pipeline, over all images of the cell.
 
         Each is one call of it: how often a defense runs its model in one (views, draws, own steps), only it knows.
         """
@@ -52,7 +52,7 @@ class Plan:
 
 
 def check_templates(templates: Any) -> Any:
-    """Refuse a template without its placeholder, or with another one."""
+    """Refuses a template without its placeholder, or with another one."""
     for template in () if templates == "dataset" else templates:
         if "{c}" not in template:
             raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")

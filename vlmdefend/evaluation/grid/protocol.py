@@ -1,4 +1,4 @@
-"""Protocols: the choices that make two numbers comparable, as data (``protocols/*.yaml``). Torch-free."""
+"""Protocols: choices that make two numbers comparable, as data (``protocols/*.yaml``). Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmdefend.types import Norm
 
 
 class Protocol(BaseModel):
-    """How images reach the model, what it is asked, and what the attacker may do."""
+    """Preprocessing, prompts, threat model and subset of an evaluation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,25 +32,25 @@ class Protocol(BaseModel):
 
     @property
     def hash(self) -> str:
-        """A hash of the fields that can change a result: eps and limit are recorded by themselves."""
+        """A hash of the fields that can change a result; eps and limit are recorded separately."""
         fields = self.model_dump_json(include={"name", "pixel_space", "normalization", "templates"})
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     def with_templates(self, templates: tuple[str, ...] | Literal["dataset"]) -> Protocol:
-        """The same with other prompts, under a name that says so."""
+        """Returns the protocol with other prompts, under a name that shows it."""
         return self.model_copy(update={"name": f"{self.name}+templates", "templates": templates})
 
 
 @cache
 def listed_protocols() -> tuple[Protocol, ...]:
-    """All protocols, by name."""
+    """Returns all protocols, sorted by name."""
     folder = files("vlmdefend.evaluation.grid") / "protocols"
     texts = [entry.read_text(encoding="utf-8") for entry in folder.iterdir() if entry.name.endswith(".yaml")]
     return tuple(sorted((Protocol.model_validate(yaml.safe_load(text)) for text in texts), key=lambda p: p.name))
 
 
 def get_protocol(name: str) -> Protocol:
-    """The protocol called ``name``.
+    """Returns the protocol called ``name``.
 
     Raises:
         UnknownName: with the names that exist.

@@ -21,7 +21,7 @@ from vlmdefend.progress import Failure, Progress
 
 @dataclass
 class Evaluation:
-    """The outcome of a grid: finished records with their rows, failures, and how many were found done."""
+    """The result of a grid: records with their rows, failures, and how many were computed by an earlier run."""
 
     results: list[tuple[Record, list[ImageRow]]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Evaluation:
 
 
 def evaluate(out: str | Path = "runs", **grid: Any) -> Evaluation:
-    """Evaluate every combination of models, defenses, data sets, attacks, eps and seeds; the same call resumes.
+    """Evaluates every combination of models, defenses, data sets, attacks, eps and seeds; the same call resumes.
 
     Args:
         out: the run folder.
@@ -43,7 +43,7 @@ def evaluate(out: str | Path = "runs", **grid: Any) -> Evaluation:
 
 
 def run_plan(plan: Plan, store: Store, progress: Progress, *, debug: bool = False) -> Evaluation:
-    """Compute the cells that ``store`` does not have yet.
+    """Computes the cells that ``store`` does not have yet.
 
     Args:
         debug: let a defect raise instead of recording it as the cell's failure.
@@ -113,7 +113,7 @@ def _run_cell(
 
 
 def _failure(what: str, error: Exception) -> Failure:
-    """One line; a defect is named by its type."""
+    """Returns a failure as one line; a defect is named by its type."""
     users = isinstance(error, UserError)
     message = " ".join(str(error).split()).removeprefix(f"{what}: ")
     return Failure(what, message if users else f"{type(error).__name__}: {message}", users)

@@ -1,4 +1,4 @@
-"""Reasons to doubt a number: found in the records and rows of one pipeline, printed beside the number. Torch-free.
+"""Reasons to doubt a number, found in the records and rows of one pipeline. Imports no torch.
 
 A robust accuracy is an upper bound: an attack that could have been better makes it too high. Each reason here is a
 sign that it was (Athalye et al. 2018; Carlini et al. 2019; Croce et al. 2022), with the numbers that say so.
@@ -48,7 +48,7 @@ class Reason:
 
 
 def reasons(results: Iterable[Result]) -> list[Reason]:
-    """Every reason to doubt the cells of one pipeline.
+    """Returns every reason to doubt the cells of one pipeline.
 
     Args:
         results: the cells of one protocol, model, defense, dataset, norm and seed: all attacks, attackers and radii
@@ -69,12 +69,12 @@ def reasons(results: Iterable[Result]) -> list[Reason]:
 
 
 def is_attacked(cell: Cell) -> bool:
-    """False for the cell of attack ``none``, which measures clean accuracy only."""
+    """Returns False for the cell of attack ``none``, which measures clean accuracy only."""
     return cell.attack != "none"
 
 
 def attack_label(cell: Cell) -> str:
-    """``pgd steps=10``: the attack's name and how hard it tries."""
+    """Returns ``pgd steps=10``: the attack's name and its budget."""
     config = cell.attack_config
     nested = [split_outside(str(config[key]), "+") for key in ("attack", "attacks") if key in config]  # of a wrapper
     members = ["+".join(part.strip("[] ").partition(":")[0] for part in parts) for parts in nested]
@@ -88,7 +88,7 @@ def _is_said(option: str, value: object) -> bool:
 
 
 def _broken_pipeline(results: Sequence[Result]) -> Iterator[Reason]:
-    """A property of the deployed pipeline, whatever attacked it."""
+    """Two predictions of the same image differ, or depend on the other images of the batch."""
     if any(r.record.checks.forwards_differ and not r.record.stochastic for r in results):
         yield Reason(
             "MASKED?",
@@ -132,7 +132,7 @@ def _zero_gradients(result: Result) -> Iterator[Reason]:
 
 
 def _not_rising(result: Result) -> Iterator[Reason]:
-    """Survivors that no step moved.
+    """The attack did not raise the margin of images that survived it.
 
     The margins are of the deployed pipeline, so a transfer attacker, who climbs another loss, is not judged by them
     (except without a defense, where the two are one).
@@ -152,7 +152,7 @@ def _not_rising(result: Result) -> Iterator[Reason]:
 
 
 def _gradient_free_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
-    """Queries beat gradients of the same pipeline.
+    """An attack without gradients leaves less accuracy than one with them.
 
     The adaptive attacker may query what the white-box attacker queries: without a gradient-free attack of its own it
     is held against the white-box one.
@@ -182,7 +182,7 @@ def _gradient_free_wins(eps: float, results: Sequence[Result]) -> Iterator[Reaso
 
 
 def _transfer_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
-    """An attacker who does not know the defense does better than one who does; over the attacks that both ran."""
+    """Transfer leaves less accuracy than white-box, over the attacks that both ran."""
     transfer = [r for r in results if r.record.cell.attacker == "transfer" and not _crafted_here(r.record.cell)]
     attackers: tuple[Attacker, ...] = ("whitebox", "adaptive")
     for attacker in attackers:
@@ -202,7 +202,7 @@ def _transfer_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
 
 
 def _autoattack_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
-    """AutoAttack leaves far less than PGD did: the cross-entropy's gradient, or the logits' scale, may hide the way."""
+    """AutoAttack leaves far less accuracy than PGD: cross-entropy or the logit scale may hide the gradient."""
     for attacker in ATTACKERS:
         own = [r for r in results if r.record.cell.attacker == attacker]
         low, high = (
@@ -223,14 +223,14 @@ def _autoattack_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
 
 
 def _crafted_here(cell: Cell) -> bool:
-    """Saved images of this very pipeline: they may beat a weaker attack on it, and are no transfer."""
+    """Returns whether saved images were crafted on this very pipeline, so that they are no transfer."""
     config = cell.attack_config
     names = ("weights_hash", "defense", "defense_config")
     return cell.attack == "saved" and all(config.get(f"source_{name}") == getattr(cell, name) for name in names)
 
 
 def _rising_with_eps(results: Sequence[Result]) -> Iterator[Reason]:
-    """A larger ball holds the smaller one, so its best attack is at least as good."""
+    """Accuracy rises with eps, though a larger ball holds the smaller one."""
 
     def attack(result: Result) -> tuple[str, str, str]:
         return (result.record.cell.attacker, *_attack(result))

@@ -1,4 +1,4 @@
-"""Outcomes image by image: what survives everything, and whether one side keeps fewer than chance explains."""
+"""Comparisons of outcomes image by image: robust under all attacks, sign test on discordant pairs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MATERIAL = 0.01  # one point of accuracy: less is never worth a flag
 
 
 def robust_under_all(results: Iterable[Outcome]) -> dict[str, bool]:
-    """Image id -> robust under every one of these cells; over the ids that all of them have."""
+    """Returns image id -> robust under every one of these cells, over the ids that all of them have."""
     survived: dict[str, bool] | None = None
     for _, rows_of_cell in results:
         rows = {row.id: row.robust for row in rows_of_cell}
@@ -33,7 +33,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def clearly_lower(low: Mapping[str, bool], high: Mapping[str, bool]) -> bool:
-    """Whether ``low`` keeps fewer of the shared images than ``high``, by a point and beyond the paired noise."""
+    """Returns whether ``low`` keeps fewer of the shared images than ``high``, beyond a point and chance."""
     shared = low.keys() & high.keys()
     wins = sum(high[i] and not low[i] for i in shared)
     losses = sum(low[i] and not high[i] for i in shared)
@@ -41,16 +41,16 @@ def clearly_lower(low: Mapping[str, bool], high: Mapping[str, bool]) -> bool:
 
 
 def share(alive: Mapping[str, bool]) -> float:
-    """Of these images, those that are still right, 0..1."""
+    """Returns the share of these images that are still right, 0..1."""
     return sum(alive.values()) / len(alive) if alive else 0.0
 
 
 def compared(low: Mapping[str, bool], high: Mapping[str, bool]) -> tuple[str, str]:
-    """Both accuracies over the images they share, as the test saw them."""
+    """Returns both accuracies over the images they share."""
     shared = low.keys() & high.keys()
     return percent(share({i: low[i] for i in shared})), percent(share({i: high[i] for i in shared}))
 
 
 def percent(share: float) -> str:
-    """``45.2 %``."""
+    """Formats a share as ``45.2 %``."""
     return f"{100 * share:.1f} %"

@@ -1,4 +1,4 @@
-"""Accuracy against rejection: what a detector gains, and what it costs, at every threshold. Torch-free.
+"""Accuracy against rejection rate of a detector, at every threshold. Imports no torch.
 
 An image whose score is above the threshold is turned away. On clean images that is an error: accuracy counts what is
 accepted and right. On adversarial ones it is a success: an image is robust if it is accepted and right when clean, and
@@ -16,7 +16,7 @@ RATES = (0.0, 0.01, 0.05, 0.1, 0.2)
 
 
 class OperatingPoint(NamedTuple):
-    """One threshold."""
+    """Rejection rate, accuracy and robust accuracy at one threshold of a detector."""
 
     rate: float  # share of the clean images that may be turned away
     threshold: float  # scores above it are turned away
@@ -27,7 +27,7 @@ class OperatingPoint(NamedTuple):
 
 
 def accuracy_against_rejection(rows: Sequence[ImageRow], rates: Sequence[float] = RATES) -> list[OperatingPoint]:
-    """One line per rate: the lowest threshold that turns away no more than that share of the clean images.
+    """Returns one point per rate: the lowest threshold that rejects at most that share of the clean images.
 
     Rows without scores: no lines.
     """

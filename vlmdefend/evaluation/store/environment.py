@@ -1,4 +1,4 @@
-"""What ran where: the environment that a record keeps, and the peak of memory."""
+"""The environment of a record (versions, hardware), the device, and peak memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called ``name``; None: the GPU if there is one.
+    """Returns the device called ``name``; None: the GPU if there is one.
 
     Raises:
         UserError: a device that torch does not know or does not have.
@@ -35,7 +35,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Versions and hardware, as text."""
+    """Returns versions and hardware, as text."""
     import open_clip
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -50,7 +50,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new peak, where the device or the system can."""
+    """Resets the peak of memory, where the device or the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():

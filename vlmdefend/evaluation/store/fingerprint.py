@@ -1,4 +1,4 @@
-"""Hashes in a cell's key, so that code or files that were edited do not find their old numbers done."""
+"""Hashes in a cell's key: of code and files, so that results of edited ones are computed anew."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
 
 FILES = 1000  # the most that an option's folder may hold: weights and what belongs to them
-ROOMS = ("rng.py", "types.py", "data", "models", "kernels", "attacks", "defenses", "evaluation")
+PARTS = ("rng.py", "types.py", "data", "models", "kernels", "attacks", "defenses", "evaluation")
 
 
 def code_hash(method: Attack | Defense) -> dict[str, str]:
-    """What a method depends on beside its options: its own file where it is not of this package, and files it names.
+    """Returns hashes of a method's own file, if it is not of this package, and of files that its options name.
 
     So too for those inside of it.
     """
@@ -45,7 +45,7 @@ def code_hash(method: Attack | Defense) -> dict[str, str]:
 
 
 def check_files(method: Attack | Defense) -> None:
-    """Look at the files that a method's options name, and those of the methods inside of it, without reading them.
+    """Checks that the files named by a method's options can be read, without reading them.
 
     Raises:
         UserError: one that may not be read, a folder of very many.
@@ -105,13 +105,15 @@ def _unreadable(option: str, value: object, error: OSError) -> UserError:
 
 
 @cache
-def house_hash() -> str:
-    """A hash of the code that computes results, so that a mended attack does not find the old numbers done."""
-    house = Path(__file__).parents[2]
+def package_hash() -> str:
+    """Returns a hash of the package's code that computes results, so that a changed attack is run anew."""
+    package = Path(__file__).parents[2]
     files = sorted(
-        file for room in ROOMS for file in ([house / room] if room.endswith(".py") else (house / room).rglob("*.py"))
+        file
+        for part in PARTS
+        for file in ([package / part] if part.endswith(".py") else (package / part).rglob("*.py"))
     )
-    return _of_files(house, files)
+    return _of_files(package, files)
 
 
 def _of_files(folder: Path, files: list[Path]) -> str:

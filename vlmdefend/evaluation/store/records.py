@@ -1,4 +1,4 @@
-"""The record schema: what a run leaves behind, validated when written and when read. Torch-free.
+"""The record schema of a run, validated when written and when read. Imports no torch.
 
 A *cell* is one (model, defense, dataset, attack, attacker, eps, seed) under one protocol. Its key is a hash of the
 whole :class:`Cell`, so everything that can change a result must be a field of it.
@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class Cell(_Strict):
-    """Everything that can change the result of one cell."""
+    """All that can change the result of one cell."""
 
     schema_version: int = SCHEMA_VERSION
     protocol: str
@@ -51,12 +51,12 @@ class Cell(_Strict):
 
     @property
     def key(self) -> str:
-        """16 hex digits that name the cell's folder."""
+        """Returns 16 hex digits that name the cell's folder."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def title(self) -> str:
-        """The cell in one line, for progress and messages."""
+        """Returns the cell in one line, for progress and messages."""
         from vlmdefend.types import format_eps
 
         where = f"{self.model} + {self.defense} on {self.dataset}"
@@ -66,7 +66,7 @@ class Cell(_Strict):
 
 
 class ImageRow(_Strict):
-    """One image of a cell."""
+    """Predictions, margins, distance and steps of one image of a cell."""
 
     id: str
     label: int
@@ -83,12 +83,12 @@ class ImageRow(_Strict):
 
     @property
     def clean_correct(self) -> bool:
-        """The deployed pipeline is right on the clean image."""
+        """Whether the defended model classifies the clean image correctly."""
         return self.clean_prediction == self.label
 
     @property
     def robust(self) -> bool:
-        """Right on the clean image and still right on the adversarial one."""
+        """Whether both the clean and the adversarial image are classified correctly."""
         return self.clean_correct and self.adversarial_prediction == self.label
 
 
@@ -100,7 +100,7 @@ class Skipped(_Strict):
 
 
 class Cost(_Strict):
-    """What the cell spent. Forwards and backwards are of the bare model, in images, summed over the cell."""
+    """Forwards and backwards of the bare model, in images, summed over the cell; seconds and peak memory."""
 
     clean_images: int = 0
     clean_forwards: int = 0  # to predict the clean images with the deployed pipeline
@@ -122,7 +122,7 @@ class Cost(_Strict):
 
 
 class Checks(_Strict):
-    """What was measured to find a masked gradient or a broken pipeline (product.md, diagnostics)."""
+    """Measurements that show a masked gradient or a broken pipeline."""
 
     gradient_values: int = 0  # pixel gradients seen
     zero_gradients: int = 0  # of these, exactly zero or not finite: the pixel does not move

@@ -25,7 +25,7 @@ from vlmdefend.evaluation.store.records import SCHEMA_VERSION, Cell, Checks, Cos
 
 
 class StoredShard(NamedTuple):
-    """What one shard of a cell added."""
+    """Rows, checks and cost of one shard of a cell."""
 
     number: int
     rows: list[ImageRow]
@@ -35,7 +35,7 @@ class StoredShard(NamedTuple):
 
 
 class Store:
-    """A folder of cells.
+    """A run folder: one folder per cell.
 
     Raises:
         UserError: the path is a file, or cannot be created or written.
@@ -50,17 +50,17 @@ class Store:
             tempfile.TemporaryFile(dir=self.folder / "cells").close()  # finds a read-only folder before hours of work
 
     def cell_folder(self, key: str) -> Path:
-        """Where the cell with this key lives."""
+        """Returns the folder of the cell with this key."""
         return self.folder / "cells" / key
 
     def record(self, cell: Cell) -> Record | None:
-        """The finished record of ``cell``, or None."""
+        """Returns the finished record of ``cell``, or None."""
         file = self.cell_folder(cell.key) / "record.json"
         return read_record(file) if file.exists() else None
 
     @contextmanager
     def writing(self, cell: Cell) -> Iterator[CellWriter]:
-        """Hold the cell's lock while it is computed; the lock dies with the process.
+        """Holds the cell's lock while it is computed; the lock ends with the process.
 
         Raises:
             Busy: another process holds it.
@@ -86,21 +86,21 @@ class Store:
             lock.close()
 
     def fail(self, cell: Cell, message: str) -> None:
-        """Record why ``cell`` has no result, unless another process is at it."""
+        """Records why ``cell`` has no result, unless another process computes it."""
         with contextlib.suppress(Busy), self.writing(cell) as writer:
             writer.fail(message)
 
     def forget(self, cell: Cell) -> None:
-        """Drop a recorded failure that holds no longer."""
+        """Removes a recorded failure that no longer holds."""
         with disk(self.folder):
             (self.cell_folder(cell.key) / "record.json").unlink(missing_ok=True)
 
     def records(self) -> list[Record]:
-        """Every record of the folder, in a stable order."""
+        """Returns every record of the folder, in a stable order."""
         return [read_record(file) for file in sorted(self.folder.glob("cells/*/record.json"))]
 
     def rows(self, record: Record) -> list[ImageRow]:
-        """The per-image rows of a finished cell.
+        """Returns the per-image rows of a finished cell.
 
         Raises:
             UserError: missing, cut off, or not as many as the record says.
@@ -124,7 +124,7 @@ class CellWriter:
         self._partial = folder / "partial.jsonl"
 
     def finished_shards(self) -> list[StoredShard]:
-        """The shards of an interrupted run, in order; a line that was cut by a kill is dropped from the file."""
+        """Returns the shards of an interrupted run, in order; a line cut by a kill is removed from the file."""
         if not self._partial.exists():
             return []
         shards: list[StoredShard] = []
@@ -152,7 +152,7 @@ class CellWriter:
         return shards
 
     def add(self, shard: StoredShard) -> None:
-        """Append a finished shard and flush it to the disk."""
+        """Appends a finished shard and flushes it to the disk."""
         line = json.dumps(
             {
                 "shard": shard.number,
@@ -176,13 +176,13 @@ class CellWriter:
                 raise
 
     def fail(self, message: str) -> None:
-        """Record why the cell has no result; its finished shards stay, and the same command tries again."""
+        """Records why the cell has no result; finished shards stay for the next run."""
         record = Record(key=self.cell.key, cell=self.cell, status="error", error=message, finished=_now())
         with disk(self.folder):
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
 
     def finish(self, record: Record, rows: list[ImageRow]) -> None:
-        """Write rows, then the record (which makes the cell count as done), then drop the partial file."""
+        """Writes rows, then the record (which marks the cell as done), then removes the partial file."""
         with disk(self.folder):
             write_atomically(self.folder / "rows.jsonl", "".join(row.model_dump_json() + "\n" for row in rows))
             write_atomically(self.folder / "record.json", record.model_dump_json(indent=1) + "\n")
@@ -194,7 +194,7 @@ def _now() -> str:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Write a whole file or none: temporary file in the same folder, flushed, renamed."""
+    """Writes a whole file or none: temporary file in the same folder, flushed, renamed."""
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as temporary:
@@ -209,7 +209,7 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 def read_record(file: Path) -> Record:
-    """Read and validate a record.
+    """Reads and validates a record.
 
     Raises:
         UserError: cut in half, not a record, or of a newer schema.
@@ -241,7 +241,7 @@ def read_record(file: Path) -> Record:
 
 
 def read_rows(file: Path) -> list[ImageRow]:
-    """Read and validate per-image rows.
+    """Reads and validates per-image rows.
 
     Raises:
         UserError: missing or cut off.
@@ -260,7 +260,7 @@ def read_rows(file: Path) -> list[ImageRow]:
 
 @contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """Turn what the disk says into one sentence; finished work is untouched."""
+    """Turns errors of the disk into one sentence; finished work is untouched."""
     try:
         yield
     except OSError as error:

@@ -17,10 +17,10 @@ import open_clip
 import torch
 
 from vlmdefend.errors import UserError
+from vlmdefend.models.clip.published_prompts import add_published_prompts, image_tower_of
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.prompts.folder import read_prompts
 from vlmdefend.models.prompts.learned_prompts import PROMPTS_KEY
-from vlmdefend.models.prompts.published_prompts import add_published_prompts, image_tower_of
 from vlmdefend.models.weights.checkpoint import (
     CONFIG,
     PROMPTS,

@@ -13,10 +13,10 @@ from torch import Tensor
 from vlmdefend.data.prompts import templates_for
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.contiguous import use_contiguous_attention
-from vlmdefend.models.clip.text_side import TextSide
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
 from vlmdefend.models.prompts.context import ContextReader
 from vlmdefend.models.prompts.learned_prompts import PROMPTS_KEY, LearnedPrompts, attach
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
+from vlmdefend.models.zero_shot.text_side import TextSide
 
 Normalization = Literal["model", "clip", "imagenet"]
 

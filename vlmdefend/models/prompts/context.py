@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_side import parts_of
-from vlmdefend.models.clip.text_tower import (
+from vlmdefend.models.zero_shot.text_side import parts_of
+from vlmdefend.models.zero_shot.text_tower import (
     encode_embedded,
     looks_backwards,
     read_short,

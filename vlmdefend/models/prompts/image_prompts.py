@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_side import TextSide
-from vlmdefend.models.clip.text_tower import read_short
 from vlmdefend.models.prompts.learned_prompts import LearnedPrompts, text_transformer
 from vlmdefend.models.prompts.prompt_tower import PromptTower
+from vlmdefend.models.zero_shot.text_side import TextSide
+from vlmdefend.models.zero_shot.text_tower import read_short
 
 SPREAD = 0.02  # of the tokens that a fresh image tower gets, as MaPLe's code starts them
 

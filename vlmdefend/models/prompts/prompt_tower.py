@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_side import TextSide, ensembled, parts_of
-from vlmdefend.models.clip.text_tower import looks_backwards, read_short
+from vlmdefend.models.zero_shot.text_side import TextSide, ensembled, parts_of
+from vlmdefend.models.zero_shot.text_tower import looks_backwards, read_short
 
 
 class PromptTower:

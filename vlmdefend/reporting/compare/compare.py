@@ -1,4 +1,4 @@
-"""Two sets of records, image by image: what was lost, what was won, and whether that can be chance. Torch-free."""
+"""Compares two sets of records image by image: lost, won, and the exact sign test. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ROUNDING = 1e-9  # 29 % of 100 images is 28.999999999999996
 
 
 class NotComparable(UserError):
-    """The two sets of records were not made the same way, so that a difference would say nothing."""
+    """The two sets of records were not made in the same way."""
 
     exit_code = 3
 
 
 class ComparedSetting(NamedTuple):
-    """What both sides must share for a pair of numbers to be about the model, the code, or the weights alone."""
+    """The fields that both sides must share: data, attack, defense, radius, seed."""
 
     protocol: str
     protocol_hash: str
@@ -44,18 +44,18 @@ class ComparedSetting(NamedTuple):
 
     @property
     def defended(self) -> str:
-        """``jpeg 4/255``."""
+        """Returns ``jpeg 4/255``."""
         return f"{self.defense} {format_eps(self.eps)}" if self.eps else self.defense
 
     @property
     def order(self) -> tuple[object, ...]:
-        """For a table: no defense first, then by name; radii ascending."""
+        """The sort key of a table: no defense first, then by name; radii ascending."""
         return self.dataset, self.model, self.norm, self.defense != "none", self.defense, self.defense_config, self[-3:]
 
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """One measure on the same images before and after.
+    """Images lost and won by one measure (clean or worst) between before and after, with the p-value.
 
     ``p``: how likely so many losses among the images that changed are, were losses and gains equally likely (exact
     one-sided sign test, which is McNemar's), corrected for the number of comparisons (Holm 1979).
@@ -70,14 +70,14 @@ class PairedCounts:
 
     @classmethod
     def of(cls, ids: Set[str], before: Mapping[str, bool], after: Mapping[str, bool]) -> PairedCounts:
-        """Outcomes by image id. ``p`` is not corrected yet."""
+        """Counts over outcomes by image id. ``p`` is not corrected yet."""
         lost = sum(before[i] and not after[i] for i in ids)
         won = sum(after[i] and not before[i] for i in ids)
         held = [sum(side[i] for i in ids) for side in (before, after)]
         return cls(len(ids), held[0], held[1], lost, won, sign_test(lost, won))
 
     def fell(self, tolerance: float, alpha: float) -> bool:
-        """Whether more than ``tolerance`` (a share, 0..1) was lost, and chance does not explain that any was."""
+        """Returns whether more than ``tolerance`` (a share, 0..1) was lost, beyond chance."""
         return self.lost - self.won > tolerance * self.n + ROUNDING and self.p < alpha
 
 
@@ -93,7 +93,7 @@ class Comparison:
 
     @property
     def measures(self) -> dict[Measure, PairedCounts]:
-        """Clean and, where there is one, worst."""
+        """The clean measure and, where attacks were run, the worst case."""
         return {"clean": self.clean, "worst": self.worst} if self.worst else {"clean": self.clean}
 
     def regressions(self, tolerance: float, alpha: float) -> list[Measure]:
@@ -102,7 +102,7 @@ class Comparison:
 
 
 def compare(before: Sequence[Result], after: Sequence[Result]) -> list[Comparison]:
-    """Every setting of ``before`` against the same setting of ``after``, which may hold more.
+    """Compares every setting of ``before`` with the same setting of ``after``, which may hold more.
 
     Weights, code, device and batch size may differ: they are what is compared. Where each side has one model, its name
     may differ too.
@@ -147,7 +147,7 @@ def _setting(cell: Cell, by_model: bool) -> ComparedSetting:
 
 
 def _missing(setting: ComparedSetting, others: Iterable[ComparedSetting]) -> str:
-    """Which fields keep the nearest setting of the other side from being the same."""
+    """Returns the fields in which the nearest setting of the other side differs."""
 
     def apart(other: ComparedSetting) -> list[str]:
         return [n for n, a, b in zip(ComparedSetting._fields, setting, other, strict=True) if a != b]
@@ -160,7 +160,7 @@ def _missing(setting: ComparedSetting, others: Iterable[ComparedSetting]) -> str
 
 
 def _images(setting: ComparedSetting, before: Sequence[Result], after: Sequence[Result]) -> Set[str]:
-    """The ids of the images, the same on both sides."""
+    """Returns the ids of the images, the same on both sides."""
     old, new = (
         frozenset.intersection(*(frozenset(row.id for row in r.rows) for r in side)) for side in (before, after)
     )
@@ -173,7 +173,7 @@ def _images(setting: ComparedSetting, before: Sequence[Result], after: Sequence[
 
 
 def _check_attacks(setting: ComparedSetting, before: Sequence[Result], after: Sequence[Result]) -> None:
-    """Robustness against other attacks is another number."""
+    """Refuses sides that were attacked differently."""
 
     def attacks(results: Sequence[Result]) -> dict[str, str]:
         cells = [r.record.cell for r in results]
@@ -198,21 +198,21 @@ def _check_attacks(setting: ComparedSetting, before: Sequence[Result], after: Se
 
 
 def _doubts(groups: Mapping[ComparedSetting, Sequence[Result]], setting: ComparedSetting) -> dict[str, str]:
-    """Kind and sentence of every reason to doubt the numbers of a setting; other radii of the pipeline testify too."""
+    """Returns kind and sentence of every reason to doubt the numbers of a setting."""
     pipeline = [r for other, own in groups.items() if other._replace(eps=setting.eps) == setting for r in own]
     found = [reason for reason in reasons(pipeline) if reason.eps in (None, setting.eps)]
     return {reason.kind: f"{reason.word} {reason.text}" for reason in found}
 
 
 def needed(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> int:
-    """How many images must be lost, and none won, for the first of these comparisons to count as a fall."""
+    """Returns how many images must be lost, and none won, for the first comparison to count as a fall."""
     smallest = min(paired.n for c in comparisons for paired in c.measures.values())
     tests = len(_hypotheses(comparisons))
     return next(k for k in count(1) if sign_test(k, 0) * tests < alpha and k > tolerance * smallest + ROUNDING)
 
 
 def _hypotheses(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], list[tuple[int, Measure]]]:
-    """What is asked, with every place where it is asked: clean accuracy is one question at all radii."""
+    """Returns the tested hypotheses, each with its comparisons; clean accuracy is one hypothesis for all radii."""
     asked: dict[tuple[object, ...], list[tuple[int, Measure]]] = {}
     for i, comparison in enumerate(comparisons):
         for name, paired in comparison.measures.items():
@@ -223,7 +223,7 @@ def _hypotheses(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], l
 
 
 def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Holm's step-down correction over all that is asked: of many comparisons one looks bad by chance."""
+    """Applies Holm's step-down correction over all hypotheses."""
 
     def p(places: list[tuple[int, Measure]]) -> float:
         i, name = places[0]

@@ -17,14 +17,14 @@ from vlmdefend.types import format_eps
 
 
 def verdict(comparison: Comparison, tolerance: float, alpha: float) -> str:
-    """``REGRESSION``, ``DOUBTFUL`` (a new reason to distrust the number), or ``ok``."""
+    """Returns ``REGRESSION``, ``DOUBTFUL`` (a new reason to doubt the number), or ``ok``."""
     if comparison.regressions(tolerance, alpha):
         return "REGRESSION"
     return "DOUBTFUL" if comparison.doubts else "ok"
 
 
 def as_text(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> str:
-    """One table per data set and pair of models, 80 columns where names are short (-/+: images lost and won)."""
+    """Returns one table per data set and pair of models, 80 columns where names are short (-/+: lost and won)."""
     return "\n".join(
         f"{plain(title)}\n{tabulate(rows, headers='keys', tablefmt='plain', disable_numparse=True)}\n"
         + "".join(f"{fill(plain(sentence), NARROWEST)}\n" for sentence in sentences)
@@ -33,7 +33,7 @@ def as_text(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -
 
 
 def as_markdown(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> str:
-    """The same in GitHub's Markdown."""
+    """Returns the tables in GitHub's Markdown."""
     parts = []
     for title, rows, sentences in _tables(comparisons, tolerance, alpha):
         safe = [{name: escape(cell) for name, cell in row.items()} for row in rows]
@@ -44,7 +44,7 @@ def as_markdown(comparisons: Sequence[Comparison], tolerance: float, alpha: floa
 
 
 def as_json(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> str:
-    """A list of objects: the setting, both measures with their counts, the verdict."""
+    """Returns a list of objects: the setting, both measures with their counts, the verdict."""
     return json.dumps(
         [
             {

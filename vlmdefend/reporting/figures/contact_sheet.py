@@ -1,4 +1,4 @@
-"""A picture of a saved set: clean, adversarial, and what was added, with what the model made of each.
+"""Draws a picture of a saved set: clean and adversarial images, their difference and the predictions.
 
 Drawn with Pillow and its own font, which knows the letters of English: accents are dropped, any other character is
 written as its escape. Differences are shown around grey, so that grey means unchanged; the gain is one for the sheet,
@@ -38,7 +38,7 @@ INK, FAINT, RED, GREEN, PAPER = "#1d1d1f", "#6e6e73", "#c0271b", "#1b7f3b", "#ff
 
 @dataclass(frozen=True)
 class ContactSheetItem:
-    """One image of the sheet."""
+    """One image of the sheet, with its predictions and margin."""
 
     row: ImageRow
     clean: Pixels
@@ -46,7 +46,7 @@ class ContactSheetItem:
 
 
 def contact_sheet(crafted: CraftedSet) -> bytes | None:
-    """The sheet of a set as a PNG file; None where the model was right on no image, so that none was attacked."""
+    """Returns the sheet of a set as a PNG file; None where no image was attacked."""
     saved = crafted.saved
     chosen = choose(saved.rows)
     shown = []
@@ -67,7 +67,7 @@ def contact_sheet(crafted: CraftedSet) -> bytes | None:
 
 
 def choose(rows: Sequence[IndexRow]) -> list[IndexRow]:
-    """The images with the largest margins among those that were fooled, then the narrowest survivors."""
+    """Returns the fooled images of largest margin, then the survivors of smallest margin."""
     attacked = sorted((row for row in rows if row.clean_correct), key=lambda row: (-row.adversarial_margin, row.id))
     fooled = [row for row in attacked if not row.robust]
     survived = [row for row in attacked if row.robust]
@@ -77,7 +77,7 @@ def choose(rows: Sequence[IndexRow]) -> list[IndexRow]:
 
 
 def draw_sheet(shown: Sequence[ContactSheetItem], class_names: Sequence[str], title: str, about: str) -> Image.Image:
-    """Cards in two columns under a heading; the gain of the differences is the same on all of them."""
+    """Draws cards in two columns under a heading; the differences are magnified by one factor."""
     from PIL import Image, ImageDraw
 
     gain = _gain(np.concatenate([np.abs(one.adversarial - one.clean).ravel() for one in shown]))
@@ -101,7 +101,7 @@ def draw_sheet(shown: Sequence[ContactSheetItem], class_names: Sequence[str], ti
 
 
 def legible(text: str) -> str:
-    """Letters that the font has, without accents; everything else as an escape: ``\\n``, ``\\u30b7``."""
+    """Replaces letters that the font lacks by their escape, ``\\n``, ``\\u30b7``; drops accents."""
     return "".join(_written(character) for character in text)
 
 
@@ -147,7 +147,7 @@ def _name(class_names: Sequence[str], prediction: int) -> str:
 
 
 def _tile(pixels: Pixels) -> Image.Image:
-    """A square of TILE pixels: small images are enlarged in whole pixels, large ones averaged, others letterboxed."""
+    """Returns a square of TILE pixels: small images enlarged in whole pixels, large ones averaged."""
     from PIL import Image
 
     picture = Image.fromarray((pixels * 255).round().astype(np.uint8))
@@ -160,7 +160,7 @@ def _tile(pixels: Pixels) -> Image.Image:
 
 
 def _gain(differences: NDArray[np.float32]) -> float:
-    """Rounded down to a number that can be read. A few pixels of an L2 attack would leave all others grey."""
+    """Returns the magnification of the differences, rounded down to a readable number."""
     largest = float(np.quantile(differences, 0.99)) or float(differences.max())
     if largest <= 0:
         return 1.0

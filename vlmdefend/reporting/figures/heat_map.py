@@ -14,7 +14,7 @@ INK, FAINT, PAPER, LOW, HIGH = "#1d1d1f", "#6e6e73", "#ffffff", (238, 243, 250),
 def heat_map(
     title: str, about: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[tuple[float, str]]]
 ) -> bytes:
-    """A PNG file.
+    """Draws a matrix of shares as a PNG file.
 
     Args:
         title: first line; about: second line, smaller.

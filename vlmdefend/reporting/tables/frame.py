@@ -1,4 +1,4 @@
-"""Verdict lines as data: CSV and Parquet, one row per line and seed, accuracies as 0..1."""
+"""Verdict rows as a data frame, CSV and Parquet: one row per verdict and seed, accuracies as 0..1."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TYPES = {"text": "string", "whole": "Int64", "real": "Float64", "truth": "boole
 
 
 def frame(lines: Sequence[VerdictRow]) -> pandas.DataFrame:
-    """One row per line: everything a line knows, missing where it was not measured.
+    """Returns a data frame with one row per verdict row; missing where something was not measured.
 
     ``adaptive`` (and, without a defense, ``transfer``) repeats ``whitebox`` where the attackers are one;
     ``same_as_whitebox`` names those columns.

@@ -1,4 +1,4 @@
-"""Verdict lines to tables of words: one group per model and dataset under one protocol; no format yet."""
+"""Arranges verdict rows into tables of text: one per model and data set under one protocol."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Footnote(NamedTuple):
 
 
 class CostRow(NamedTuple):
-    """The cost of one defense of a group, over its radii and seeds."""
+    """The cost of one defense of a table, over its radii and seeds."""
 
     defense: str
     paradigm: str
@@ -35,7 +35,7 @@ class CostRow(NamedTuple):
 
 @dataclass(frozen=True)
 class VerdictTable:
-    """What one table shows. ``rows`` pairs each line with the name of its defense."""
+    """The content of one table. ``rows`` pairs each verdict row with the name of its defense."""
 
     title: str
     rows: tuple[tuple[str, VerdictRow], ...]
@@ -48,7 +48,7 @@ class VerdictTable:
         return [line for _, line in self.rows]
 
     def is_best(self, line: VerdictRow) -> bool:
-        """The highest ``worst`` of its radius among the numbers that nothing speaks against.
+        """Returns whether a row has the highest ``worst`` of its radius among the numbers without doubts.
 
         Compared are lines without a flag whose attackers are as many as any line's, and that met every attack which
         any line met: a defense that only a transfer attacker met is not better than one that an adaptive attacker met,
@@ -67,7 +67,7 @@ class VerdictTable:
 
 
 def verdict_tables(lines: Sequence[VerdictRow]) -> list[VerdictTable]:
-    """Groups in the order of the lines, seeds merged. Two protocols are never in one group."""
+    """Returns tables in the order of the rows, seeds merged. Two protocols are never in one table."""
     merged = over_seeds(lines)
     by_place: dict[Hashable, list[VerdictRow]] = {}
     for line in merged:
@@ -99,7 +99,7 @@ def worst_text(line: VerdictRow) -> str:
 
 
 def worst_header(lines: Iterable[VerdictRow]) -> str:
-    """What stands beside the headline: the Wilson interval, the standard deviation over seeds, or both."""
+    """Returns the header of the worst column: Wilson interval, standard deviation over seeds, or both."""
     shares = [line.worst for line in lines if line.worst is not None]
     shown = ["[95 %]"] if any(share.interval for share in shares) else []
     shown += ["±std"] if any(share.spread is not None for share in shares) else []
@@ -107,7 +107,7 @@ def worst_header(lines: Iterable[VerdictRow]) -> str:
 
 
 def clean_text(line: VerdictRow) -> str:
-    """The clean accuracy."""
+    """Returns the clean accuracy as text."""
     return percent(line.clean.value if line.clean else None)
 
 

@@ -1,4 +1,4 @@
-"""Robust adaptation from settings to a classifier: adapted teacher (step 1), robust student (step 2), numbers."""
+"""The job of `urda-train`: from settings to an adapted teacher (step 1) and a robust student (step 2)."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ STUDENT: StepName = "student"
 
 @dataclass(frozen=True, kw_only=True)
 class Adapted(JobResult):
-    """The result of an adaptation. Accuracies are on held-out target images."""
+    """The result of `urda-train`; accuracies are on held-out target images."""
 
-    before: TargetNumbers | None  # of the teacher; None: there was none
+    before: TargetNumbers | None  # of the teacher; None: the run has no teacher
     after: TargetNumbers | None  # of the student; None: step 2 was left out
     theory: dict[str, Any]  # the terms of the bound that can be estimated
 
     @property
     def written(self) -> bool:
-        """Whether there is a classifier in ``out``."""
+        """Whether ``out`` holds a classifier."""
         return is_classifier_folder(self.out)
 
     def spec(self) -> dict[str, Any]:
-        """As JSON, as it is kept in the folder."""
+        """Returns the numbers as JSON, as the folder's summary holds them."""
         numbers = {"before": self.before, "after": self.after}
         return {**{name: n.spec() for name, n in numbers.items() if n is not None}, "theory": self.theory}
 
 
 class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
-    """One run of unsupervised robust domain adaptation: an adapted teacher (step 1), a robust student (step 2)."""
+    """Trains by unsupervised robust domain adaptation: an adapted teacher (step 1), then a robust student (step 2)."""
 
     def refuse(self) -> None:
-        """Creates both methods, and refuses batch statistics of a batch that several processes share."""
+        """Creates both methods, and refuses BatchNorm in training mode if several processes share a batch."""
         self.method, self.robust = adaptation_of(self.settings), robustification_of(self.settings)
         if self.settings.batch_norm == "train" and self.processes.count > 1:
             raise UserError("--batch-norm train needs the whole batch in one process; give --batch-norm frozen.")
@@ -64,21 +64,21 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
 
     @property
     def wants_teacher(self) -> bool:
-        """Whether there is a step 1 (or a given teacher)."""
+        """Whether the run needs a teacher, trained in step 1 or given."""
         starts = self.settings.init == "teacher"
         return self.robust is None or self.robust.teacher != "none" or starts or self.settings.teacher is not None
 
     @property
     def trains_teacher(self) -> bool:
-        """Whether step 1 has anything to train."""
+        """Whether the teacher is trained in step 1."""
         return self.wants_teacher and self.given is None
 
     def costs(self) -> list[StageCost]:
-        """What each stage will cost at most."""
+        """Estimates the largest number of forward and backward passes of each stage."""
         return [cost for step in self._steps() for cost in step.costs()]
 
     def train(self, progress: Progress, summary: dict[str, Any]) -> Adapted:
-        """Runs both steps, or what is left of them; measures and writes teacher and student."""
+        """Runs both steps, or what an earlier run did not finish; measures and writes teacher and student."""
         reused = bool(summary.get("finished"))
         teacher = self._teacher(progress) if self.wants_teacher else None
         student = None if self.robust is None else self._student(self.robust, teacher, progress)
@@ -92,17 +92,17 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         return Adapted(out=self.folder.out, before=read["before"], after=read["after"], theory=theory, reused=reused)
 
     def _given_teacher(self) -> FrozenTeacher | None:
-        """A teacher that needs no training."""
+        """Loads a teacher that needs no training: ``--teacher``, or the backbone of a zero-shot method; else None."""
         name = self.settings.teacher or (None if self.method.trains else self.settings.backbone)
         if name is None or not (self.settings.teacher or self.wants_teacher):
             return None
         return load_teacher(name, self.class_names, self.sets.source.templates, self.processes.device)
 
     def _teacher(self, progress: Progress) -> FrozenTeacher:
-        """Step 1: adapt, unless a teacher is given."""
+        """Returns the given teacher, or trains and saves one (step 1)."""
         if self.given is not None:
             return self.given
-        classifier = self._fresh(self.settings.bottleneck).to(self.processes.device)
+        classifier = self.new_classifier(self.settings.bottleneck).to(self.processes.device)
         step = AdaptationStep(TEACHER, self.method.phases, self.settings, self.sets)
         step.train(classifier, None, self, progress)
         model = ClassifierModel(TEACHER, classifier, self.class_names)
@@ -111,8 +111,8 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         return as_teacher(model, self.class_names, TEACHER)
 
     def _student(self, method: Adaptation, teacher: FrozenTeacher | None, progress: Progress) -> ClassifierModel:
-        """Step 2: the teacher stays as it is, to the bit."""
-        classifier = self._beginning(teacher).to(self.processes.device)
+        """Trains and returns the student (step 2); the teacher's weights do not change."""
+        classifier = self._initial_student(teacher).to(self.processes.device)
         before = "" if teacher is None else teacher.weights_hash
         if teacher is not None and method.teacher != "none" and getattr(method, "augment", "off") == "off":
             teacher.look_at(self.sets.reader(self.sets.target, classifier), self.processes.device)
@@ -122,21 +122,21 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
             raise RuntimeError("step 2 changed the teacher")
         return ClassifierModel(STUDENT, classifier, self.class_names)
 
-    def _beginning(self, teacher: FrozenTeacher | None) -> ImageClassifier:
-        """The student before its first step."""
+    def _initial_student(self, teacher: FrozenTeacher | None) -> ImageClassifier:
+        """Returns the student before its first step: the teacher's copy, or a new classifier (``--init``)."""
         model = _model_of(teacher)
         if self.settings.init == "imagenet":
             of_clip = teacher is not None and model is None
-            return self._fresh(self._width_for(teacher), of_clip=of_clip)
+            return self.new_classifier(self._student_bottleneck(teacher), of_clip=of_clip)
         if model is None:
             what = "there is no teacher" if teacher is None else f"{teacher.name} has no head"
-            raise UserError(f"--init teacher: {what} for the student to begin as; give --init imagenet.")
+            raise UserError(f"--init teacher: {what} for the student to start from; give --init imagenet.")
         classifier = copy_of(model.classifier)
         classifier.batch_norm = self.settings.batch_norm
         return classifier
 
-    def _width_for(self, teacher: FrozenTeacher | None) -> int:
-        """The student's bottleneck: as wide as the teacher's features, where they are to be equal."""
+    def _student_bottleneck(self, teacher: FrozenTeacher | None) -> int:
+        """Returns the width of the student's bottleneck: of the teacher's features if step 2 compares features."""
         if teacher is None or not getattr(self.robust, "features", False):
             return self.settings.bottleneck
         one = self.sets.target.select([0])
@@ -144,8 +144,8 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         found = teacher(self.sets.batch(one, like, self.processes.device).images).features
         return self.settings.bottleneck if found is None else int(found.shape[1])
 
-    def _fresh(self, bottleneck: int, *, of_clip: bool = False) -> ImageClassifier:
-        """Backbone with its own weights, the rest random."""
+    def new_classifier(self, bottleneck: int, *, of_clip: bool = False) -> ImageClassifier:
+        """Returns a classifier of the backbone (pretrained, or random with ``--random``) and random other layers."""
         settings = self.settings
         return ImageClassifier(
             load_backbone(settings.backbone, pretrained=settings.pretrained, seed=settings.seed),
@@ -158,14 +158,16 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         )
 
     def _write(self, model: ClassifierModel | None, teacher: FrozenTeacher | None, summary: dict[str, Any]) -> None:
+        """Writes the student, or the teacher if step 2 is left out, as a classifier folder."""
         if model is None:
             return  # a CLIP as teacher and no step 2: there is no classifier with a head
-        made = "none" if self.robust is None else self.robust.name
-        facts = {**self._metadata(made), "teacher": None if teacher is None else teacher.name, **summary}
+        method = "none" if self.robust is None else self.robust.name
+        facts = {**self._metadata(method), "teacher": None if teacher is None else teacher.name, **summary}
         facts["teacher_weights_hash"] = None if teacher is None else teacher.weights_hash
         save_classifier(model, self.folder.out, facts)
 
     def _metadata(self, method: str) -> dict[str, Any]:
+        """Returns what a written classifier's folder records of the run."""
         return {
             "made_by": "vlmdefend urda-train",
             "method": method,
@@ -176,7 +178,7 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         }
 
     def facts(self) -> dict[str, Any]:
-        """Settings, and hashes of the images and a given teacher."""
+        """Returns settings and hashes of the images and a given teacher."""
         return {
             **self.settings.decisive(),
             "source_images": self.sets.source.ids_hash,
@@ -186,7 +188,7 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         }
 
     def _check_additive(self) -> None:
-        """Several processes must make what one makes."""
+        """Refuses losses that several processes cannot compute as one process does."""
         if self.settings.reduction != "mean":
             raise UserError(f"--reduction {self.settings.reduction} sums over a batch that processes share; give mean.")
         for method in (method for step in self._steps() for method in step.phases if not method.additive):
@@ -196,6 +198,7 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
             )
 
     def _steps(self) -> list[AdaptationStep]:
+        """Returns the steps that train something."""
         found = [AdaptationStep(TEACHER, self.method.phases, self.settings, self.sets)] if self.trains_teacher else []
         return found + (
             [] if self.robust is None else [AdaptationStep(STUDENT, self.robust.phases, self.settings, self.sets)]
@@ -203,5 +206,6 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
 
 
 def _model_of(teacher: FrozenTeacher | None) -> ClassifierModel | None:
+    """Returns the teacher's model if it is a classifier with a head."""
     model = None if teacher is None else teacher.model
     return model if isinstance(model, ClassifierModel) else None

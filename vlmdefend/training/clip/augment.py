@@ -1,4 +1,4 @@
-"""Training images as another crop in every epoch: what few-shot methods are published with."""
+"""Augmentation of training images: a new random crop in every epoch, as few-shot methods are published with."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from vlmdefend.training.settings.train_settings import Augment
 
 
 def crop_and_flip(images: Tensor, rng: ImageRng) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same shape: a random resized crop of each image, every other one mirrored.
+    """Returns a random resized crop of each image, mirrored with probability 1/2.
 
-    As APT and AdvCLIP-LoRA train: a share of the area in 0.08 to 1, aspect ratio in 3/4 to 4/3. Theirs is cut from the
-    file and bicubic; this one is cut from the image at the size that it is trained at, bilinear, so that the images
-    are decoded once. The draws are each image's own.
+    As in APT and AdvCLIP-LoRA: area share from 0.08 to 1, aspect ratio from 3/4 to 4/3. They crop the image file and
+    resize bicubically; here the image is cropped at its training size and resized bilinearly, so that images are
+    decoded once.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1]; the result has the same shape and range.
+        rng: draws for each image by its id.
     """
     return augmented_views(images, rng, 2)[:, 1].clamp(0.0, 1.0)
 

@@ -1,9 +1,9 @@
-"""The zero-shot classifier that is trained, and the frozen one beside it."""
+"""The zero-shot classifier that `train` and `distill` train, and the choice of its trained parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vlmdefend.errors import UserError
 from vlmdefend.models.clip.patches import with_patches
-from vlmdefend.models.clip.text_tower import looks_backwards, read_short, token_embedding, without_padding
 from vlmdefend.models.clip.vision_language import (
     CLIP_MEAN,
     CLIP_STD,
@@ -21,26 +20,27 @@ from vlmdefend.models.clip.vision_language import (
     Normalization,
     VisionLanguageModel,
 )
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
+from vlmdefend.models.zero_shot.text_tower import looks_backwards, read_short, token_embedding, without_padding
 from vlmdefend.types import Outputs
 
 BatchNormPolicy = Literal["frozen", "train"]
 
 
 class TrainedClassifier(ZeroShotClassifier):
-    """A CLIP-like model with a fixed class list whose weights may be trained.
+    """A zero-shot CLIP classifier with a fixed class list whose weights or prompts can be trained.
 
-    Text features come from the cache of ``model``, once per class list, unless the text tower trains.
+    Text features come from the cache of ``model``, once per class list, unless the text tower or prompts train.
 
     Args:
-        model: used, not copied; :func:`choose_trained` says which of its parameters train.
+        model: used, not copied; :func:`choose_trained` selects which of its parameters train.
         class_names: in the order of the labels, the same list for every model of a run.
         templates: prompts with ``{c}``.
         normalization: mean and standard deviation: the model's own, or those that a paper used.
-        logit_scale: what multiplies the cosines; None: the model's own, exp(logit_scale).
+        logit_scale: factor of the cosines; None: the model's own, exp(logit_scale).
         resize_inside: images of any size are resized inside the model.
         batch_norm: ``frozen``: evaluation mode; ``train``: batch statistics in the training forward, running ones
-            everywhere else. An attack never moves them.
+            everywhere else. An attack never changes them.
     """
 
     def __init__(
@@ -62,58 +62,58 @@ class TrainedClassifier(ZeroShotClassifier):
         self.model, self.class_names, self.templates = model, tuple(class_names), tuple(templates)
         self.logit_scale, self.batch_norm = logit_scale, batch_norm
         self.trains_text = self.trains_prompts = False
-        self.hand_features = features  # of the run's templates, whatever is learned in their place
-        self._encoded: Tensor | None = None
-        self._tokens: Tensor | None = None  # of the prompts, where the text tower trains
+        self.hand_features = features  # of the run's templates, also where prompts are learned in their place
+        self._class_features: Tensor | None = None  # of learned prompts, with their graph
+        self._tokens: Tensor | None = None  # of the templates, where the text tower trains
 
     def logits(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(..., D) image features -> (..., C), of its own class features or of others."""
+        """Returns (..., C) logits of (..., D) image features; ``classes``: (C, D) other class features than its own."""
         if self.logit_scale is None:
             return super().logits(features, classes)
         classes = self.text_features if classes is None else classes
         return self.logit_scale * F.normalize(features, dim=-1) @ classes.mT
 
     def training_outputs(self, images: Tensor) -> Outputs:
-        """The forward that is trained: as any other, but for trained text features and BatchNorm in training."""
+        """Runs the training forward: with gradients to trained text features, and with the BatchNorm policy applied."""
         text = self.class_features() if self.trains_text else self.text_features
-        with batch_statistics(self.clip) if self.batch_norm == "train" else _nothing():
+        with batch_statistics(self.clip) if self.batch_norm == "train" else nullcontext():
             features = self._training_features(images) if self.batch_norm == "train" else self.features(images)
         return Outputs(self.logits(features, text), features)
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
-        """As :meth:`training_outputs`, and (B, N, D) what the image tower says of each of N = G x G places.
+        """Returns :meth:`training_outputs` and the (B, N, D) features of the N = G x G image patches.
 
         Raises:
-            UserError: an image tower that pools in a way of its own.
+            UserError: the image tower does not pool as CLIP's towers do.
         """
         text = self.class_features() if self.trains_text else self.text_features
-        with batch_statistics(self.clip) if self.batch_norm == "train" else _nothing():
+        with batch_statistics(self.clip) if self.batch_norm == "train" else nullcontext():
             features, patches = with_patches(self.clip.visual, self._prepared(images))
         return Outputs(self.logits(features, text), features), patches
 
     def class_features(self) -> Tensor:
-        """(C, D) unit rows with gradients to what trains of the text side.
+        """Returns (C, D) unit rows with gradients to the trained parameters of the text side.
 
-        Learned prompts are encoded once for all that is asked before :meth:`forget` or :meth:`refresh`: attacks read
-        these rows too, without gradient. In float32: what trains are a few vectors that everything hangs on.
+        Features of learned prompts are cached until :meth:`forget` or :meth:`refresh`; attacks read them too, without
+        gradient. They are encoded in float32: few vectors train, and every logit depends on them.
         """
         if not self.trains_prompts:
             return self._encode_text()
-        if self._encoded is None:
+        if self._class_features is None:
             with torch.enable_grad(), torch.autocast(self.mean.device.type, enabled=False):
-                self._encoded = self._read_context(self.model.context)
-        return self._encoded
+                self._class_features = self._encode_context(self.model.context)
+        return self._class_features
 
     def forget(self) -> None:
-        """The graph of the encoded prompts was sent back through, or will not be: the next to ask encodes anew."""
-        self._encoded = None
+        """Drops the cached features of learned prompts, whose graph was used by a backward or is not needed."""
+        self._class_features = None
 
     def classes_of(self, context: Tensor) -> Tensor:
-        """(C, D) class features of another context than the learned one, of its shape, with its gradient."""
-        return self._read_context(context)
+        """Returns (C, D) class features of a context in place of the learned one, with gradients to it."""
+        return self._encode_context(context)
 
     def refresh(self) -> None:
-        """Encode the class names again, where the text side trains, for the forwards that do not train it."""
+        """Encodes the class names again if the text side trains, for the forwards without text gradients."""
         self.forget()
         if self.trains_prompts:
             self.text_features = self.class_features().detach()
@@ -121,7 +121,8 @@ class TrainedClassifier(ZeroShotClassifier):
             with torch.no_grad():
                 self.text_features = self._encode_text()
 
-    def _read_context(self, context: Tensor | None) -> Tensor:
+    def _encode_context(self, context: Tensor | None) -> Tensor:
+        """Returns (C, D) class features of a learned context."""
         if context is None:
             raise UserError("this model has no learned context; train one with --trains context:M.")
         return self.model.reader(self.class_names)(context)
@@ -131,9 +132,9 @@ class TrainedClassifier(ZeroShotClassifier):
         return features
 
     def _encode_text(self) -> Tensor:
-        """(C, D) unit rows with gradients: as open_clip ensembles templates, or of a context learned before."""
+        """Returns (C, D) unit rows with gradients: the template ensemble of open_clip, or a context learned before."""
         if self.model.context is not None:
-            return self._read_context(self.model.context)
+            return self._encode_context(self.model.context)
         if self._tokens is None:
             texts = [template.replace("{c}", name) for name in self.class_names for template in self.templates]
             tokens = self.model.tokenizer(texts).to(self.mean.device)
@@ -146,7 +147,7 @@ class TrainedClassifier(ZeroShotClassifier):
 
 
 def statistics(model: VisionLanguageModel, normalization: Normalization) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation that pixels are normalised with."""
+    """Returns the mean and standard deviation that pixels are normalised with."""
     return {
         "model": (model.mean, model.std),
         "clip": (CLIP_MEAN, CLIP_STD),
@@ -155,7 +156,7 @@ def statistics(model: VisionLanguageModel, normalization: Normalization) -> tupl
 
 
 def choose_trained(classifier: TrainedClassifier, parts: str) -> dict[str, nn.Parameter]:
-    """Let some parameters want gradients and return them by name, in the model's order.
+    """Turns on gradients of the parameters that ``parts`` names and returns them by name, in the model's order.
 
     Args:
         classifier: the target; all its parameters are frozen before.
@@ -163,7 +164,7 @@ def choose_trained(classifier: TrainedClassifier, parts: str) -> dict[str, nn.Pa
             tensors of the image tower.
 
     Raises:
-        UserError: another word, or K is not between 1 and the number of tensors.
+        UserError: another value, or K is not between 1 and the number of tensors.
     """
     named = dict(classifier.clip.named_parameters())
     visual = [name for name in named if name.startswith("visual.")]
@@ -185,7 +186,7 @@ def choose_trained(classifier: TrainedClassifier, parts: str) -> dict[str, nn.Pa
 
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm in training mode inside, everything else as it is."""
+    """Puts BatchNorm layers into training mode inside the block; other layers stay as they are."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training]
     for m in norms:
         m.training = True
@@ -196,11 +197,6 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
             m.training = False
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
-
-
 def batch_norm_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Running means and variances by name (not the counters, which averages leave alone)."""
+    """Returns running means and variances by name, without the batch counters, which are not averaged."""
     return {name: b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))}

@@ -1,4 +1,4 @@
-"""What `train` and `distill` share: a CLIP, training images with a held-out part, and accuracy on that part."""
+"""The common base of `train` and `distill`: training images, a held-out part, and accuracy on that part."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Result = TypeVar("Result", bound=JobResult)
 
 
 class ClipJob(TrainingJob[Settings, Result], Generic[Settings, Result]):
-    """A training run on a CLIP and one data set."""
+    """A job that trains a CLIP on one data set and measures it on held-out images of the set."""
 
     def refuse(self) -> None:
-        """Refuses batch statistics of a batch that is not in one piece."""
+        """Refuses BatchNorm in training mode if the batch is split over processes or micro-batches."""
         if self.settings.batch_norm == "train" and (self.processes.count > 1 or self.settings.micro_batch):
             raise UserError(
                 "--batch-norm train needs the whole batch in one forward: run one process without --micro-batch, or "
@@ -33,7 +33,7 @@ class ClipJob(TrainingJob[Settings, Result], Generic[Settings, Result]):
             )
 
     def open_images(self, model: VisionLanguageModel) -> None:
-        """Opens the training images, holds some of them out, and chooses the transform to the model's pixels."""
+        """Opens the data set, splits off the held-out images, and sets the transform to the model's image size."""
         settings = self.settings
         classes = None if settings.classes is None else lines_of(settings.classes)
         found = load_dataset(
@@ -45,7 +45,7 @@ class ClipJob(TrainingJob[Settings, Result], Generic[Settings, Result]):
 
     @cached_property
     def training_images(self) -> TrainingImages:
-        """The images that are trained on, decoded as they are needed."""
+        """The images that are trained on, decoded when a batch needs them."""
         return TrainingImages(self.images, self.transform, skip_bad=self.settings.skip_bad)
 
     @cached_property
@@ -57,10 +57,10 @@ class ClipJob(TrainingJob[Settings, Result], Generic[Settings, Result]):
         return reader.batch(range(len(self.held_out)))
 
     def held_out_accuracies(self, pipeline: Pipeline) -> Accuracies:
-        """Clean and PGD-10 accuracy of a pipeline on the held-out images, which must not be empty."""
+        """Returns clean and PGD-10 accuracy of a pipeline on the held-out images, which must not be empty."""
         assert self.held_out_batch is not None
         return accuracies(pipeline, self.held_out_batch, self.settings.radius, self.settings.seed, self.processes)
 
     def image_facts(self) -> dict[str, Any]:
-        """Hashes of the images that are trained on and held out."""
+        """Returns hashes of the ids of the training and held-out images, for :meth:`facts`."""
         return {"training_images": self.images.ids_hash, "held_out_images": self.held_out.ids_hash}

@@ -1,4 +1,4 @@
-"""HPT-GPD from settings to a model folder: both models, the images, the proxy gap, the stages, the result."""
+"""The job of `distill`: HPT-GPD from settings to a model folder."""
 
 from __future__ import annotations
 
@@ -11,48 +11,52 @@ from vlmdefend.progress import Progress
 from vlmdefend.training.clip.clip_job import ClipJob
 from vlmdefend.training.clip.distillation_models import DistillationModels
 from vlmdefend.training.clip.held_out import proxy_gap
+from vlmdefend.training.clip.student import ClipStudent
 from vlmdefend.training.job import JobResult
 from vlmdefend.training.loop.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.loop.results import Accuracies, HitCount, ProxyGap
 from vlmdefend.training.loop.stage import Optimization, Stage
-from vlmdefend.training.loop.student import TrainedStudent
 from vlmdefend.training.loop.trainer_state import TrainerState
 from vlmdefend.training.loop.weight_averages import Weights, copied, put_, weights_hash
 from vlmdefend.training.settings.distill_settings import DistillSettings
 from vlmdefend.types import Batch
 
-SHARE_KEPT = 0.75  # of its clean accuracy: what every proxy of the paper keeps on the target's adversarial images
+SHARE_KEPT = 0.75  # every proxy of the paper keeps this share of its clean accuracy on the target's adversarial images
 VERSIONS = ("vanilla", "pivot", "result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Distilled(JobResult):
-    """The result of a distillation."""
+    """The result of `distill`."""
 
-    summary: dict[str, Accuracies]  # of VERSIONS, on the held-out images; empty if nothing is held out
-    gap: ProxyGap | None
+    summary: dict[str, Accuracies]  # by name in VERSIONS, on the held-out images; empty if nothing is held out
+    gap: ProxyGap | None  # None: not measured
 
 
 class DistillationJob(ClipJob[DistillSettings, Distilled]):
-    """One run of HPT-GPD; ``costs`` and ``memory`` estimate it before it starts."""
+    """Distills a proxy into a target with HPT-GPD; :meth:`costs` and :meth:`memory` give estimates before it starts."""
 
     def open(self) -> None:
-        """Loads target and proxy and opens the images."""
+        """Loads target and proxy, and opens the images."""
         self.models = DistillationModels(self.settings, self.processes)
         self.open_images(self.models.target)
         self.models.class_names = self.images.class_names
 
     def costs(self) -> list[StageCost]:
-        """What each stage will cost."""
+        """Estimates the forward and backward passes of each stage."""
         return [stage_cost(stage, self._optimization(), len(self.images)) for stage in self.stages()]
 
     def memory(self) -> MemoryCost:
-        """What it will take, estimated with one image."""
+        """Estimates the memory of the training, measured with one image."""
         side = self.models.target.image_size
         return memory_cost(self.models.student(), self.models.proxy.clip, self._optimization(), side)
 
     def stages(self) -> list[Stage]:
-        """Stage a: GA at a low rate, averaged into the pivot. Stage b: from vanilla again, HPT, pulled to the pivot."""
+        """Returns the stages to run, of a and b.
+
+        Stage a trains with GA at a low rate and averages its weights into the pivot. Stage b starts from the vanilla
+        weights again, trains with HPT, and is pulled towards the pivot.
+        """
         settings = self.settings
         objective = partial(
             HptGpd,
@@ -78,11 +82,11 @@ class DistillationJob(ClipJob[DistillSettings, Distilled]):
 
     @cached_property
     def given_pivot(self) -> Weights | None:
-        """The weights of ``--pivot``."""
+        """The weights of ``--pivot``, if given."""
         return None if self.settings.pivot is None else self.models.read_pivot(self.settings.pivot)
 
     def facts(self) -> dict[str, Any]:
-        """Settings, and hashes of both models, the images and a given pivot."""
+        """Returns settings and hashes of both models, the images and a given pivot."""
         return {
             **self.settings.decisive(),
             **self.models.hashes,
@@ -118,8 +122,8 @@ class DistillationJob(ClipJob[DistillSettings, Distilled]):
         read = {name: Accuracies.read(summary[name]) for name in VERSIONS if name in summary}
         return Distilled(out=self.folder.out, summary=read, gap=gap, reused=reused)
 
-    def _finish(self, student: TrainedStudent, state: TrainerState, vanilla: Weights) -> dict[str, Any]:
-        """Measures vanilla, pivot and result, writes the folders of the last two, returns their accuracies."""
+    def _finish(self, student: ClipStudent, state: TrainerState, vanilla: Weights) -> dict[str, Any]:
+        """Measures vanilla, pivot and result, writes model folders of the last two, and returns the summary."""
         result = state.best if self.settings.select == "best" else copied(student.weights())
         if self.settings.stage == "a" and state.pivot is not None:
             result = state.pivot
@@ -144,15 +148,15 @@ class DistillationJob(ClipJob[DistillSettings, Distilled]):
         return Optimization(**{name: getattr(self.settings, name) for name in names})
 
     def _target_accuracies(self) -> Accuracies:
-        """Accuracies of the target with its present weights, on the held-out images."""
+        """Returns accuracies of the target with its present weights, on the held-out images."""
         return self.held_out_accuracies(self.models.deployed(self.models.target))
 
     def _gap_before(self, held_out: Batch | None, summary: dict[str, Any]) -> ProxyGap | None:
-        """Returns the proxy's accuracy on the vanilla target's adversarial images, measured once, by the main one."""
+        """Returns the proxy gap of the vanilla target, measured once and by the main process alone (others: None)."""
         if held_out is None or not self.settings.gap_images or not self.processes.is_main:
             return None
         if "gap" not in summary:
-            found = self._gap_on(held_out, self._few(held_out))
+            found = self._gap_on(held_out, self._gap_index(held_out))
             summary["gap"] = {"clean": found.clean, "adversarial": found.adversarial}
             self.folder.write_summary(summary)
         counts = {
@@ -161,19 +165,20 @@ class DistillationJob(ClipJob[DistillSettings, Distilled]):
         return ProxyGap(self.settings.target, counts["clean"], counts["adversarial"])
 
     def _proxy_count(self, held_out: Batch) -> dict[str, HitCount]:
-        """The proxy on the target's adversarial images again: as the target learns, both fail together more often."""
-        few = self._few(held_out)
-        mine = self.processes.share(few)
+        """Counts the proxy's hits on adversarial images of the target in training: both fail together more and more."""
+        index = self._gap_index(held_out)
+        mine = self.processes.share(index)
         hits = self._gap_on(held_out, mine).adversarial["proxy"].hits if mine else 0
         total = self.processes.sum_numbers({"hits": float(hits)})["hits"]
-        return {"proxy_on_adversarial": HitCount(int(total), len(few))}
+        return {"proxy_on_adversarial": HitCount(int(total), len(index))}
 
-    def _few(self, held_out: Batch) -> list[int]:
-        """Some of the held-out images, class-balanced: a set may be sorted by class."""
+    def _gap_index(self, held_out: Batch) -> list[int]:
+        """Returns the positions of the ``--gap-images`` images in the batch, class-balanced: sets may be sorted."""
         chosen = frozenset(self.held_out.subset(self.settings.gap_images, self.settings.seed).ids)
         return [i for i, name in enumerate(held_out.ids) if name in chosen]
 
     def _gap_on(self, held_out: Batch, index: list[int]) -> ProxyGap:
+        """Measures the proxy gap on some of the held-out images."""
         device = self.processes.device
         ids = [held_out.ids[i] for i in index]
         batch = Batch(ids, held_out.images[index].to(device), held_out.labels[index].to(device))
@@ -182,13 +187,13 @@ class DistillationJob(ClipJob[DistillSettings, Distilled]):
 
 
 def warnings_of(gap: ProxyGap) -> list[str]:
-    """What the paper's sections 5.5 and 5.7 say against this pair."""
+    """Returns warnings where sections 5.5 and 5.7 of the paper advise against this pair of models."""
     found = []
     clean, kept = gap.clean["proxy"], gap.adversarial["proxy"]
     if kept.hits < SHARE_KEPT * clean.hits:
         found.append(
             f"on the target's adversarial images the proxy keeps {100 * kept.share:.1f} % of "
-            f"{100 * clean.share:.1f} %, less than three quarters: little robustness to pass on (Fu et al. 2026, 5.5)."
+            f"{100 * clean.share:.1f} %, less than three quarters: little robustness to transfer (Fu et al. 2026, 5.5)."
         )
     if clean.hits < gap.clean["target"].hits:
         found.append(

@@ -1,4 +1,4 @@
-"""The two models of a distillation, asked the same classes, and the files of the one that learns."""
+"""Target and proxy of a distillation, with one class list, and the model folder of the trained target."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from vlmdefend.models.clip.folder import save_folder
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.weights.checkpoint import find_weights, read_weights
 from vlmdefend.training.clip.classifier import BatchNormPolicy, TrainedClassifier, choose_trained, statistics
+from vlmdefend.training.clip.student import AutocastTeacher, ClipStudent
 from vlmdefend.training.loop.folder import PIVOT, TRAINING
 from vlmdefend.training.loop.processes import Processes
-from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.loop.weight_averages import Weights
 from vlmdefend.training.settings.distill_settings import DistillSettings
 from vlmdefend.types import Pipeline
@@ -23,10 +23,14 @@ from vlmdefend.types import Pipeline
 
 @dataclass
 class DistillationModels:
-    """Target and proxy, as the settings name them; the same class list for both.
+    """Loads the target and the proxy that the settings name; both predict over the same class list.
+
+    Args:
+        settings: of the run.
+        processes: of the run; they choose the device.
 
     Raises:
-        UserError: weights that cannot be had, or that are the same in both.
+        UserError: weights that cannot be loaded, or that are the same in both models.
     """
 
     settings: DistillSettings
@@ -40,21 +44,21 @@ class DistillationModels:
         self.class_names: Sequence[str] = ()
         if self.target.weights_hash == self.proxy.weights_hash and not settings.force:
             raise UserError(
-                f"{settings.target} and {settings.proxy} hold the same weights: a model has nothing to learn from "
-                "itself; give a proxy of another architecture, or --force to try all the same."
+                f"{settings.target} and {settings.proxy} hold the same weights: a model cannot learn from itself; "
+                "give a proxy of another architecture, or --force to run it anyway."
             )
 
-    def student(self) -> TrainedStudent:
-        """The target, with the parts that train."""
+    def student(self) -> ClipStudent:
+        """Returns the target as student, with the parameters that train."""
         classifier = self._classifier(self.target, self.settings.batch_norm)
-        return TrainedStudent(classifier, choose_trained(classifier, self.settings.trains), self.processes)
+        return ClipStudent(classifier, choose_trained(classifier, self.settings.trains), self.processes)
 
     def teacher(self) -> AutocastTeacher:
-        """The proxy, frozen."""
+        """Returns the frozen proxy as teacher."""
         return AutocastTeacher(self._classifier(self.proxy), self.processes)
 
     def deployed(self, model: VisionLanguageModel) -> Pipeline:
-        """One of the two as it is used and measured: with its own logit scale, which attacks depend on."""
+        """Returns the pipeline of a model for measurement, with its own logit scale, which attacks depend on."""
         return model.zero_shot(
             self.class_names,
             self.settings.templates,
@@ -63,7 +67,7 @@ class DistillationModels:
         )
 
     def read_pivot(self, path: Path) -> Weights:
-        """The weights of a pivot, by the names that train.
+        """Returns the pivot weights of a file or model folder, by the names of the trained parameters.
 
         Raises:
             UserError: a weight is missing or of another shape.
@@ -79,7 +83,7 @@ class DistillationModels:
         return found
 
     def save_target(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the target with its present weights, and the normalisation that they were trained with."""
+        """Writes the target with its present weights and the normalisation that they were trained with."""
         mean, std = statistics(self.target, self.settings.normalization)
         self.target.preprocess_cfg |= {"mean": list(mean), "std": list(std)}
         metadata = {

@@ -1,4 +1,4 @@
-"""Accuracy on the images that are held out, and what one model makes of another one's adversarial images."""
+"""Accuracy on held-out images, and accuracy of models on the adversarial images of another model (proxy gap)."""
 
 from __future__ import annotations
 
@@ -15,15 +15,24 @@ from vlmdefend.training.loop.processes import Processes
 from vlmdefend.training.loop.results import Accuracies, HitCount, ProxyGap
 from vlmdefend.types import Batch, Pipeline, Threat
 
-WIDTH = 64
+WIDTH = 64  # images per forward
 
 
 def accuracies(
     model: Pipeline, batch: Batch, eps: float, seed: int, processes: Processes, attack: Attack | None = None
 ) -> Accuracies:
-    """Clean and robust accuracy (PGD-10 unless another attack is given), shared among the processes.
+    """Returns clean and robust accuracy of a pipeline, computed by all processes together.
 
-    What an image does is its own affair, so the counts do not depend on the number of processes.
+    Every image is attacked and classified independently of the others, so the counts do not depend on the number of
+    processes.
+
+    Args:
+        model: predicts over the classes of the labels.
+        batch: images in [0, 1], the same in every process.
+        eps: L_inf radius.
+        seed: of the attack's start.
+        processes: each measures a part of the images.
+        attack: PGD-10 unless another is given.
     """
     mine = processes.share(list(range(len(batch.ids))))
     images, labels = batch.images[mine].to(processes.device), batch.labels[mine].to(processes.device)
@@ -40,10 +49,11 @@ def accuracies(
 def proxy_gap(
     target: str, models: Mapping[str, Pipeline], batch: Batch, eps: float, seed: int, attack: Attack | None = None
 ) -> ProxyGap:
-    """Craft images against one model and ask all about them (Fu et al. 2026, 5.5 and Fig. 7).
+    """Attacks one model and counts the clean and adversarial images that each model classifies correctly.
 
-    Every image is attacked, right or wrong, with all steps, and the last iterate counts: an image that left at the
-    first sign of success would be an easy one for the others.
+    As in Fu et al. 2026 (5.5 and Fig. 7), every image is attacked, also those that are misclassified, for all steps,
+    and the last iterate is used: an attack that stops at its first success leaves images that are easier for the other
+    models.
 
     Args:
         target: which of ``models`` is attacked.
@@ -62,7 +72,7 @@ def proxy_gap(
 
 
 def correct(model: Pipeline, images: Tensor, batch: Batch) -> HitCount:
-    """How many of (N, 3, H, W) ``images``, clean or not, get the labels of ``batch``."""
+    """Counts how many of (N, 3, H, W) ``images`` a pipeline classifies as the labels of ``batch``."""
     rng, hits = ImageRng(0, batch.ids, "deployed"), 0
     for chunk in chunks(len(batch.ids), WIDTH):
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Prompts that train in the place of weights: where they begin, and the deep ones that hang together."""
+"""Creates the prompts that train in place of weights: context vectors, and the coupled deep prompts of FAP."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from vlmdefend.models.prompts.learned_prompts import (
 from vlmdefend.training.clip.classifier import TrainedClassifier
 from vlmdefend.training.settings.clip_settings import PROMPT_KINDS
 
-DEPTH = 9  # blocks with tokens of their own, the first counted, in the published runs of MaPLe and FAP
-DEVIATION = 0.02  # of where learned vectors begin that begin at no word
+DEPTH = 9  # blocks with prompt tokens, the first included, in the published runs of MaPLe and FAP
+DEVIATION = 0.02  # standard deviation of the start of learned vectors that do not start at a word
 
 
 class CoupledPrompts(LearnedPrompts):
-    """FAP's deep prompts (Zhou et al. 2024): a context, visual tokens, and linear maps between the towers train.
+    """Deep prompts of FAP (Zhou et al. 2024): a trained context, visual tokens, and linear maps between the towers.
 
-    The context begins at the first words of a template and is mapped to the image tower's first tokens; the tokens of
-    each deeper block are the image tower's own and are mapped to that block of the text tower. Other than in MaPLe,
-    where all maps lead from text to image.
+    The context starts at the first words of a template and is mapped to the image tower's tokens of the first block;
+    the tokens of each deeper block belong to the image tower and are mapped to the same block of the text tower. In
+    MaPLe, all maps lead from text to image instead.
 
     Args:
         template: with ``{c}``.
-        context: (M, W), where it begins.
-        width: V of the image tower.
-        depth: D blocks of the image tower, the first counted.
-        text_depth: of the text tower, the first not counted; at most D - 1.
-        generator: of where the rest begins.
+        context: (M, W) start of the context.
+        width: V, the width of the image tower.
+        depth: D, the number of blocks of the image tower with prompts, the first included.
+        text_depth: the number of blocks of the text tower with prompts, the first not included; at most D - 1.
+        generator: draws the start of visual tokens and maps.
     """
 
     def __init__(
@@ -51,49 +51,49 @@ class CoupledPrompts(LearnedPrompts):
 
     @property
     def visual_shape(self) -> tuple[int, int]:
-        """(D, M)."""
+        """(D, M): number of image-tower blocks with prompts, and of tokens in each."""
         return 1 + len(self.deep), self.deep.shape[1]
 
     @property
     def text_depth(self) -> int:
-        """Blocks after the first."""
+        """Number of text-tower blocks with prompts after the first."""
         return len(self.to_text)
 
     def visual_tokens(self, block: int) -> Tensor:
-        """(M, V)."""
+        """Returns the (M, V) tokens of a block of the image tower."""
         found: Tensor = self.to_image(self.context) if block == 0 else self.deep[block - 1]
         return found
 
     def text_tokens(self, block: int) -> Tensor:
-        """(M, W)."""
+        """Returns the (M, W) tokens of a block of the text tower, from 1."""
         found: Tensor = self.to_text[block - 1](self.deep[block - 1])
         return found
 
 
 def choose_prompts(classifier: TrainedClassifier, parts: str, seed: int) -> dict[str, nn.Parameter] | None:
-    """Put the prompts that ``parts`` says into the model and return their parameters by name; None for another word.
+    """Adds the prompts named by ``parts`` to the model and returns their parameters by name; None: no prompt's name.
 
     Args:
-        classifier: all its own parameters are frozen, and stay so.
-        parts: ``context:M``: M vectors before the class name, one set for all classes; ``class-context:M``: a set for
-            each class; ``deep:M``: M of them, which begin at the first words of the run's template, and M tokens in the
-            image tower, in the first nine blocks of either tower, or as many as it has; ``deep:MxD``: in D blocks.
-        seed: of where they begin.
+        classifier: all its own parameters are frozen and stay so.
+        parts: ``context:M``: M vectors before the class name, one set for all classes; ``class-context:M``: one set for
+            each class; ``deep:M``: M vectors that start at the first words of the run's template, and M tokens in the
+            image tower, in the first nine blocks of each tower, or all if it has fewer; ``deep:MxD``: in D blocks.
+        seed: of the start.
 
     Raises:
-        UserError: a number that does not fit, or a tower that has no place for them.
+        UserError: a number out of range, or a tower that cannot take the prompts.
     """
     kind, _, count = parts.partition(":")
     if kind not in PROMPT_KINDS:
         return None
-    length, depth = _numbers(kind, count, parts)
+    length, depth = _read_length_and_depth(kind, count, parts)
     model, generator = classifier.model, torch.Generator().manual_seed(seed)
     if kind == "deep":
-        prompts: LearnedPrompts = _deep(classifier, length, depth, generator, f"--trains {parts}")
+        prompts: LearnedPrompts = _deep_prompts(classifier, length, depth, generator, f"--trains {parts}")
     else:
-        prompts = _context(classifier, length, kind == "class-context", generator, f"--trains {parts}")
+        prompts = _context_prompts(classifier, length, kind == "class-context", generator, f"--trains {parts}")
     model.add_prompts(prompts, f"--trains {parts}")
-    model.reader(classifier.class_names)  # refuses here what does not fit the text tower's length
+    model.reader(classifier.class_names)  # raises here if a prompt is longer than the text tower's context
     for parameter in prompts.parameters():
         parameter.requires_grad_(True)
     classifier.trains_text = classifier.trains_prompts = True
@@ -101,7 +101,8 @@ def choose_prompts(classifier: TrainedClassifier, parts: str, seed: int) -> dict
     return {f"prompts.{name}": parameter for name, parameter in prompts.named_parameters()}
 
 
-def _numbers(kind: str, count: str, parts: str) -> tuple[int, int | None]:
+def _read_length_and_depth(kind: str, count: str, parts: str) -> tuple[int, int | None]:
+    """Reads ``M`` or ``MxD``: the number of vectors, and the depth if it is given."""
     written = count.split("x")
     if not all(number.isdecimal() and int(number) > 0 for number in written) or len(written) > 1 + (kind == "deep"):
         example = "deep:2 or deep:2x9" if kind == "deep" else f"{kind}:16"
@@ -109,26 +110,31 @@ def _numbers(kind: str, count: str, parts: str) -> tuple[int, int | None]:
     return int(written[0]), int(written[1]) if len(written) > 1 else None
 
 
-def _context(
-    classifier: TrainedClassifier, length: int, own: bool, generator: torch.Generator, source: str
+def _context_prompts(
+    classifier: TrainedClassifier, length: int, per_class: bool, generator: torch.Generator, source: str
 ) -> LearnedPrompts:
+    """Returns a random context of ``length`` vectors, one for all classes or one for each."""
     text = text_transformer(classifier.clip)
     if text is None:
         raise UserError(f"{source}: needs open_clip's own text tower; use a CLIP model such as ViT-B/32.")
-    shape = (classifier.num_classes, length, text.width) if own else (length, text.width)
+    shape = (classifier.num_classes, length, text.width) if per_class else (length, text.width)
     start = DEVIATION * torch.randn(shape, generator=generator)
-    return LearnedPrompts(template=places(length), context=start, class_names=classifier.class_names if own else None)
+    class_names = classifier.class_names if per_class else None
+    return LearnedPrompts(template=places(length), context=start, class_names=class_names)
 
 
-def _deep(
+def _deep_prompts(
     classifier: TrainedClassifier, length: int, depth: int | None, generator: torch.Generator, source: str
 ) -> CoupledPrompts:
+    """Returns coupled prompts that start at the first ``length`` words of the run's template."""
     clip = classifier.clip
     check_vision_transformer(clip, depth or 1, source)
     blocks: Any = len(clip.visual.transformer.resblocks)
     deep = min(DEPTH, blocks) if depth is None else depth
     if len(classifier.templates) > 1:
-        raise UserError(f"{source}: begins at the words of one template, {len(classifier.templates)} were given.")
+        raise UserError(
+            f"{source}: starts at the words of one template, and {len(classifier.templates)} were given; give one."
+        )
     (template,) = classifier.templates
     reader = ContextReader(clip, classifier.model.tokenizer, classifier.class_names, template, length)
     text_depth = min(deep, len(text_transformer(clip).resblocks)) - 1
@@ -136,7 +142,7 @@ def _deep(
 
 
 def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """As torch begins a linear layer, from a generator."""
+    """Returns a frozen linear layer initialized as torch does, but with draws from ``generator``."""
     with torch.random.fork_rng(devices=[]):
         layer = nn.Linear(inputs, outputs).requires_grad_(False)
     bound = 1 / math.sqrt(inputs)

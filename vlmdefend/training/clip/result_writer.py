@@ -1,4 +1,4 @@
-"""What comes out of a run of ``train``: the result and its mixtures with the vanilla weights, measured and written."""
+"""Measures and writes the result of ``train`` and its mixtures with the vanilla weights."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from vlmdefend.training.settings.train_settings import TrainSettings
 
 @dataclass(frozen=True)
 class ResultWriter:
-    """A trained model beside what it was.
+    """Measures and writes a trained model and its mixtures with the model before training.
 
     Args:
         settings: of the run.
         processes: the main one writes.
-        folder: where to.
-        model: trained, with whatever adapters and prompts it was trained with.
-        original: the same model as it was; it takes on the weights that are measured and written.
-        origin: what the result was made of, for its folder.
+        folder: of the run.
+        model: the trained model, with its adapters and prompts.
+        original: the same model before training; the weights to measure and write are loaded into it.
+        origin: hashes of the model and images that the result was trained from, for its metadata.
     """
 
     settings: TrainSettings
@@ -41,24 +41,33 @@ class ResultWriter:
 
     @property
     def shares(self) -> dict[str, float]:
-        """By name, the share of the trained weights: ``vanilla``, ``result``, then the mixtures."""
+        """The share of the trained weights by name: ``vanilla`` (0), ``result`` (1), then the mixtures."""
         return {"vanilla": 0.0, "result": 1.0} | {f"mix-{share:g}": share for share in self.settings.mix}
 
     def write(
-        self, judge: Callable[[VisionLanguageModel], Accuracies] | None, done: frozenset[str], *, steps: int
+        self, measure: Callable[[VisionLanguageModel], Accuracies] | None, done: frozenset[str], *, steps: int
     ) -> dict[str, Any]:
-        """Measure and write what is not ``done`` yet: the result, then each mixture, in a folder inside of it."""
+        """Measures and writes the result, and each mixture in a folder inside of it.
+
+        Args:
+            measure: accuracies of a model on the held-out images; None: nothing is held out.
+            done: names that an earlier run wrote, which are skipped.
+            steps: of the training, for the metadata.
+
+        Returns:
+            Accuracies by name, as JSON, of what was written; an empty list where nothing is held out.
+        """
         clip = self.original.clip
         vanilla = {name: tensor.detach().clone() for name, tensor in clip.state_dict().items()}
         trained = folded(self.model.clip, vanilla)
         made: dict[str, Any] = {}
         for name, share in self.shares.items():
-            if name in done or (name == "vanilla" and judge is None):
+            if name in done or (name == "vanilla" and measure is None):
                 continue
-            clip.load_state_dict({key: _between(vanilla[key], trained[key], share) for key in vanilla})
+            clip.load_state_dict({key: _mixture(vanilla[key], trained[key], share) for key in vanilla})
             if name != "vanilla" and self.settings.objective.learns and self.model.prompts is not None:
-                self.original.add_prompts(self.model.prompts.deployed())  # there is no mixture after it
-            made[name] = [] if judge is None else [list(counts) for counts in judge(self.original)]
+                self.original.add_prompts(self.model.prompts.deployed())  # methods that learn prompts have no mixtures
+            made[name] = [] if measure is None else [list(counts) for counts in measure(self.original)]
             if self.processes.is_main and name != "vanilla":
                 folder = self.folder.out if name == "result" else self.folder.out / name
                 self._save(folder, {"part": name, "steps": steps, "mix": share, "held_out": dict(made)})
@@ -66,7 +75,7 @@ class ResultWriter:
         return made
 
     def _save(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write the model that was, with its present weights, and the normalisation that they were trained with."""
+        """Writes ``original`` with its present weights and the normalisation that they were trained with."""
         mean, std = statistics(self.original, self.settings.normalization)
         self.original.preprocess_cfg |= {"mean": list(mean), "std": list(std)}
         metadata = {
@@ -77,8 +86,8 @@ class ResultWriter:
         save_folder(self.original, folder, metadata | self.origin | facts, beside=(TRAINING,))
 
 
-def _between(vanilla: Tensor, trained: Tensor, share: float) -> Tensor:
-    """``(1 - share) vanilla + share trained`` (Wortsman et al. 2022, WiSE-FT); either end to the last bit."""
+def _mixture(vanilla: Tensor, trained: Tensor, share: float) -> Tensor:
+    """Returns ``(1 - share) vanilla + share trained`` (Wortsman et al. 2022, WiSE-FT), exact to the bit at 0 and 1."""
     if share in (0.0, 1.0) or not vanilla.is_floating_point():
         return trained if share else vanilla
     return vanilla.lerp(trained, share)

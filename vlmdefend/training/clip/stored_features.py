@@ -1,4 +1,4 @@
-"""Training on features that are made once, before the first step, in place of images."""
+"""Training on features that are computed once, before the first step, in place of images."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch import Tensor
 
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
+from vlmdefend.training.clip.student import ClipStudent
 from vlmdefend.training.loop.data import TrainingImages, epoch_order
 from vlmdefend.training.loop.state_file import load_state, save_state
-from vlmdefend.training.loop.student import TrainedStudent
 from vlmdefend.types import Batch
 
 if TYPE_CHECKING:
     from vlmdefend.defenses.training_time.base import Student
 
 FILE = "features.safetensors"
-AT_ONCE = 64
+AT_ONCE = 64  # images per batch when features are computed
 
 
 @runtime_checkable
 class StoresFeatures(Protocol):
-    """An objective that trains on what it makes of each image once."""
+    """Protocol of an objective that trains on features which it computes once for each image."""
 
     def stored(self, student: Student, batch: Batch, rng: ImageRng) -> Tensor:
-        """(B, D)."""
+        """Returns the (B, D) features of a batch of images."""
         ...
 
 
 class StoredFeatures:
-    """Satisfies :class:`~vlmdefend.training.loop.data.Images`: the ``images`` of its batches are (B, D) features.
+    """Training data whose batches hold (B, D) features; satisfies :class:`~vlmdefend.training.loop.data.Images`.
 
     Args:
-        images: that the features are of.
-        rows: (N,) which of them.
+        images: from which the features were computed.
+        rows: (N,) index of each feature's image in ``images``.
         features: (N, D).
     """
 
@@ -48,11 +48,11 @@ class StoredFeatures:
         return len(self.rows)
 
     def order(self, seed: int, purpose: str) -> list[int]:
-        """Every image once."""
+        """Returns the order of one epoch: every row once."""
         return epoch_order(len(self), seed, purpose)
 
     def stream(self, parts: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """One batch after the other."""
+        """Yields one batch for each list of row numbers."""
         for part in parts:
             rows = self.rows[list(part)].tolist()
             labels = torch.tensor([self.images.labels[row] for row in rows], dtype=torch.int64)
@@ -60,11 +60,18 @@ class StoredFeatures:
 
 
 def store_features(
-    objective: StoresFeatures, student: TrainedStudent, images: TrainingImages, folder: Path, seed: int
+    objective: StoresFeatures, student: ClipStudent, images: TrainingImages, folder: Path, seed: int
 ) -> StoredFeatures:
-    """Make the features of all images, in batches that are always the same, or read those that a run before made.
+    """Computes the features of all images, or reads those of an earlier run from ``folder``.
 
-    The main process makes them; the others wait and read.
+    The main process computes and writes them, in the same batches in every run; the others wait and read the file.
+
+    Args:
+        objective: computes the features.
+        student: before its first step.
+        images: whose features are stored; those that cannot be read are left out if they may be skipped.
+        folder: where ``features.safetensors`` lies.
+        seed: of the objective's draws.
 
     Raises:
         UserError: no image could be read.
@@ -81,7 +88,7 @@ def store_features(
                 placed = Batch(batch.ids, batch.images.to(processes.device), batch.labels.to(processes.device))
                 found.append(objective.stored(student, placed, ImageRng(seed, batch.ids, "stored")).cpu())
         if not found:
-            raise UserError("no training image could be read; mend the data set.")
+            raise UserError("no training image could be read; repair the data set.")
         save_state(file, {"stored": {"rows": torch.tensor(rows), "features": torch.cat(found)}}, {})
     processes.wait()
     groups, _ = load_state(file)

@@ -1,4 +1,4 @@
-"""A training-time defense from settings to a model folder: the model, the images, one stage, the result."""
+"""The job of `train`: a training-time defense from settings to a model folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vlmdefend.training.clip.clip_job import ClipJob
 from vlmdefend.training.clip.prompts import choose_prompts
 from vlmdefend.training.clip.result_writer import ResultWriter
 from vlmdefend.training.clip.stored_features import StoresFeatures, store_features
+from vlmdefend.training.clip.student import AutocastTeacher, ClipStudent
 from vlmdefend.training.job import JobResult
 from vlmdefend.training.loop.cost import MemoryCost, StageCost, memory_cost, stage_cost
 from vlmdefend.training.loop.data import Images
 from vlmdefend.training.loop.results import Accuracies
-from vlmdefend.training.loop.student import AutocastTeacher, TrainedStudent
 from vlmdefend.training.loop.weight_averages import put_
 from vlmdefend.training.settings.train_settings import TrainSettings
 from vlmdefend.types import Pipeline
@@ -28,16 +28,16 @@ from vlmdefend.types import Pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class Trained(JobResult):
-    """The result of a training run."""
+    """The result of `train`."""
 
     summary: dict[str, Accuracies]  # "vanilla", "result", "mix-0.5" ... on the held-out images; empty if there are none
 
 
 class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
-    """One run of a training-time defense; ``cost`` and ``memory`` estimate it before it starts."""
+    """Trains a CLIP with a training-time defense; :meth:`cost` and :meth:`memory` give estimates before it starts."""
 
     def refuse(self) -> None:
-        """Refuses what the method cannot do with these settings or this number of processes."""
+        """Refuses settings or a number of processes that the method cannot work with."""
         super().refuse()
         settings = self.settings
         if settings.objective.whole_batch and (self.processes.count > 1 or settings.micro_batch):
@@ -47,33 +47,33 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
             )
         if settings.augment != "none" and isinstance(settings.objective, StoresFeatures):
             raise UserError(
-                f"--augment {settings.augment}: {settings.objective.name} trains on what it made of each image before "
-                "the first step; leave it out."
+                f"--augment {settings.augment}: {settings.objective.name} trains on features that it stores before the "
+                "first step; leave it out."
             )
 
     def open(self) -> None:
-        """Loads the model twice (one trains, one stays as it was until the result is written), opens the images."""
+        """Loads the model twice (one is trained, the other keeps the vanilla weights) and opens the images."""
         self.model, self.original = self._load(), self._load()
         self.weights_hash = self.model.weights_hash
         self.open_images(self.model)
         self.student = self._student()
 
     def cost(self) -> StageCost:
-        """What training will cost."""
+        """Estimates the forward and backward passes of the training."""
         return stage_cost(self.settings.stage, self.settings.optimization, len(self.images))
 
     def memory(self) -> MemoryCost:
-        """What it will take, estimated with one image."""
+        """Estimates the memory of the training, measured with one image."""
         return memory_cost(self.student, self.original.clip, self.settings.optimization, self.model.image_size)
 
     def facts(self) -> dict[str, Any]:
-        """Settings, and hashes of the model and the images."""
+        """Returns settings and hashes of the model and the images."""
         return {**self.settings.decisive(), "weights": self.weights_hash, **self.image_facts()}
 
     def train(self, progress: Progress, summary: dict[str, Any]) -> Trained:
         """Runs the stage, then measures and writes the result and its mixtures with the vanilla weights."""
         settings = self.settings
-        holds_out = self.held_out_batch is not None
+        has_held_out = self.held_out_batch is not None
         state = self.fit(
             self.student,
             self._teacher(),
@@ -82,15 +82,15 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
             settings.optimization,
             self.folder.training,
             progress,
-            measure=(lambda: self._accuracies(self.model)) if holds_out else None,
+            measure=(lambda: self._accuracies(self.model)) if has_held_out else None,
             augment=AUGMENTATIONS[settings.augment],
         )
         if settings.select == "best":
             put_(self.student.weights(), state.best)
         before: dict[str, Any] = summary.get("measured", {})
-        done = self.processes.sum_numbers(dict.fromkeys(before, 1.0))  # of the main process, sent to all
+        done = self.processes.sum_numbers(dict.fromkeys(before, 1.0))  # sends the main process's names to all
         writer = ResultWriter(settings, self.processes, self.folder, self.model, self.original, self._origin())
-        made = writer.write(self._accuracies if holds_out else None, frozenset(done), steps=state.position.done)
+        made = writer.write(self._accuracies if has_held_out else None, frozenset(done), steps=state.position.done)
         if made and self.processes.is_main:
             self.folder.write_summary({"measured": before | made, "epochs": state.epochs, "finished": True})
         measured = before | made
@@ -100,15 +100,17 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
     def _load(self) -> VisionLanguageModel:
         return load_model(self.settings.model, weights=self.settings.weights, device=self.processes.device)
 
-    def _student(self) -> TrainedStudent:
+    def _student(self) -> ClipStudent:
+        """Returns the model as student, with the prompts, adapters or weights that ``--trains`` names."""
         classifier = self._classifier(self.model, self.settings.batch_norm)
         parts = self.settings.trains
         parameters = choose_prompts(classifier, parts, self.settings.seed) or choose_adapters(
             classifier, parts, self.settings.seed
         )
-        return TrainedStudent(classifier, parameters or choose_trained(classifier, parts), self.processes)
+        return ClipStudent(classifier, parameters or choose_trained(classifier, parts), self.processes)
 
     def _images(self) -> Images:
+        """Returns what the batches are made of: images, or the features that the objective stores of them."""
         images = self.training_images
         objective = self.settings.objective
         if isinstance(objective, StoresFeatures):
@@ -116,6 +118,7 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
         return images
 
     def _teacher(self) -> AutocastTeacher | None:
+        """Returns the vanilla model as teacher if the objective has one."""
         if self.settings.objective.teacher == "none":
             return None
         return AutocastTeacher(self._classifier(self.original), self.processes)
@@ -132,7 +135,7 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
         )
 
     def _deployed(self, model: VisionLanguageModel) -> Pipeline:
-        """As it is used and measured: with its own logit scale, which the strength of attacks depends on."""
+        """Returns the pipeline of a model for measurement, with its own logit scale, which attacks depend on."""
         return model.zero_shot(
             self.images.class_names,
             self.settings.templates,
@@ -141,11 +144,11 @@ class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
         )
 
     def _accuracies(self, model: VisionLanguageModel) -> Accuracies:
-        """Accuracies of a model on the held-out images."""
+        """Returns the accuracies of a model on the held-out images."""
         return self.held_out_accuracies(self._deployed(model))
 
     def _origin(self) -> dict[str, Any]:
-        """What the result was made of, for its folder."""
+        """Returns hashes of the model and images that the result was trained from, for its metadata."""
         return {
             "vanilla_weights_hash": self.weights_hash,
             "training_ids_hash": self.images.ids_hash,

@@ -19,8 +19,9 @@ from vlmdefend.training.loop.data import Images, batches
 from vlmdefend.training.loop.log import Log, Tracking
 from vlmdefend.training.loop.results import Accuracies, EpochResult, HitCount
 from vlmdefend.training.loop.stage import Optimization, Stage
-from vlmdefend.training.loop.student import Accumulator, TrainedStudent, make_optimizer, update
+from vlmdefend.training.loop.student import TrainedStudent
 from vlmdefend.training.loop.trainer_state import TrainerPosition, TrainerState
+from vlmdefend.training.loop.update import Accumulator, make_optimizer, update
 from vlmdefend.training.loop.weight_averages import Weights, average_, copied, pull_, put_
 from vlmdefend.types import Batch
 

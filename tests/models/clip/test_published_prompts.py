@@ -16,9 +16,9 @@ from tests.models.prompts.test_learned_prompts import image_by_hand
 from tests.models.weights.test_paper_checkpoints import momentum
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.clip.text_tower import encode_embedded
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 from vlmdefend.models.weights.checkpoint import read_weights
+from vlmdefend.models.zero_shot.text_tower import encode_embedded
 
 CLASSES = ("cat", "ankle boot", "t-shirt")
 TEMPLATES = ("a photo of a {c}.",)

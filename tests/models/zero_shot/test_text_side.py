@@ -11,8 +11,8 @@ from tests.attacks.spoken import Tokenizer
 from tests.models.conftest import is_one_sentence
 from vlmdefend.errors import UserError
 from vlmdefend.models import load_model
-from vlmdefend.models.clip.text_side import TextSide, ensembled
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
+from vlmdefend.models.zero_shot.text_side import TextSide, ensembled
 
 CLASSES = ("cat", "ankle boot", "t-shirt")
 TEMPLATES = ("a photo of a {c}.", "the {c}", "{c}!")

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_tower import encode_embedded, token_embedding, tokenized
-from vlmdefend.models.clip.zero_shot import ZeroShotClassifier
+from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
+from vlmdefend.models.zero_shot.text_tower import encode_embedded, token_embedding, tokenized
 
 PROMPTS_AT_ONCE = 256
 

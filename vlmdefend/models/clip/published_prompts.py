@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.errors import UserError
-from vlmdefend.models.clip.text_tower import token_embedding
 from vlmdefend.models.prompts.learned_prompts import LearnedPrompts, check_vision_transformer, places
 from vlmdefend.models.weights.tensor_file import unwrapped
+from vlmdefend.models.zero_shot.text_tower import token_embedding
 
 if TYPE_CHECKING:
     from vlmdefend.models.clip.vision_language import VisionLanguageModel

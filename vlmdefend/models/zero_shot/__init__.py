@@ -1,0 +1,12 @@
+"""Zero-shot classifiers: pixels to class logits, and the text tower behind them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)
