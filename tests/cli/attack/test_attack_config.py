@@ -59,7 +59,7 @@ def test_a_plugin_of_the_file_is_loaded(cli: Cli, put: Put, tmp_path: Path) -> N
     ("text", "words"),
     [
         ("atack: pgd", ("unknown config key 'atack'", "did you mean 'attack'")),
-        ("eps: [4/255, 8/255]", ("--eps has several values", "a set is of one model, attack and eps")),
+        ("eps: [4/255, 8/255]", ("--eps has several values", "a set has one model, attack and eps")),
         ("png: perhaps", ("png: 'perhaps'", "write true or false")),
         ("adversarial: set", ("adversarial is an option of `vlmdefend evaluate`", "leave it out")),
         ("- attack", ("holds a list", "`option: value`")),

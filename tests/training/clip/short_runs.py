@@ -1,4 +1,4 @@
-"""Runs of a few steps, and what two of them have in common."""
+"""Training runs of a few steps, and comparisons of their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``--augment crop-flip``: another crop of every image in every epoch, the same whenever a run comes to it."""
+"""Tests of ``--augment crop-flip``: every epoch crops anew, and a resumed run crops as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from vlmdefend.training.settings.train_settings import make_train_settings
 SMALL: dict[str, Any] = {"batch_size": 24, "limit": 120, "held_out": 8, "save_every": 2, "steps": 1}
 
 
-def test_a_crop_of_a_ramp_is_a_gentler_ramp_within_it_and_every_other_one_is_mirrored() -> None:
+def test_crops_of_a_ramp_have_the_published_widths_and_half_are_mirrored() -> None:
     count, side = 400, 32
     ramp = ((torch.arange(side) + 0.5) / side).expand(count, 3, side, side)  # dark at the left, bright at the right
     found = crop_and_flip(ramp, ImageRng(0, [f"image-{i}" for i in range(count)], "crop"))
     assert found.shape == ramp.shape
-    assert torch.allclose(found[:, :, :1].expand_as(found), found, atol=1e-6)  # rows stay alike
-    slopes = (found[:, 0, 0, 17] - found[:, 0, 0, 14]) / 3 * side  # share of the width that is seen; negative: mirrored
+    assert torch.allclose(found[:, :, :1].expand_as(found), found, atol=1e-6)  # all rows of the crop are equal
+    slopes = (found[:, 0, 0, 17] - found[:, 0, 0, 14]) / 3 * side  # share of the width that is cropped; negative: mirrored
     widest = min(1.0, (4 / 3) ** 0.5)  # an area of 1 allows aspect 1 alone; nothing is wider than the image
     narrowest = (0.08 * 3 / 4) ** 0.5
     assert float(slopes.abs().min()) >= narrowest - 1 / side  # boxes are whole pixels
@@ -38,7 +38,7 @@ def test_a_crop_of_a_ramp_is_a_gentler_ramp_within_it_and_every_other_one_is_mir
     assert float(found.max()) <= 1 - 0.5 / side
 
 
-def test_a_crop_is_the_images_own_whoever_is_beside_it() -> None:
+def test_a_crop_does_not_depend_on_the_other_images_of_the_batch() -> None:
     batch = batch_of(6)
     rng = ImageRng(0, batch.ids, "train/0/augment")
     together, turned = crop_and_flip(batch.images, rng), list(range(6))[::-1]
@@ -48,7 +48,7 @@ def test_a_crop_is_the_images_own_whoever_is_beside_it() -> None:
 
 
 @pytest.mark.parametrize("method", ["apt", "tecoa"])
-def test_a_run_on_crops_that_was_broken_off_goes_on_to_the_same_bytes(
+def test_an_interrupted_run_on_crops_resumes_to_the_same_bytes(
     method: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     options = SMALL | {"model": f"local-dir:{folders['vit']}", "dataset": "fashion", "epochs": 2, "lr": 0.1}
@@ -65,7 +65,7 @@ def test_a_run_on_crops_that_was_broken_off_goes_on_to_the_same_bytes(
     assert hashes["whole"] == hashes["broken"] != hashes["none"]
 
 
-def test_every_epoch_has_other_crops_and_the_images_that_are_held_out_stay_whole(
+def test_every_epoch_crops_anew_and_held_out_images_are_not_cropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[Tensor]] = {}
@@ -85,7 +85,7 @@ def test_every_epoch_has_other_crops_and_the_images_that_are_held_out_stay_whole
     assert cropped.summary["vanilla"] == plain.summary["vanilla"]
 
 
-def test_the_published_crops_are_the_papers_profiles_and_no_one_elses() -> None:
+def test_crops_are_the_default_only_in_paper_profiles_of_methods_published_with_them() -> None:
     names = [cls.name for cls in OBJECTIVES if cls.schedule is not None]
     for profile, expected in (("paper", {"apt", "adv-lora"}), ("scaled", set())):
         made = {name: make_train_settings({"method": name, "model": "tiny-vit", "profile": profile}) for name in names}

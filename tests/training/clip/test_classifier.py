@@ -1,4 +1,4 @@
-"""The classifier that trains: the values of the deployed one, and no more freedom than was asked for."""
+"""Tests of the trained classifier: it equals the deployed model, and only the chosen parameters train."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_cached_text_features_are_those_of_the_text_tower(target: VisionLanguage
         assert torch.allclose(made._encode_text(), made.text_features, atol=1e-6)
 
 
-def test_text_that_trains_is_read_without_its_padding_where_that_has_no_say(
+def test_trained_text_is_encoded_without_padding_where_padding_has_no_effect(
     target: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     templates = ("a photo of a {c}.", "a bad photo of the {c}.")
@@ -71,7 +71,7 @@ def test_imagenet_normalization_is_applied_inside(target: VisionLanguageModel) -
     assert made.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 
-def test_frozen_batch_norm_makes_an_images_logits_its_own_and_trained_does_not(target: VisionLanguageModel) -> None:
+def test_with_frozen_batch_norm_logits_do_not_depend_on_the_batch_and_with_trained_they_do(target: VisionLanguageModel) -> None:
     batch = batch_of(8)
     for policy, same in (("frozen", True), ("train", False)):
         student = student_of(target, batch_norm=policy)
@@ -97,7 +97,7 @@ def test_trained_batch_norm_moves_its_statistics_and_leaves_its_mode(target: Vis
         ("last:3", lambda names: [n for n in names if n.startswith("visual.")][-3:]),
     ],
 )
-def test_what_trains_is_what_was_asked_for(target: VisionLanguageModel, parts: str, trains: object) -> None:
+def test_the_chosen_parameters_train_and_no_others(target: VisionLanguageModel, parts: str, trains: object) -> None:
     made = classifier(target)
     chosen = choose_trained(made, parts)
     names = [name for name, _ in target.clip.named_parameters()]
@@ -106,7 +106,7 @@ def test_what_trains_is_what_was_asked_for(target: VisionLanguageModel, parts: s
 
 
 @pytest.mark.parametrize("parts", ["text", "last:", "last:0", "last:1000", "last:x"])
-def test_anything_else_is_refused(target: VisionLanguageModel, parts: str) -> None:
+def test_other_choices_of_parameters_are_refused(target: VisionLanguageModel, parts: str) -> None:
     with pytest.raises(UserError, match=r"write image, all, or last:K with K from 1 to \d+"):
         choose_trained(classifier(target), parts)
 

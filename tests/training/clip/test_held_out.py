@@ -1,4 +1,4 @@
-"""Measurements: accuracy on held-out images, and the proxy gap."""
+"""Tests of accuracy on held-out images and of the proxy gap."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from vlmdefend.training.loop.results import HitCount, ProxyGap
 from vlmdefend.types import Batch, Outputs, Pipeline
 
 
-class Remembering:
-    """A pipeline that keeps what it was shown."""
+class RecordingPipeline:
+    """A pipeline that records the images of its forwards."""
 
     stochastic = False
 
@@ -28,7 +28,7 @@ class Remembering:
 
 
 def own_labels(model: VisionLanguageModel, count: int) -> tuple[Pipeline, Batch]:
-    """The model and images that it gets right."""
+    """Returns a pipeline and images labelled with its own predictions."""
     pipeline, batch = model.zero_shot(CLASSES, TEMPLATES), batch_of(count)
     with torch.no_grad():
         labels = pipeline(batch.images).logits.argmax(1)
@@ -56,11 +56,11 @@ def test_the_counts_do_not_depend_on_the_number_of_processes(target: VisionLangu
     assert sum(part.robust.hits for part in parts) == whole.robust.hits
 
 
-def test_the_proxy_is_asked_about_the_targets_images_which_are_all_attacked(
+def test_the_proxy_classifies_the_targets_adversarial_images_which_are_all_attacked(
     target: VisionLanguageModel, proxy: VisionLanguageModel
 ) -> None:
     pipeline, batch = own_labels(target, 8)
-    spy = Remembering(proxy.zero_shot(CLASSES, TEMPLATES))
+    spy = RecordingPipeline(proxy.zero_shot(CLASSES, TEMPLATES))
     gap = proxy_gap("t", {"t": pipeline, "p": spy}, batch, EPS, 0)
     clean, adversarial = spy.seen
     assert torch.equal(clean, batch.images)
@@ -81,7 +81,7 @@ def gap_of(target_clean: int, proxy_clean: int, proxy_adversarial: int) -> Proxy
     )
 
 
-def test_what_the_paper_advises_against_is_warned_of() -> None:
+def test_pairs_that_the_paper_advises_against_give_warnings() -> None:
     assert warnings_of(gap_of(60, 80, 60)) == []
     (kept,) = warnings_of(gap_of(60, 80, 59))
     assert "keeps 59.0 % of 80.0 %, less than three quarters" in kept

@@ -1,4 +1,4 @@
-"""HPT-GPD's objective against closed forms, and what it may and may not touch."""
+"""Tests of the HPT-GPD objective: closed forms of its loss and attack, and what they leave unchanged."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def kl(first: Tensor, second: Tensor) -> Tensor:
     )
 
 
-class Spy:
-    """A teacher that remembers what it saw."""
+class RecordingTeacher:
+    """A teacher that records the images of its forwards."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.seen = inner, []
@@ -87,21 +87,21 @@ def test_a_proxy_with_the_targets_own_weights_gives_no_loss_and_no_gradient(
     assert all(p.grad is not None and p.grad.abs().max() < 1e-4 for p in student.parameters.values())
 
 
-def test_hpt_asks_the_proxy_about_the_adversarial_images_and_ga_about_the_clean_ones(
+def test_hpt_runs_the_proxy_on_adversarial_images_and_ga_on_clean_ones(
     target: VisionLanguageModel, proxy: VisionLanguageModel
 ) -> None:
     batch, student = batch_of(4), student_of(target)
     attacked = train_pgd(student.attacked, batch.images, batch.labels, rng_for(batch), eps=EPS, steps=2, alpha=EPS)
     seen = {}
     for anchored in (False, True):
-        spy = Spy(classifier(proxy))
+        spy = RecordingTeacher(classifier(proxy))
         HptGpd(anchored=anchored, eps=EPS, alpha=EPS).losses(student, spy, batch, rng_for(batch))
         (seen[anchored],) = spy.seen
     assert torch.equal(seen[False], attacked)
     assert torch.equal(seen[True], batch.images)
 
 
-def test_permuting_the_classes_of_both_models_changes_nothing_of_one_alone_does(
+def test_the_loss_is_the_same_if_the_classes_of_both_models_are_permuted_but_not_of_one(
     target: VisionLanguageModel, proxy: VisionLanguageModel
 ) -> None:
     batch = batch_of(4)
@@ -121,7 +121,7 @@ def test_permuting_the_classes_of_both_models_changes_nothing_of_one_alone_does(
     assert not torch.allclose(loss(permuted, CLASSES, labels), plain, atol=1e-3)
 
 
-def test_metrics_are_accuracies_of_both_models_on_what_each_saw(
+def test_metrics_are_the_accuracies_of_both_models_on_adversarial_images(
     target: VisionLanguageModel, proxy: VisionLanguageModel
 ) -> None:
     batch, student, teacher = batch_of(6), student_of(target), classifier(proxy)
@@ -150,7 +150,7 @@ def test_every_iterate_stays_in_the_ball_and_in_the_pixel_range(target: VisionLa
 
 
 def test_two_steps_are_the_two_steps_of_the_paper(target: VisionLanguageModel) -> None:
-    """Start, sign step, projection to the ball, then to [0, 1], twice: written out here a second time."""
+    """Compares with the random start and two sign steps with projection, written out."""
     batch, student, alpha = batch_of(3), student_of(target), EPS / 2
     noise = rng_for(batch).uniform(batch.images.shape[1:], -1.0, 1.0)
     x = (batch.images + EPS * noise).clamp(0, 1)
@@ -197,11 +197,11 @@ def test_an_attack_leaves_gradients_statistics_and_flags_as_they_were(target: Vi
     assert flags == ([m.training for m in target.clip.modules()], [p.requires_grad for p in target.clip.parameters()])
 
 
-def test_the_attack_knows_nothing_of_the_proxy(target: VisionLanguageModel, proxy: VisionLanguageModel) -> None:
+def test_the_attack_does_not_depend_on_the_proxy(target: VisionLanguageModel, proxy: VisionLanguageModel) -> None:
     batch, student = batch_of(4), student_of(target)
     seen = []
     for _ in range(2):
-        spy = Spy(classifier(proxy))
+        spy = RecordingTeacher(classifier(proxy))
         HptGpd(eps=EPS, alpha=EPS).losses(student, spy, batch, rng_for(batch))
         seen.append(spy.seen[0])
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""LoRA's dropout, its text tower, and the run of ``adv-lora`` that goes on with the perturbation it had."""
+"""Tests of LoRA: its dropout, factors of the text tower, and a resumed ``adv-lora`` run with its perturbation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def vit(folders: dict[str, Path]) -> VisionLanguageModel:
 
 
 def adapted(model: VisionLanguageModel, parts: str) -> ClipStudent:
-    """With factors that are not at 0, so that what is left out of them shows."""
+    """Returns a student whose LoRA factors are not 0, so that dropout has an effect."""
     made = classifier(model)
     parameters = choose_adapters(made, parts, seed=0)
     assert parameters
@@ -51,7 +51,7 @@ def layers(model: VisionLanguageModel) -> list[LowRank]:
     return [module for module in model.clip.modules() if isinstance(module, LowRank)]
 
 
-def test_dropout_leaves_out_a_share_of_the_inputs_and_scales_up_the_rest() -> None:
+def test_dropout_zeroes_a_share_of_the_inputs_and_scales_up_the_rest() -> None:
     layer = LowRank(torch.zeros(3 * 4, 10_000), 3, 1, 0.25, torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.up.fill_(1.0)
@@ -62,12 +62,12 @@ def test_dropout_leaves_out_a_share_of_the_inputs_and_scales_up_the_rest() -> No
         kept = block != 0
         assert torch.allclose(block[kept], torch.tensor(4 / 3))
         assert float(kept.float().mean()) == pytest.approx(0.75, abs=0.02)
-    assert not torch.equal(change[0] != 0, change[4] != 0)  # query and key leave out different ones
+    assert not torch.equal(change[0] != 0, change[4] != 0)  # query and key have different masks
     layer.drop(None)
     assert torch.equal(layer(torch.zeros(12, 10_000)), whole)
 
 
-def test_the_forward_that_is_trained_drops_out_by_the_step_and_the_attacked_one_never(vit: VisionLanguageModel) -> None:
+def test_dropout_acts_in_the_training_forward_by_step_and_never_in_the_attacked_one(vit: VisionLanguageModel) -> None:
     student, images = adapted(vit, "lora-all:2:0.5"), batch_of(3).images
     with torch.no_grad():
         plain = student.attacked(images)
@@ -124,7 +124,7 @@ def carried(out: Path) -> Tensor:
     return load_state(out / "training" / STATE)[0]["carried"][DELTA]
 
 
-def test_a_run_of_adv_lora_that_was_broken_off_goes_on_with_its_perturbation_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_adv_lora_run_resumes_with_its_perturbation_to_the_same_bytes(tmp_path: Path) -> None:
     training(tmp_path / "whole").run(Progress())
     with pytest.raises(KeyboardInterrupt):
         training(tmp_path / "broken").run(Broken())
@@ -155,7 +155,7 @@ def test_every_epoch_begins_without_a_perturbation(tmp_path: Path) -> None:
     assert [size > 0 for size in seen] == [False, True, True, False, True, True]
 
 
-def test_a_batch_that_does_not_fit_into_memory_is_not_halved_where_its_images_need_each_other(
+def test_a_batch_that_does_not_fit_into_memory_is_not_halved_if_the_loss_needs_the_whole_batch(
     vit: VisionLanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, batch, objective = adapted(vit, "lora:2"), batch_of(4), OBJECTIVES.create("at")

@@ -1,4 +1,4 @@
-"""The contract of every registered objective: a new file is held to it without a new test."""
+"""Contract tests that run for every registered objective."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAMES = OBJECTIVES.names()
 
 
 def terms_of(name: str, target: VisionLanguageModel, proxy: VisionLanguageModel, rows: list[int]) -> Terms:
-    """With a student of its own each time; the target is the ViT where tokens inside of it are learned."""
+    """Returns the loss terms of some images, with a new student; it is the ViT if deep prompts are learned."""
     batch, objective = batch_of(6), OBJECTIVES.create(name)
     part = batch._replace(ids=[batch.ids[i] for i in rows], images=batch.images[rows], labels=batch.labels[rows])
     teacher: Any = {"proxy": classifier(proxy), "original": classifier(target), "none": None}[objective.teacher]
@@ -73,7 +73,7 @@ def test_losses_that_need_the_whole_batch_depend_on_the_others_but_not_on_their_
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_gradient_is_left_anywhere_before_the_loss_is_sent_back(
+def test_computing_the_losses_leaves_no_gradients_and_changes_no_weight(
     name: str, target: VisionLanguageModel, proxy: VisionLanguageModel
 ) -> None:
     batch, objective = batch_of(2), OBJECTIVES.create(name)

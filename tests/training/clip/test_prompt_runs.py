@@ -1,4 +1,4 @@
-"""Runs that learn prompts: resumed to the last bit, and what their folder answers for."""
+"""Tests of runs that learn prompts: bit-identical resumption, and what their model folder can be used for."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SMALL: dict[str, Any] = {
 
 
 def small(folders: dict[str, Path], **more: Any) -> dict[str, Any]:
-    """A run of a second on the random toy."""
+    """Returns options of a run of a second on the random model."""
     return SMALL | {"model": f"local-dir:{folders['vit']}"} | more
 
 
 @pytest.mark.parametrize(("method", "parts"), [("apt", "context:2"), ("advpt", "class-context:2"), ("fap", "deep:2")])
-def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
+def test_an_interrupted_run_resumes_to_the_same_bytes(
     method: str, parts: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     options = small(folders, trains=parts)
@@ -57,7 +57,7 @@ def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(
     assert again.reused
 
 
-def test_a_context_for_all_classes_answers_for_another_data_set_and_one_for_each_does_not(
+def test_a_context_for_all_classes_works_on_another_data_set_and_one_for_each_class_does_not(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     other = load_dataset("mnist", "test", limit=4)
@@ -72,23 +72,23 @@ def test_a_context_for_all_classes_answers_for_another_data_set_and_one_for_each
 
 
 @pytest.mark.parametrize(
-    ("parts", "said"), [("context:2", "2 learned vectors"), ("class-context:3", "3 learned vectors of each class")]
+    ("parts", "prompt"), [("context:2", "2 learned vectors"), ("class-context:3", "3 learned vectors of each class")]
 )
-def test_a_record_says_that_the_prompts_were_learned_and_the_protocols_are_not_read(
-    parts: str, said: str, folders: dict[str, Path], tmp_path: Path
+def test_a_record_notes_that_prompts_were_learned_and_the_protocols_templates_are_unused(
+    parts: str, prompt: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     training(tmp_path / "out", "apt", **small(folders, trains=parts, epochs=1)).run(Progress())
     names = [f"local-dir:{folder}" for folder in (folders["vit"], tmp_path / "out")]
     results = evaluate(tmp_path / "runs", model=names, dataset="fashion", limit=4, attack="none").results
     vanilla, learned = (next(r for r in results if r[0].cell.model == name) for name in names)
-    assert (vanilla[0].learned_prompt, learned[0].learned_prompt) == ("", said)
-    note = f"the prompts are {said} and the class name, not the protocol's templates"
+    assert (vanilla[0].learned_prompt, learned[0].learned_prompt) == ("", prompt)
+    note = f"the prompts are {prompt} and the class name, not the protocol's templates"
     assert [note in line.notes for line in verdict_rows([vanilla, learned])].count(True) == 1
     (line,) = verdict_rows([learned])
     assert note in line.notes
 
 
-def test_attacked_prompts_name_learned_vectors_as_what_they_are(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_attacked_prompts_are_recorded_with_a_placeholder_for_learned_vectors(folders: dict[str, Path], tmp_path: Path) -> None:
     training(tmp_path / "out", "apt", **small(folders, trains="context:2", epochs=1)).run(Progress())
     options = {"attack": "text:candidates=4:beams=1", "eps": "1", "attacker": "whitebox"}
     done = evaluate(
@@ -115,7 +115,7 @@ def test_advpt_runs_the_image_tower_before_the_first_step_alone(
 
 
 def test_weights_are_trained_under_prompts_that_were_learned_before(folders: dict[str, Path], tmp_path: Path) -> None:
-    """The prompts stay; a mixture is one of weights."""
+    """The prompts do not change; mixtures are of weights."""
     training(tmp_path / "apt", "apt", **small(folders, trains="context:2", epochs=1)).run(Progress())
     options = small(folders, model=f"local-dir:{tmp_path / 'apt'}", epochs=1, mix=(0.5,))
     found = training(tmp_path / "tecoa", "tecoa", **options).run(Progress())

@@ -1,4 +1,4 @@
-"""Prompts that train: what moves and what does not, how often the text tower runs, and what comes out of a run."""
+"""Tests of trained prompts: which parameters change, how often the text tower runs, and which options are refused."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def one_step(method: str, student: ClipStudent, count: int = 6, micro_batch: int
     student.refresh()
 
 
-def answers(student: ClipStudent, images: Tensor) -> Tensor:
+def attacked_logits(student: ClipStudent, images: Tensor) -> Tensor:
     with torch.no_grad():
         return student.attacked(images)
 
 
 @pytest.mark.parametrize(("method", "parts", "kind"), CASES)
-def test_prompts_move_and_no_weight_does_and_the_deployed_model_answers_as_the_trained_one(
+def test_prompts_change_and_no_weight_does_and_the_deployed_model_has_the_trained_logits(
     method: str, parts: str, kind: str, folders: dict[str, Path]
 ) -> None:
     model, original = loaded(folders, kind), loaded(folders, kind)
@@ -70,15 +70,15 @@ def test_prompts_move_and_no_weight_does_and_the_deployed_model_answers_as_the_t
     assert model.prompts is not None
     original.add_prompts(model.prompts.deployed())
     assert set(dict(original.prompts.named_parameters())) <= {"context", "visual", "text"}  # type: ignore[union-attr]
-    assert torch.allclose(answers(student, images), classifier(original)(images).logits, atol=1e-4)
+    assert torch.allclose(attacked_logits(student, images), classifier(original)(images).logits, atol=1e-4)
 
 
 def test_deep_prompts_are_maps_between_the_towers(folders: dict[str, Path]) -> None:
-    """The toy has one block in each tower: the only tokens are the context and what it is mapped to."""
+    """The random model has one block in each tower: the only tokens are the context and its image."""
     model = loaded(folders, "vit")
     expected = model.text_features(CLASSES, TEMPLATES)
     student = student_of(model, "deep:2")
-    assert torch.allclose(student.class_features, expected, atol=1e-5)  # begins at the template's own words
+    assert torch.allclose(student.class_features, expected, atol=1e-5)  # starts at the template's own words
     assert sorted(student.parameters) == [
         "prompts.context",
         "prompts.deep",

@@ -1,4 +1,4 @@
-"""What the paper claims, in miniature and with loose thresholds: tiny-vit teaches tiny-rn on a part of `fashion`."""
+"""Tests of the claims of the HPT-GPD paper on embedded models: tiny-vit is distilled into tiny-rn on `fashion`."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def hpt(out: Path) -> Distilled:
     return DistillationJob(make_distill_settings(OPTIONS | plan)).run(Progress())
 
 
-def judged(folder: Path | str) -> Accuracies:
-    """On 200 test images that nobody trained on."""
+def measured(folder: Path | str) -> Accuracies:
+    """Returns accuracies of a model on 200 test images."""
     name = folder if isinstance(folder, str) else f"local-dir:{folder}"
     images = load_dataset("fashion", "test", limit=200)
     model = load_model(name, device="cpu")
@@ -69,7 +69,7 @@ def test_the_proxy_keeps_its_accuracy_on_images_that_break_the_target(gpd: Disti
 
 
 def test_the_target_becomes_robust_and_keeps_most_of_its_accuracy(gpd: Distilled, hpt: Distilled) -> None:
-    vanilla, alone, both = judged("tiny-rn"), judged(hpt.out), judged(gpd.out)
+    vanilla, alone, both = measured("tiny-rn"), measured(hpt.out), measured(gpd.out)
     assert vanilla.robust.share < 0.05
     assert alone.robust.share > vanilla.robust.share + 0.4
     assert both.robust.share > vanilla.robust.share + 0.2
@@ -79,7 +79,7 @@ def test_the_target_becomes_robust_and_keeps_most_of_its_accuracy(gpd: Distilled
 def test_the_pull_costs_robustness_and_keeps_accuracy_on_a_set_that_was_never_trained_on(
     gpd: Distilled, hpt: Distilled
 ) -> None:
-    assert judged(gpd.out).robust.share < judged(hpt.out).robust.share
+    assert measured(gpd.out).robust.share < measured(hpt.out).robust.share
     images = load_dataset("mnist", "test", limit=200)
     batch = TrainingImages(images, PixelTransform(32)).batch(range(len(images)))
     kept = {}

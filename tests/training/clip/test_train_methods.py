@@ -1,4 +1,4 @@
-"""Methods in the loop: what trains and what does not, adapters folded into weights, runs."""
+"""Tests of training methods: which weights change, adapters folded into weights, and runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def one_step(name: str, student: ClipStudent, original: VisionLanguageModel, bat
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["rn", "vit"])
-def test_a_step_moves_the_image_tower_and_nothing_else(name: str, kind: str, folders: dict[str, Path]) -> None:
+def test_a_step_changes_the_image_tower_and_nothing_else(name: str, kind: str, folders: dict[str, Path]) -> None:
     model, original = (load_model(f"local-dir:{folders[kind]}", device="cpu") for _ in range(2))
     before, features = model.weights_hash, model.text_features(CLASSES, TEMPLATES)
     student, batch = student_of(model), batch_of(6)
@@ -77,21 +77,21 @@ def test_more_steps_of_fares_attack_take_the_features_further_away(target: Visio
     assert 0 < found[0] < found[1] < found[2]
 
 
-# places
+# patches
 
 
-@pytest.mark.parametrize(("kind", "places"), [("rn", 1), ("vit", 4)])
-def test_with_patches_gives_the_models_own_features_and_a_vector_for_each_place(
-    kind: str, places: int, folders: dict[str, Path]
+@pytest.mark.parametrize(("kind", "count"), [("rn", 1), ("vit", 4)])
+def test_with_patches_returns_the_models_own_features_and_a_vector_for_each_patch(
+    kind: str, count: int, folders: dict[str, Path]
 ) -> None:
     model = classifier(load_model(f"local-dir:{folders[kind]}", device="cpu"))
     images = batch_of(3).images
     found, patches = model.with_patches(images)
     assert torch.allclose(found.logits, model(images).logits, atol=1e-5)
-    assert patches.shape == (3, places, model.text_features.shape[1])
+    assert patches.shape == (3, count, model.text_features.shape[1])
 
 
-def test_an_image_tower_that_is_neither_is_refused() -> None:
+def test_an_image_tower_of_another_kind_is_refused() -> None:
     with pytest.raises(UserError, match="Linear pools in its own way; use a model with CLIP's own"):
         with_patches(torch.nn.Linear(2, 2), torch.zeros(1, 3, 4, 4))
 
@@ -109,7 +109,7 @@ def adapted(model: VisionLanguageModel, parts: str) -> ClipStudent:
 @pytest.mark.parametrize(
     ("kind", "parts"), [("vit", "lora:2"), ("rn", "lora:2:0.5"), ("vit", "lora-all:2:0.25"), ("vit", "prompt:4")]
 )
-def test_adapters_begin_as_nothing_train_alone_and_fold_into_a_plain_model_of_the_same_answers(
+def test_adapters_start_without_effect_train_alone_and_fold_into_a_plain_model_of_the_same_logits(
     kind: str, parts: str, folders: dict[str, Path]
 ) -> None:
     model, original, plain = (load_model(f"local-dir:{folders[kind]}", device="cpu") for _ in range(3))
@@ -129,8 +129,8 @@ def test_adapters_begin_as_nothing_train_alone_and_fold_into_a_plain_model_of_th
     plain.clip.load_state_dict(state)
     with torch.no_grad():
         first, with_adapter, folded_in = (
-            answers(batch.images)
-            for answers in (student_of(original).attacked, student.attacked, student_of(plain).attacked)
+            logits(batch.images)
+            for logits in (student_of(original).attacked, student.attacked, student_of(plain).attacked)
         )
     assert (with_adapter - folded_in).abs().max() < 0.02 * (with_adapter - first).abs().max()
 
@@ -196,7 +196,7 @@ class Broken(Progress):
             raise KeyboardInterrupt
 
 
-def test_a_run_that_was_broken_off_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     options = {"epochs": 1, "batch_size": 24, "save_every": 2, "trains": "lora:2", "limit": 120, "held_out": 8}
     weights = "open_clip_model.safetensors"
     training(tmp_path / "whole", "pmg-aft", **options).run(Progress())

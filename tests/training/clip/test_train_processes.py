@@ -1,4 +1,4 @@
-"""``vlmdefend train`` in two processes, on webdataset shards, against one."""
+"""Tests that ``vlmdefend train`` in two processes, on webdataset shards, gives the bits of one process."""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ class SavedImages(Attack):
     summary: ClassVar[str] = "images of `vlmdefend attack`, scored as they were saved"
     citation: ClassVar[str] = "–"
     norms: ClassVar[tuple[Norm, ...]] = NORMS
-    gradient_free: ClassVar[bool] = False  # True would mean that the images were found by queries of the scored pipeline
+    gradient_free: ClassVar[bool] = (
+        False  # True would mean that the images were found by queries of the scored pipeline
+    )
     source: AdversarialSet
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:

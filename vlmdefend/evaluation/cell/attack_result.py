@@ -1,4 +1,4 @@
-"""Attacks one batch: the images that the defended model classifies correctly; checks budget and success."""
+"""Attacks the images of one batch that the defended model classifies correctly, and checks the budget."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from vlmdefend.types import Batch, Threat
 
 
 class BatchResult(NamedTuple):
-    """The outcome of an attack on a batch; an image not attacked, or outside the budget, is the clean one."""
+    """Images, steps and checks of an attack on one batch; images not attacked or outside the budget are the clean ones.
+    """
 
     images: Tensor  # (B, 3, H, W)
     steps: Tensor  # (B,) gradient evaluations
@@ -29,11 +30,11 @@ def attack_batch(
 ) -> BatchResult:
     """Attacks the images ``right``, which the defended model classifies correctly, and checks the result.
 
-    Where surrogates are differentiated, an image that left early because one of them was fooled, and that the deployed
-    pipeline gets right, is attacked again to the end.
+    With surrogates, an image may stop early because a surrogate was fooled. If the deployed pipeline still classifies
+    it correctly, it is attacked again without early stopping.
 
     Raises:
-        UserError: the attack was shown logits that are not finite.
+        UserError: the attack received logits that are not finite.
     """
     adversarial = batch.images.clone()
     steps = torch.zeros(len(batch.ids), dtype=torch.int64)
@@ -45,14 +46,14 @@ def attack_batch(
 
     def crafted_at(at: Tensor, *, stop: bool) -> CraftedBatch:
         images = batch.images[right[at]]  # a copy, which the attack may overwrite
-        asked = (cell.attacker, fitted.attacks, deployed.defense, deployed.counted)
-        return craft(*asked, images, labels[at], threat, rng.select(at), deployed.width, stop=stop)
+        attack = (cell.attacker, fitted.attacks, deployed.defense, deployed.counted)
+        return craft(*attack, images, labels[at], threat, rng.select(at), deployed.width, stop=stop)
 
     stop = surrogates.agree(deployed, batch)
     crafted = crafted_at(torch.arange(len(right)), stop=stop)
     if stop and crafted.finite:
-        spared = surrogates.spared(deployed, fitted, crafted, labels, ids)
-        crafted = crafted.with_again(spared, crafted_at(spared, stop=False)) if len(spared) else crafted
+        stopped = surrogates.stopped_early(deployed, fitted, crafted, labels, ids)
+        crafted = crafted.with_again(stopped, crafted_at(stopped, stop=False)) if len(stopped) else crafted
     if not crafted.finite:
         raise deployed.not_finite()
     inside = threat.contains(crafted.images, batch.images[right])

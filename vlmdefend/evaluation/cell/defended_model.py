@@ -15,12 +15,12 @@ from vlmdefend.evaluation.store.records import Cell, Checks
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Outputs, Pipeline
 
-FEW = 8  # images that are asked for again
+FEW = 8  # images that are predicted again
 
 
 @dataclass
 class DefendedModel:
-    """The defended model of one cell; ``width`` images go through it at once, fewer once memory ran out."""
+    """The defended model of one cell, run on ``width`` images at once; the evaluator lowers it when memory runs out."""
 
     cell: Cell
     model: Pipeline
@@ -32,9 +32,10 @@ class DefendedModel:
         self.pipeline = self.defense.wrap(self.counted)
 
     def answer(self, images: Tensor, ids: list[str]) -> Outputs:
-        """Returns logits, and abstentions, certified radii and detector scores where the defense has them.
+        """Returns logits, and abstentions, certified radii and detector scores if the defense has them.
 
-        Clean and adversarial images meet the same random draws.
+        The random draws of an image depend on seed and id only, so they are the same for its clean and adversarial
+        version.
 
         Raises:
             UserError: logits that are not finite.
@@ -73,27 +74,27 @@ class DefendedModel:
         return scores
 
     def check(self, batch: Batch) -> Checks:
-        """Predicts a few images twice, and some of them with copies of themselves in place of their mates.
+        """Checks on a few images that predictions repeat, and that they do not depend on the other images.
 
-        Batches of one size and an image in its place: alone, it would differ in the last bits, and a defense that
-        rounds makes them seen.
+        For the second check every other image of the batch is replaced by a copy of one. Batch size and position stay
+        the same: in another batch size logits differ in the last bits, which a defense that rounds amplifies.
         """
         few = min(FEW, len(batch.ids))
         images, ids = batch.images[:few], batch.ids[:few]
         with self.counted.paused():
             first, second = self.predict(images, ids), self.predict(images, ids)
             some = range(0, few, 2)
-            apart = torch.stack([self.predict(images[i].expand_as(images), ids)[i] for i in some])
-        return Checks(forwards_differ=not same(first, second), batch_dependent=not same(first[some], apart))
+            copies = torch.stack([self.predict(images[i].expand_as(images), ids)[i] for i in some])
+        return Checks(forwards_differ=not same(first, second), batch_dependent=not same(first[some], copies))
 
     def not_finite(self) -> UserError:
-        """Returns the error for an attack that met logits that are not finite."""
+        """Returns the error for an attack that received logits that are not finite."""
         return UserError(
             f"{self.cell.title()}: logits were not finite (nan or infinite) on images that the attack "
-            "tried, so its failures prove nothing; mend the defense, or raise the model's precision."
+            "tried, so its failures prove nothing; repair the defense, or raise the model's precision."
         )
 
 
 def same(logits: Tensor, others: Tensor) -> bool:
-    """Returns whether logits are equal up to the last bits, in which batches of other sizes differ."""
+    """Returns whether two logits are equal up to the rounding differences between batch sizes."""
     return torch.allclose(logits, others, rtol=1e-3, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Counts forwards and backwards of the bare model, the unit in which defenses and attacks are compared."""
+"""Counts forwards and backwards of the bare model: the cost unit in which defenses and attacks are compared."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class PassCount(NamedTuple):
 
 
 class CountingModel:
-    """A pipeline that counts its forwards and backwards, in images."""
+    """Wraps a model and counts its forwards and backwards, in images."""
 
     def __init__(self, model: Pipeline) -> None:
         self.model = model
@@ -38,7 +38,7 @@ class CountingModel:
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Predicts and counts."""
         outputs = self.model(images, rng)
-        # every gradient path passes the features; the logits come after them
+        # every gradient passes through the features, which come before the logits
         self._count(outputs.logits if outputs.features is None else outputs.features)
         return outputs
 
@@ -49,9 +49,7 @@ class CountingModel:
         return features
 
     def __getattr__(self, name: str) -> Any:
-        """Passes other attributes of the model through (``logits`` of features, ``text_features``); they cost no
-        forward.
-        """
+        """Returns an attribute of the wrapped model (``logits`` of features, ``text_features``); it costs no forward."""
         if name.startswith("_") or name == "model":
             raise AttributeError(name)
         return getattr(self.model, name)
@@ -62,17 +60,18 @@ class CountingModel:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Returns a context in which nothing is counted: checks of the evaluator itself."""
+        """Returns a context in which nothing is counted, for the evaluator's own checks."""
         before = self.forwards, self.backwards
         try:
             yield
         finally:
             self.forwards, self.backwards = before
 
-    def _count(self, end: Tensor) -> None:
-        self.forwards += len(end)
-        if end.requires_grad:
-            end.register_hook(lambda gradient: self._count_backward(len(gradient)))  # type: ignore[no-untyped-call]
+    def _count(self, output: Tensor) -> None:
+        """Counts a forward, and its backward once a gradient reaches ``output``."""
+        self.forwards += len(output)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self._count_backward(len(gradient)))  # type: ignore[no-untyped-call]
 
     def _count_backward(self, images: int) -> None:
         self.backwards += images

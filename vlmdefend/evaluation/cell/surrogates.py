@@ -1,4 +1,4 @@
-"""Compares an adaptive attacker's surrogates with the defended model: fooling a surrogate is no success yet."""
+"""Compares an adaptive attacker's surrogates with the defended model, which may resist what fools a surrogate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmdefend.evaluation.cell.fitted_attacks import FittedAttack
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
-ASKED = 4  # images on which a surrogate is compared
+COMPARED = 4  # images on which a surrogate is compared
 
 
 def are_used(deployed: DefendedModel) -> bool:
@@ -20,26 +20,27 @@ def are_used(deployed: DefendedModel) -> bool:
 
 
 def agree(deployed: DefendedModel, batch: Batch) -> bool:
-    """Returns whether surrogates have the defended model's values, so that an image that fools them may stop early.
+    """Returns whether surrogates and defended model have equal logits, so that an image may stop early.
 
-    Asked of clean images; what they say of the others is judged after the attack (:func:`spared`).
+    Only a few clean images are compared; adversarial images are compared after the attack (:func:`stopped_early`).
     """
     if not are_used(deployed):
         return True
-    images, ids = batch.images[:ASKED], batch.ids[:ASKED]
+    images, ids = batch.images[:COMPARED], batch.ids[:COMPARED]
     with deployed.counted.paused(), torch.no_grad():
-        right = deployed.predict(images, ids)
+        logits = deployed.predict(images, ids)
         return all(
-            same(surrogate(images, ImageRng(deployed.cell.seed, ids, "deployed")).logits, right)
+            same(surrogate(images, ImageRng(deployed.cell.seed, ids, "deployed")).logits, logits)
             for surrogate in deployed.defense.surrogates(deployed.counted)
         )
 
 
-def spared(
+def stopped_early(
     deployed: DefendedModel, fitted: FittedAttack, crafted: CraftedBatch, labels: Tensor, ids: list[str]
 ) -> Tensor:
-    """Returns (n,) images that fool a surrogate, so that their attack stopped early, but not the defended model."""
-    if not are_used(deployed) or deployed.defense.stochastic:  # of a random pipeline none leaves early
+    """Returns (n,) indices of images that fool a surrogate, so that their attack stopped, but not the defended model.
+    """
+    if not are_used(deployed) or deployed.defense.stochastic:  # with a random pipeline no image stops early
         return torch.empty(0, dtype=torch.int64)
     with deployed.counted.paused(), fitted.conditions():
         right = deployed.answer(crafted.images, ids).predictions == labels
