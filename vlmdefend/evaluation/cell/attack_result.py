@@ -17,8 +17,7 @@ from vlmdefend.types import Batch, Threat
 
 
 class BatchResult(NamedTuple):
-    """Images, steps and checks of an attack on one batch; images not attacked or outside the budget are the clean ones.
-    """
+    """Result of an attack on one batch; an image not attacked, or outside the budget, is the clean one."""
 
     images: Tensor  # (B, 3, H, W)
     steps: Tensor  # (B,) gradient evaluations
@@ -52,7 +51,7 @@ def attack_batch(
     stop = surrogates.agree(deployed, batch)
     crafted = crafted_at(torch.arange(len(right)), stop=stop)
     if stop and crafted.finite:
-        stopped = surrogates.stopped_early(deployed, fitted, crafted, labels, ids)
+        stopped = surrogates.spared(deployed, fitted, crafted, labels, ids)
         crafted = crafted.with_again(stopped, crafted_at(stopped, stop=False)) if len(stopped) else crafted
     if not crafted.finite:
         raise deployed.not_finite()

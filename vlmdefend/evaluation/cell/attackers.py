@@ -1,4 +1,4 @@
-"""The three attackers (transfer, white-box, adaptive): what each differentiates, how its variants are merged."""
+"""The three attackers (transfer, white-box, adaptive): the pipeline each may query, and the merge of its variants."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Attacker, Outputs, Pipeline, Threat, per_image
 
 BARE = -1
-JUDGED = 4  # draws of a random pipeline by which the findings of several variants are compared, the same for all
+JUDGED = 4  # draws of a random pipeline by which the results of several variants are compared, the same for all
 
 
 class CraftedBatch(NamedTuple):
@@ -27,8 +27,8 @@ class CraftedBatch(NamedTuple):
     gradient_values: int
     zero_gradients: int
     outside: int
-    finite: bool  # every logit that the attacker was shown
-    fooled: Tensor  # (B,) bool, as the attacker sees it
+    finite: bool  # whether every logit that the attacker received was finite
+    fooled: Tensor  # (B,) bool, by the attacker's margin
 
     def with_again(self, at: Tensor, again: CraftedBatch) -> CraftedBatch:
         """Replaces the images ``at`` by those of a second attack, and adds up the cost of both."""
@@ -52,35 +52,35 @@ class Fitted(NamedTuple):
     attacks: dict[Variant, Attack]
     gradient_values: int
     zero_gradients: int
-    finite: bool  # every logit that the attacker was shown
+    finite: bool  # whether every logit that the attacker received was finite
 
 
 class Variant(NamedTuple):
-    """One way in which an adaptive attacker attacks: the surrogate, and the weight of the detector term."""
+    """One choice of an adaptive attacker: the surrogate to differentiate, and the weight of the detector term."""
 
-    surrogate: int = 0  # BARE: the model without the defense; what is found is judged by the first surrogate
+    surrogate: int = 0  # BARE: the model without the defense; its margins are measured on the first surrogate
     detector_weight: float = 0.0
 
     def purpose(self, attacker: Attacker) -> str:
-        """The purpose under which its random streams are derived."""
+        """Returns the name from which the random streams of this variant are derived."""
         surrogate = "bare" if self.surrogate == BARE else f"surrogate {self.surrogate}" if self.surrogate else ""
         detector = f"detector {self.detector_weight}" if self.detector_weight else ""
         return " ".join(filter(None, (surrogate, detector))) or attacker
 
 
 class WatchedView:
-    """A pipeline that records whether its logits were ever not finite, which would make the attack void."""
+    """Wraps a pipeline and records whether all its logits were finite; if not, the attack is void."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self.pipeline = pipeline
         self.num_classes, self.stochastic = pipeline.num_classes, pipeline.stochastic
-        self._finite: Tensor | None = None  # on the device: a test at every query would wait for it
+        self._finite: Tensor | None = None  # stays on the device: reading it at every query would synchronize
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
         """Predicts, and checks that the logits are finite."""
         outputs = self.pipeline(images, rng)
         finite = outputs.logits.detach().isfinite().all()
-        # In place: a CUDA graph (attacks/_graph.py) repeats what is written, and would forget a new tensor.
+        # In place: a CUDA graph (attacks/_graph.py) replays writes to this tensor, but would not see a new one.
         self._finite = finite if self._finite is None else self._finite.logical_and_(finite)
         return outputs
 
@@ -101,10 +101,11 @@ def view_of(
 ) -> View:
     """Returns the pipeline that ``attacker`` may query.
 
-    ``transfer`` sees the bare model, ``whitebox`` the deployed pipeline as autograd sees it, ``adaptive`` the
-    defense's surrogates with their number of draws. An image may leave early only where fooling the view is fooling
-    the deployed pipeline: not for transfer, and not for a pipeline that draws anew when it is scored. Nor where the
-    defense turns images away: an adaptive attacker goes on to the iterate that fools most quietly, given the labels.
+    ``transfer`` queries the bare model, ``whitebox`` the deployed pipeline as autograd differentiates it, ``adaptive``
+    the defense's surrogates with their number of draws. An image may stop early only where fooling the view means
+    fooling the deployed pipeline: not for transfer, and not for a pipeline that draws new random numbers when it is
+    scored. Nor where the defense rejects images: there an adaptive attacker continues to the iterate with the lowest
+    detector score among those that fool the classifier; it needs the labels for that.
     """
     if attacker == "transfer" or variant.surrogate == BARE:
         return View(WatchedView(model), rng, width=width, stop=False, model=model)
@@ -123,7 +124,7 @@ def view_of(
 
 
 def variants(attacker: Attacker, defense: Defense) -> tuple[Variant, ...]:
-    """Returns every surrogate with every detector weight; one variant where the defense is unknown."""
+    """Returns every surrogate with every detector weight; a single variant for attackers that are not adaptive."""
     if attacker != "adaptive":
         return (Variant(),)
     weights = defense.recipe.detector_weights or (0.0,)
@@ -144,7 +145,7 @@ def fit(
 ) -> Fitted:
     """Returns the attack of each variant, fitted to N images of the set.
 
-    Prompts are the same for all images, so all variants get those of the one whose prompts are best.
+    Prompts are the same for all images, so all variants use the prompts of the variant with the strongest ones.
     """
     fitted = {}
     values = zeros = 0
@@ -169,7 +170,7 @@ def _best_prompts(
     rng: ImageRng,
     width: int,
 ) -> dict[Variant, Attack]:
-    """Returns every variant with the prompts that leave the fewest images right; the first at a tie."""
+    """Returns every variant with the attack whose prompts leave the fewest images right; the first at a tie."""
     right = {}
     for variant, attack in fitted.items():
         view = View(defense.wrap(model), rng.child("deployed"), width=width, model=model)
@@ -194,10 +195,10 @@ def craft(
 ) -> CraftedBatch:
     """Attacks B images; an adaptive attacker runs every variant and keeps the best per image.
 
-    ``attacks`` holds the attack for each variant, as :func:`fit` finds it. An image that left early as fooled is
-    done.
+    ``attacks`` holds the attack of each variant, as :func:`fit` returns it. Later variants skip an image that stopped
+    early because it was fooled.
 
-    ``stop=False``: the view's word that an image is fooled is not the deployed pipeline's.
+    ``stop=False``: no image stops early, because one that fools the view may not fool the deployed pipeline.
     """
     best, margins = images.clone(), torch.full((len(images),), -torch.inf, device=images.device)
     steps = torch.zeros(len(images), dtype=torch.int64)
@@ -210,13 +211,14 @@ def craft(
         view.stop = view.stop and stop
         found = attack(view, images[todo], labels[todo], threat.select(todo))
         margin = found.margin
-        judge = view_of(attacker, defense, model, rng.child("judge").select(todo), width)
+        # the name "judge" of the random stream must stay: another name would change the results
+        reference = view_of(attacker, defense, model, rng.child("judge").select(todo), width)
         if defense.stochastic:
-            judge.samples = max(judge.samples, JUDGED)
-        with attack.conditions(judge.text_side if attack.changes_prompts else None):
+            reference.samples = max(reference.samples, JUDGED)
+        with attack.conditions(reference.text_side if attack.changes_prompts else None):
             if variant.surrogate == BARE or (defense.stochastic and len(attacks) > 1):
-                margin = Criterion(labels[todo]).margin(judge(found.images))
-            scores = _detector_scores(defense, model, found.images, judge.rng, width) if defense.rejects else None
+                margin = Criterion(labels[todo]).margin(reference(found.images))
+            scores = _detector_scores(defense, model, found.images, reference.rng, width) if defense.rejects else None
         if scores is not None:
             margin = quiet_margin(margin, scores)
         better = margin > margins[todo]
@@ -227,9 +229,9 @@ def craft(
         zeros += int(view.queries.zero_gradients)
         outside += found.outside
         finite = finite and all(
-            not isinstance(seen.pipeline, WatchedView) or seen.pipeline.finite for seen in (view, judge)
+            not isinstance(seen.pipeline, WatchedView) or seen.pipeline.finite for seen in (view, reference)
         )
-        if view.stop and not defense.rejects:  # another variant may fool the detector better
+        if view.stop and not defense.rejects:  # with a detector, another variant may reach a lower score
             todo = (margins <= SURE).nonzero()[:, 0].cpu()
         if not len(todo):
             break

@@ -1,4 +1,4 @@
-"""Computes one cell shard by shard: predict, attack what is right, predict again, measure the distance again."""
+"""Computes one cell shard by shard: predicts, attacks correctly classified images, predicts again, checks distances."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class CellEvaluator:
-    """Evaluates one cell: defended model, attack and images to per-image rows and a record."""
+    """Evaluates one cell: runs the attack on the defended model, returns a record and one row per image."""
 
     cell: Cell
     model: Pipeline
@@ -43,8 +43,8 @@ class CellEvaluator:
     transform: PixelTransform
     device: torch.device
     skip_bad: bool
-    learned_prompt: str = ""  # what the model reads in place of the templates
-    keep: Callable[[int, Tensor], None] | None = None  # is given each shard's images before it counts as done
+    learned_prompt: str = ""  # the learned context that the model uses in place of the templates
+    keep: Callable[[int, Tensor], None] | None = None  # stores a shard's images before the shard counts as done
 
     def __post_init__(self) -> None:
         self.deployed = DefendedModel(self.cell, self.model, self.defense)
@@ -56,9 +56,9 @@ class CellEvaluator:
         done = writer.finished_shards()
         progress.advance(self.cell, sum(len(s.rows) + len(s.skipped) for s in done))
         shards = list(chunks(len(self.images), self.cell.shard_size))
-        # prompts are needed for the record too, and no shard holds them
+        # attacked prompts are part of the record but of no shard, so they are fitted again after a kill
         if self.attack.learns_from and self.cell.eps > 0 and (len(done) < len(shards) or self.attack.changes_prompts):
-            self._within_memory(self._learn, progress)
+            self._within_memory(self._fit_attack, progress)
         for number in range(len(done), len(shards)):
             shard = self._within_memory(partial(self._shard, number, shards[number].tolist()), progress)
             writer.add(shard)
@@ -69,7 +69,7 @@ class CellEvaluator:
         return record, rows
 
     def _record(self, done: list[StoredShard], started: str) -> tuple[Record, list[ImageRow]]:
-        """Returns the record: the sum over all shards.
+        """Returns the record (sums over all shards) and the rows of all shards.
 
         Raises:
             UserError: every image was skipped.
@@ -117,15 +117,16 @@ class CellEvaluator:
     def _load(self, index: list[int]) -> tuple[Batch, list[Skipped]]:
         """Returns the images at ``index`` on the device, and those that cannot be read."""
         batch, bad = load_batch(self.images, index, self.transform, skip_bad=self.skip_bad)
-        there = Batch(batch.ids, batch.images.to(self.device), batch.labels.to(self.device))
-        return there, [Skipped(id=name, reason=reason) for name, reason in bad]
+        on_device = Batch(batch.ids, batch.images.to(self.device), batch.labels.to(self.device))
+        return on_device, [Skipped(id=name, reason=reason) for name, reason in bad]
 
-    def _learn(self) -> None:
+    def _fit_attack(self) -> None:
+        """Fits the attack to a sample of the images."""
         batch, _ = self._load(sample(len(self.images), self.attack.learns_from))
         self.fitted = fit_attack(self.deployed, self.attack, batch)
 
     def _shard(self, number: int, index: list[int]) -> StoredShard:
-        """Predicts a shard, attacks what is right, predicts again."""
+        """Computes one shard: predicts it, attacks the correctly classified images, predicts again."""
         batch, skipped = self._load(index)
         if not batch.ids:
             return StoredShard(number, [], skipped, Cost(), Checks())
@@ -163,6 +164,7 @@ class CellEvaluator:
     def _rows(
         self, batch: Batch, clean: Outputs, final: Outputs, attacked: BatchResult, distance: Tensor
     ) -> list[ImageRow]:
+        """Returns one row per image of a batch."""
         criterion, radius = Criterion(batch.labels), clean.certified_radius
         columns: dict[str, Sequence[Any]] = {
             "id": batch.ids,
@@ -180,8 +182,9 @@ class CellEvaluator:
         return [ImageRow(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
 
     def _check_survivors(self, rows: list[ImageRow], right: list[int]) -> Checks:
-        climbs = self.cell.eps > 0 and not self.attack.blind and not self.attack.set_level
-        survivors = [rows[i] for i in right if rows[i].robust] if climbs else []
+        """Counts attacked images that stayed correct, and those whose margin the attack did not raise."""
+        raises_margin = self.cell.eps > 0 and not self.attack.blind and not self.attack.set_level
+        survivors = [rows[i] for i in right if rows[i].robust] if raises_margin else []
         return Checks(
             attacked_survivors=len(survivors),
             loss_not_rising=sum(row.adversarial_margin <= row.clean_margin for row in survivors),

@@ -21,12 +21,12 @@ class FittedAttack:
     """The fitted attack of each variant of the attacker, and the cost of the fit."""
 
     attacks: Mapping[Variant, Attack]
-    text_side: TextSide | None  # the model's prompts, where the attack changes them
+    text_side: TextSide | None  # the model's prompts, if the attack changes them
     cost: Cost = field(default_factory=Cost)
     checks: Checks = field(default_factory=Checks)
 
     def conditions(self) -> AbstractContextManager[None]:
-        """Returns a context in which results are scored: the attacked prompts, if the attack changes prompts."""
+        """Returns the context in which results are scored; in it, the model uses the attacked prompts, if any."""
         return self._any.conditions(self.text_side)
 
     def attacked_prompts(self) -> list[str]:
@@ -40,7 +40,7 @@ class FittedAttack:
 
 
 def needs_fit(deployed: DefendedModel, attack: Attack) -> FittedAttack:
-    """Returns every variant with the attack as it was given, before any fit."""
+    """Returns every variant with the unfitted attack, as the evaluator starts with it."""
     return FittedAttack(
         attacks=dict.fromkeys(variants(deployed.cell.attacker, deployed.defense), attack),
         text_side=_text_side(deployed, attack),
@@ -48,7 +48,7 @@ def needs_fit(deployed: DefendedModel, attack: Attack) -> FittedAttack:
 
 
 def sample(count: int, learns_from: int) -> list[int]:
-    """Returns the indices of the images to fit to, spread evenly, so that a resumed run fits to the same."""
+    """Returns indices of at most ``learns_from`` of ``count`` images, evenly spread, the same in a resumed run."""
     chosen = min(learns_from, count)
     return [i * count // chosen for i in range(chosen)]
 
@@ -57,14 +57,14 @@ def fit_attack(deployed: DefendedModel, attack: Attack, batch: Batch) -> FittedA
     """Fits ``attack`` to these images and returns it with the cost of the fit.
 
     Raises:
-        UserError: it was shown logits that are not finite.
+        UserError: the attack received logits that are not finite.
     """
     cell, device = deployed.cell, batch.images.device
     rng = ImageRng(cell.seed, batch.ids, "fit")
     reset_peak_memory(device)
     before = deployed.counted.spent()
-    asked = (cell.attacker, attack, deployed.defense, deployed.counted)
-    fitted = fit(*asked, batch.images, batch.labels, Threat(cell.norm, cell.eps), rng, deployed.width)
+    setting = (cell.attacker, attack, deployed.defense, deployed.counted)
+    fitted = fit(*setting, batch.images, batch.labels, Threat(cell.norm, cell.eps), rng, deployed.width)
     if not fitted.finite:
         raise deployed.not_finite()
     spent = deployed.counted.spent().since(before)

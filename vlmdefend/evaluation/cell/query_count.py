@@ -49,7 +49,7 @@ class CountingModel:
         return features
 
     def __getattr__(self, name: str) -> Any:
-        """Returns an attribute of the wrapped model (``logits`` of features, ``text_features``); it costs no forward."""
+        """Returns an attribute of the wrapped model, such as ``text_features``; it costs no forward."""
         if name.startswith("_") or name == "model":
             raise AttributeError(name)
         return getattr(self.model, name)

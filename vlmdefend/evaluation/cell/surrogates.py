@@ -11,7 +11,7 @@ from vlmdefend.evaluation.cell.fitted_attacks import FittedAttack
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
-COMPARED = 4  # images on which a surrogate is compared
+ASKED = 4  # images on which a surrogate is compared
 
 
 def are_used(deployed: DefendedModel) -> bool:
@@ -22,11 +22,11 @@ def are_used(deployed: DefendedModel) -> bool:
 def agree(deployed: DefendedModel, batch: Batch) -> bool:
     """Returns whether surrogates and defended model have equal logits, so that an image may stop early.
 
-    Only a few clean images are compared; adversarial images are compared after the attack (:func:`stopped_early`).
+    Only a few clean images are compared; adversarial images are compared after the attack (:func:`spared`).
     """
     if not are_used(deployed):
         return True
-    images, ids = batch.images[:COMPARED], batch.ids[:COMPARED]
+    images, ids = batch.images[:ASKED], batch.ids[:ASKED]
     with deployed.counted.paused(), torch.no_grad():
         logits = deployed.predict(images, ids)
         return all(
@@ -35,11 +35,10 @@ def agree(deployed: DefendedModel, batch: Batch) -> bool:
         )
 
 
-def stopped_early(
+def spared(
     deployed: DefendedModel, fitted: FittedAttack, crafted: CraftedBatch, labels: Tensor, ids: list[str]
 ) -> Tensor:
-    """Returns (n,) indices of images that fool a surrogate, so that their attack stopped, but not the defended model.
-    """
+    """Returns (n,) indices of images that fool a surrogate, where their attack stopped, but not the defended model."""
     if not are_used(deployed) or deployed.defense.stochastic:  # with a random pipeline no image stops early
         return torch.empty(0, dtype=torch.int64)
     with deployed.counted.paused(), fitted.conditions():
