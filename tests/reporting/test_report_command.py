@@ -136,7 +136,7 @@ def test_report_errors_are_one_sentence(folder: Path, tmp_path: Path, make: Make
         ("cut record", "is not a whole record"),
         ("newer schema", "upgrade vlmdefend"),
         ("cut rows", "holds 99 images where its record says 100"),
-        ("broken row", "holds a line that is no row"),
+        ("broken row", "holds a line that is not a row"),
         ("no rows", "cannot be read"),
         ("edited rows", "where its record says"),
         ("doubled row", "holds an image twice"),

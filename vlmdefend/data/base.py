@@ -1,4 +1,4 @@
-"""What a data source owes: named, labelled images with stable ids, read one at a time."""
+"""The contract of a data source: named, labelled images with stable ids, read one at a time."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ImageSet:
         return len(self.ids)
 
     def select(self, index: Sequence[int]) -> ImageSet:
-        """The images at ``index``, in that order."""
+        """Returns the images at ``index``, in that order."""
         chosen, read, encoded = list(index), self.read, self.encoded
         return replace(
             self,
@@ -71,7 +71,7 @@ class ImageSet:
         )
 
     def subset(self, limit: int | None, seed: int = 0) -> ImageSet:
-        """A fixed, class-balanced choice of ``limit`` images (all if None or more than there are).
+        """Returns a fixed, class-balanced choice of ``limit`` images (all if None or more than there are).
 
         Within a class images are ranked by a hash of (seed, id); classes take turns until ``limit`` is reached, so
         class counts differ by at most one while a class has images left. The choice depends on ids alone, not on
@@ -93,7 +93,7 @@ class ImageSet:
         return self.select(sorted(islice(turns, limit)))
 
     def content_hash(self) -> str:
-        """A hash of all files' bytes, read once; empty where the images cannot change under their ids."""
+        """Returns a hash of all files' bytes, read once; empty where images cannot change under their ids."""
         if self.encoded is None:
             return ""
         digest = hashlib.sha256()
@@ -106,13 +106,13 @@ class ImageSet:
 
     @property
     def ids_hash(self) -> str:
-        """A hash of ids and labels in order: two runs with the same hash saw the same images."""
+        """A hash of ids and labels in order: two runs with the same hash used the same images."""
         text = "\n".join(f"{i}\t{label}" for i, label in zip(self.ids, self.labels, strict=True))
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def check_limit(limit: int | None) -> None:
-    """Refuse a limit that is no number of images.
+    """Refuses a limit that is no number of images.
 
     Raises:
         UserError: ``limit`` is less than 1.
@@ -122,7 +122,7 @@ def check_limit(limit: int | None) -> None:
 
 
 def data_root(root: Path | None) -> Path:
-    """Where downloaded sets lie: ``root`` if given, else ``$VLMDEFEND_DATA``, else ``~/.cache/vlmdefend/data``."""
+    """Returns the folder of downloaded sets: ``root``, else ``$VLMDEFEND_DATA``, else ``~/.cache/vlmdefend/data``."""
     return root or Path(os.environ.get("VLMDEFEND_DATA") or "~/.cache/vlmdefend/data").expanduser()
 
 
@@ -131,18 +131,18 @@ def _rank(seed: int, text: str) -> bytes:
 
 
 class Source(ABC):
-    """One file per place that images come from. ``name`` is the file's name, ``prefix`` what comes before ``:``."""
+    """A source of images. ``name`` is the file's name, ``prefix`` what comes before ``:`` in a data set's name."""
 
     name: ClassVar[str]
     prefix: ClassVar[str] = ""  # "folder" for folder:PATH; empty if the source has fixed names only
 
     @abstractmethod
     def listed(self) -> list[ListedDataset]:
-        """The fixed names of this source (for a prefix source: one line that shows its form)."""
+        """Returns the fixed names of this source (for a prefix source: one line that shows its form)."""
 
     @abstractmethod
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:
-        """Open ``name`` (all that the user typed, prefix included); ``root`` is where downloads and archives lie.
+        """Opens ``name`` (as the user typed it, prefix included); ``root`` is the folder of downloads.
 
         Raises:
             UserError: what is missing and how to get it.

@@ -1,4 +1,4 @@
-"""Class names that torchvision does not give in words: facts of the data sets, in the wording CLIP's paper published.
+"""Class names that torchvision does not give in words, in the wording that CLIP's paper published.
 
 Names come as text blocks split at ``;`` so that a list of a hundred names stays a few lines.
 """
@@ -14,13 +14,13 @@ def _listed(block: str) -> tuple[str, ...]:
 
 
 def underscores(name: str) -> str:
-    """A folder name as words: ``apple_pie`` -> ``apple pie``, ``field/outdoor`` -> ``field outdoor``."""
+    """Turns a folder name into words: ``apple_pie`` to ``apple pie``, ``field/outdoor`` to ``field outdoor``."""
     return " ".join(name.replace("_", " ").replace("/", " ").split())
 
 
 @cache
 def imagenet_names() -> dict[str, str]:
-    """WordNet id -> readable name of the 1,000 ImageNet classes, in the order of their labels.
+    """Returns WordNet id to readable name of the 1,000 ImageNet classes, in the order of their labels.
 
     The ids come from timm, the names (OpenAI's list as open_clip keeps it, in the order of the sorted ids) from
     open_clip.

@@ -1,4 +1,4 @@
-"""Class folders of image files: what ``folder:PATH`` and the ImageFolder-like sets have in common."""
+"""Class folders of image files, as ``folder:PATH`` and ImageFolder-like sets have them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ SPLIT_NAMES = frozenset(name for names in SAME_SPLIT for name in names)
 
 
 def split_folder(path: Path, split: str) -> Path | None:
-    """``path/split``, or the folder of another name of that split, or None."""
+    """Returns ``path/split``, or the folder of another name of that split, or None."""
     others = next((names for names in SAME_SPLIT if split in names), ())
     return next((path / name for name in (split, *others) if (path / name).is_dir()), None)
 
 
 def subfolders(path: Path) -> list[Path]:
-    """The folders in ``path``, sorted by name, hidden ones left out."""
+    """Returns the folders in ``path``, sorted by name, without hidden ones."""
     return sorted((p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")), key=lambda p: p.name)
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Every image file under ``folder``, sorted; links are followed, hidden files and folders left out."""
+    """Returns every image file under ``folder``, sorted; links are followed, hidden files left out."""
     return sorted(_walk(folder, set()), key=lambda p: p.as_posix())
 
 
@@ -47,7 +47,7 @@ def _walk(folder: Path, entered: set[str]) -> Iterator[Path]:
 
 
 def labelled(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:
-    """The image files of class folders, class after class, and the position of each one's class.
+    """Returns the image files of class folders, class after class, and the class index of each.
 
     Raises:
         UserError: a class folder without an image, by its name; no image at all.
@@ -66,7 +66,7 @@ def labelled(folders: Sequence[Path]) -> tuple[list[Path], list[int]]:
 
 
 def printable(path: Path, root: Path) -> str:
-    """The path relative to ``root`` with ``/``, as valid UTF-8 whatever the file system holds: an image id.
+    """Returns the path relative to ``root`` as an image id: with ``/``, valid UTF-8 whatever the file system holds.
 
     Raises:
         UserError: the path climbs out of ``root``, as one written in a list of files might.

@@ -1,4 +1,4 @@
-"""One file or byte string to one RGB picture, or one sentence that names the file."""
+"""Decodes one file or byte string to an RGB picture; errors name the file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def decode(source: bytes | Path, label_for_errors: str, *, upright: bool = True) -> Image.Image:
-    """Decode a picture to 8-bit RGB, at its own size.
+    """Decodes a picture to 8-bit RGB, at its own size.
 
     Args:
         source: the encoded bytes, or the file that holds them.
@@ -43,7 +43,7 @@ def decode(source: bytes | Path, label_for_errors: str, *, upright: bool = True)
 
 
 def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
-    """An RGB picture of 8 bits, as ``Image.convert("RGB")`` gives it, with 16-bit grey scaled and not clipped.
+    """Converts a picture to 8-bit RGB as ``Image.convert("RGB")`` does, with 16-bit grey scaled and not clipped.
 
     Transparency is dropped, not composited, as torchvision and open_clip do. 16-bit grey keeps its high byte,
     which is what Pillow does to 16-bit colour.

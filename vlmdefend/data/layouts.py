@@ -1,4 +1,4 @@
-"""Sets on disk that torchvision has no class for, or whose class hides where an image or a label lies."""
+"""Sets on disk for which torchvision has no class, or whose class hides the place of an image or a label."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LabelledFiles:
 
 
 def imagenet_all(root: Path, folder: str) -> LabelledFiles:
-    """Folders named by WordNet id, or by label (``0`` to ``999``, as in ImageNet-V2); always all 1,000 classes."""
+    """Reads folders named by WordNet id, or by label (``0`` to ``999``, as ImageNet-V2); always all 1,000 classes."""
     names = imagenet_names()
     label_of = {wnid: label for label, wnid in enumerate(names)} | {str(i): i for i in range(len(names))}
     folders = _known_folders(root / folder, label_of)
@@ -31,7 +31,7 @@ def imagenet_all(root: Path, folder: str) -> LabelledFiles:
 
 
 def imagenet_part(root: Path, folder: str) -> LabelledFiles:
-    """Folders named by WordNet id; the classes are those that have a folder (ImageNet-A and -R have 200)."""
+    """Reads folders named by WordNet id; the classes are those that have a folder (ImageNet-A, -R: 200)."""
     names = imagenet_names()
     folders = _known_folders(root / folder, names)
     paths, labels = labelled(folders)
@@ -39,7 +39,7 @@ def imagenet_part(root: Path, folder: str) -> LabelledFiles:
 
 
 def tiny_imagenet(root: Path, folder: str) -> LabelledFiles:
-    """Tiny ImageNet as it is distributed: ``wnids.txt``, ``words.txt``, ``train/WNID/images/*``, ``val/images/*``.
+    """Reads Tiny ImageNet as distributed: ``wnids.txt``, ``words.txt``, ``train/WNID/images/*``, ``val/images/*``.
 
     Labels follow the sorted WordNet ids. A ``val`` that was sorted into class folders is read too. Names are
     ImageNet's where ImageNet has the class, else the first word of ``words.txt``.
@@ -83,7 +83,7 @@ def caltech256_name(category: str) -> str:
 
 
 def pcam_labels(dataset: Any) -> list[int]:
-    """The labels of PCAM's HDF5 file, read at once; torchvision opens the file twice an image."""
+    """Reads the labels of PCAM's HDF5 file at once; torchvision opens the file twice per image."""
     file = dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]
     with dataset.h5py.File(file) as opened:
         return [int(label) for label in opened["y"][:, 0, 0, 0]]

@@ -1,4 +1,4 @@
-"""Some images of a set as one batch, decoded by threads, in the order asked for."""
+"""Reads images of a set as one batch, decoded by threads, in the given order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def load_batch(
     skip_bad: bool,
     threads: int = 2,
 ) -> tuple[Batch, list[tuple[str, str]]]:
-    """Read and transform the images at ``index``; the result does not depend on ``threads``.
+    """Reads and transforms the images at ``index``; the result does not depend on ``threads``.
 
     Returns:
         The batch without the bad images, (0, 3, 0, 0) if none is left, and the (id, reason) of each that was

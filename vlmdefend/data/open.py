@@ -1,4 +1,4 @@
-"""Open an image set by its name, whatever source it comes from."""
+"""Opens an image set by its name, whatever its source."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmdefend.errors import UnknownName, UserError, did_you_mean
 
 
 def listed_datasets() -> list[ListedDataset]:
-    """Every fixed name and every form such as ``folder:PATH``, source by source; imports no torch."""
+    """Returns every fixed name and every form such as ``folder:PATH``, source by source; imports no torch."""
     return [line for source in SOURCES for line in source().listed()]
 
 
@@ -27,7 +27,7 @@ def load_dataset(
     classes: Sequence[str] | None = None,
     templates: Sequence[str] | None = None,
 ) -> ImageSet:
-    """Open the image set called ``name``.
+    """Opens the image set called ``name``.
 
     Args:
         name: a fixed name (``fashion``, ``cifar10``; case and ``_`` for ``-`` do not matter), or a prefix and a
@@ -58,7 +58,7 @@ def load_dataset(
 
 
 def _find(name: str) -> tuple[Source, str]:
-    """The source that opens ``name``, and the name as that source spells it."""
+    """Returns the source that opens ``name``, and the name as that source spells it."""
     sources = [source() for source in SOURCES]
     fixed = {line.name: source for source in sources for line in source.listed()}
     spelled = name.strip().lower().replace("_", "-")
@@ -79,6 +79,7 @@ def _find(name: str) -> tuple[Source, str]:
 
 
 def _checked_classes(images: ImageSet, classes: Sequence[str]) -> tuple[str, ...]:
+    """Returns the user's class names in place of the set's; refuses another number of names."""
     if len(classes) != len(images.class_names):
         raise UserError(
             f"dataset {images.name} has {len(images.class_names)} classes, but {len(classes)} class names were given; "
@@ -88,6 +89,7 @@ def _checked_classes(images: ImageSet, classes: Sequence[str]) -> tuple[str, ...
 
 
 def _checked_templates(templates: Sequence[str]) -> tuple[str, ...]:
+    """Returns the templates; refuses one without a place for the class."""
     if isinstance(templates, str) or not templates:
         raise UserError(f"prompt templates {templates!r}: give a list of at least one, such as 'a photo of a {{c}}.'")
     checked = tuple(template.replace("{}", "{c}") for template in templates)

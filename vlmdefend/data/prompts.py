@@ -131,7 +131,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 
 
 def templates_for(name: str) -> tuple[str, ...]:
-    """The published templates of the set called ``name``, or the plain ``a photo of a {c}.``."""
+    """Returns the published templates of the set called ``name``, or the plain ``a photo of a {c}.``."""
     if name in IMAGENET_FAMILY:
         written = importlib.import_module("open_clip.zero_shot_metadata").OPENAI_IMAGENET_TEMPLATES
         return tuple(template("{c}") for template in written)

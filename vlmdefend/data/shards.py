@@ -1,4 +1,4 @@
-"""Webdataset shards in CLIP_benchmark's layout: what the embedded sets and ``wds:PATH`` are read with.
+"""Reads webdataset shards in CLIP_benchmark's layout: the embedded sets and ``wds:PATH``.
 
 ::
 
@@ -41,7 +41,7 @@ class TarShard:
     unpacked: bytes | None
 
     def bytes_at(self, span: tuple[int, int]) -> bytes:
-        """The bytes of a member, given as (offset, length)."""
+        """Returns the bytes of a member, given as (offset, length)."""
         offset, length = span
         if self.unpacked is not None:
             return self.unpacked[offset : offset + length]
@@ -70,16 +70,16 @@ class ShardSample:
         return f"{self.shard.path.name}/{self.key}"
 
     def bytes_of(self, extension: str) -> bytes:
-        """The content of the member ``KEY.extension``."""
+        """Returns the content of the member ``KEY.extension``."""
         return self.shard.bytes_at(self.spans[extension])
 
     def caption(self) -> str | None:
-        """The text of ``KEY.txt``, or None where there is none."""
+        """Returns the text of ``KEY.txt``, or None."""
         return self.bytes_of("txt").decode("utf-8", "replace").strip() if "txt" in self.spans else None
 
 
 def open_layout(name: str, folder: Path, split: str) -> ImageSet:
-    """The split of a set that lies in CLIP_benchmark's layout in ``folder``.
+    """Opens the split of a set in CLIP_benchmark's layout in ``folder``.
 
     Raises:
         UserError: a split, shard, label or name is missing, or a shard is damaged.
@@ -98,7 +98,7 @@ def open_layout(name: str, folder: Path, split: str) -> ImageSet:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The shards of a split: as many as ``nshards.txt`` says, or all there are, by number.
+    """Returns the shards of a split by number: as many as ``nshards.txt`` says, or all.
 
     Raises:
         UserError: ``nshards.txt`` is no number, or one of the shards it counts is missing.
@@ -117,7 +117,7 @@ def shard_paths(folder: Path) -> list[Path]:
 
 
 def image_set(name: str, split: str, paths: Sequence[Path], described_in: Path) -> ImageSet:
-    """The labelled images of some shards; ``described_in`` holds ``classnames.txt`` and the templates.
+    """Returns the labelled images of some shards; ``described_in`` holds ``classnames.txt`` and the templates.
 
     A sample without a label is left out where it has a caption (it is there for training), else refused.
 
@@ -157,7 +157,7 @@ def image_set(name: str, split: str, paths: Sequence[Path], described_in: Path) 
 
 
 def _label(name: str, sample: ShardSample, classes: int) -> int | None:
-    """The checked label of a sample; None if it is no classification sample."""
+    """Returns the checked label of a sample; None if it is no classification sample."""
     if sample.written_label is None:
         if sample.image is None or "txt" in sample.spans:
             return None
@@ -176,7 +176,7 @@ def _label(name: str, sample: ShardSample, classes: int) -> int | None:
 
 
 def read_shard(path: Path) -> list[ShardSample]:
-    """The samples of one shard, in the order of their first member.
+    """Returns the samples of one shard, in the order of their first member.
 
     Raises:
         UserError: the file is no tar file, truncated or damaged, or holds a member twice.
@@ -211,7 +211,7 @@ def read_shard(path: Path) -> list[ShardSample]:
 
 
 def _lines(file: Path) -> list[str]:
-    """The non-empty lines of a text file; none if it is not there."""
+    """Returns the non-empty lines of a text file; none if the file is missing."""
     try:
         text = file.read_text("utf-8-sig")
     except FileNotFoundError:

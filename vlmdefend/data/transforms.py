@@ -1,4 +1,4 @@
-"""From a picture to pixels in [0, 1]: open_clip's evaluation preprocessing up to, not including, normalisation."""
+"""Turns a picture into pixels in [0, 1]: open_clip's evaluation preprocessing without the normalisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_PIXELS = 200_000_000
 
 @dataclass(frozen=True)
 class PixelTransform:
-    """A picture -> (3, H, W) float32 in [0, 1], every value k/255 of an 8-bit level k.
+    """Turns a picture into (3, H, W) float32 in [0, 1], every value k/255 of an 8-bit level k.
 
     Args:
         size: shorter side in pixels after resizing, and the side of the square cut from the centre; None leaves
@@ -36,7 +36,7 @@ class PixelTransform:
             raise UserError(f"interpolation {self.interpolation!r} is not known; give bicubic or bilinear.")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """Resize, crop and scale one RGB picture.
+        """Resizes, crops and scales one RGB picture.
 
         Raises:
             BadImage: the picture is so long and thin that resizing it would not fit in memory.

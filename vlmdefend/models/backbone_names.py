@@ -16,7 +16,7 @@ from vlmdefend.models.names import load_model
 
 
 def load_backbone(name: str, *, pretrained: bool = True, seed: int = 0) -> Backbone:
-    """The image network called ``name``, on the CPU, in evaluation mode.
+    """Returns the image network called ``name``, on the CPU, in evaluation mode.
 
     Args:
         name: ``tiny-cnn``; ``timm:NAME``, ``timm:NAME@FILE`` or ``timm:local-dir:FOLDER`` of timm; or any name of a

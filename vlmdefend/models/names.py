@@ -1,4 +1,4 @@
-"""Model names: what there is, what a person may type, and the model that a name stands for."""
+"""Model names: those that exist, the forms that a user may type, and the model that a name stands for."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def model_names() -> list[str]:
 
 
 def listed_models(*, every_pair: bool = False) -> list[ListedModel]:
-    """What ``list`` shows; with ``every_pair`` also each ``ARCH:TAG`` of open_clip, which imports it (seconds)."""
+    """Returns the lines of ``list models``; with ``every_pair`` also each ``ARCH:TAG`` of open_clip (seconds)."""
     lines = [ListedModel(name, summary, "embedded") for name, summary in EMBEDDED.items()]
     lines += [ListedModel(name, "OpenAI's CLIP, its weights and QuickGELU", "hub") for name in OPENAI]
     if every_pair:
@@ -87,7 +87,7 @@ def load_model(
     device: str | torch.device | None = None,
     cache_dir: str | Path | None = None,
 ) -> VisionLanguageModel:
-    """The model that ``name`` stands for, ready and frozen.
+    """Returns the model that ``name`` stands for, frozen and on its device.
 
     Args:
         name: ``tiny-vit``, ``tiny-rn``; OpenAI's spelling (``ViT-B/32``: OpenAI's weights, QuickGELU);
@@ -118,7 +118,7 @@ def load_model(
 
 
 def check_name(name: str, *, weights: str | Path | None = None) -> None:
-    """Refuse what :func:`load_model` would refuse, as far as that can be known without loading or downloading.
+    """Refuses what :func:`load_model` would refuse, as far as that is known without loading or downloading.
 
     Raises:
         UnknownName: with the nearest names.
@@ -141,7 +141,7 @@ def check_name(name: str, *, weights: str | Path | None = None) -> None:
 
 
 def _classifier_folder(name: str) -> Path | None:
-    """The folder, if the name is that of a classifier with a head."""
+    """Returns the folder, if the name is that of a classifier with a head."""
     from vlmdefend.models.classifier.folder import is_classifier_folder
 
     folder = Path(name.removeprefix(LOCAL)).expanduser()

@@ -104,7 +104,7 @@ def test_scores_reach_the_rows_and_the_report(tmp_path: Path) -> None:
     ((record, rows),) = found.results
     assert all(row.clean_score is not None and row.adversarial_score is not None for row in rows)
     (line,) = verdict_rows([(record, rows)])
-    assert any("turning away 0 / 1 / 5 / 10 / 20 % of the clean images" in note for note in line.notes)
+    assert any("rejecting 0 / 1 / 5 / 10 / 20 % of the clean images" in note for note in line.notes)
 
 
 def test_a_score_that_only_steers_the_defense_is_not_reported(tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def test_rows_that_cannot_be_read_are_one_sentence_with_their_file(tmp_path: Pat
     with pytest.raises(UserError, match="cannot be read"):
         read_rows(file)
     file.write_text(ROW.model_dump_json() + "\n" + ROW.model_dump_json()[:30])
-    with pytest.raises(UserError, match="holds a line that is no row") as raised:
+    with pytest.raises(UserError, match="holds a line that is not a row") as raised:
         read_rows(file)
     assert str(file) in str(raised.value)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.clip.test_train_methods import Broken, training
+from tests.training.clip.test_train_methods import Interrupt, training
 from tests.training.conftest import batch_of
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.errors import UserError
@@ -28,7 +28,7 @@ def test_crops_of_a_ramp_have_the_published_widths_and_half_are_mirrored() -> No
     found = crop_and_flip(ramp, ImageRng(0, [f"image-{i}" for i in range(count)], "crop"))
     assert found.shape == ramp.shape
     assert torch.allclose(found[:, :, :1].expand_as(found), found, atol=1e-6)  # all rows of the crop are equal
-    slopes = (found[:, 0, 0, 17] - found[:, 0, 0, 14]) / 3 * side  # share of the width that is cropped; negative: mirrored
+    slopes = (found[:, 0, 0, 17] - found[:, 0, 0, 14]) / 3 * side  # share of the width; negative: mirrored
     widest = min(1.0, (4 / 3) ** 0.5)  # an area of 1 allows aspect 1 alone; nothing is wider than the image
     narrowest = (0.08 * 3 / 4) ** 0.5
     assert float(slopes.abs().min()) >= narrowest - 1 / side  # boxes are whole pixels
@@ -57,7 +57,7 @@ def test_an_interrupted_run_on_crops_resumes_to_the_same_bytes(
     for name, augment in (("whole", "crop-flip"), ("broken", "crop-flip"), ("none", "none")):
         if name == "broken":
             with pytest.raises(KeyboardInterrupt):
-                training(tmp_path / name, method, augment=augment, **options).run(Broken())
+                training(tmp_path / name, method, augment=augment, **options).run(Interrupt())
             with pytest.raises(UserError, match="holds a run with augment = 'crop-flip', now it is 'none'"):
                 training(tmp_path / name, method, **options).run(Progress())
         training(tmp_path / name, method, augment=augment, **options).run(Progress())

@@ -71,7 +71,7 @@ def test_imagenet_normalization_is_applied_inside(target: VisionLanguageModel) -
     assert made.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 
-def test_with_frozen_batch_norm_logits_do_not_depend_on_the_batch_and_with_trained_they_do(target: VisionLanguageModel) -> None:
+def test_logits_depend_on_the_batch_only_if_batch_norm_trains(target: VisionLanguageModel) -> None:
     batch = batch_of(8)
     for policy, same in (("frozen", True), ("train", False)):
         student = student_of(target, batch_norm=policy)

@@ -81,7 +81,7 @@ def test_every_method_that_learns_prompts_has_a_test_below() -> None:
 def test_apt_lifts_robust_accuracy_of_a_robust_image_tower_on_another_data_set(
     trained: Any, robust: Any, tmp_path: Path
 ) -> None:
-    """As published: the image tower was trained with TeCoA on one set, the context is learned on few images of another."""
+    """As published: the image tower is from TeCoA on one set, the context is learned on few images of another."""
     tower = trained("tecoa")
     options = {"model": f"local-dir:{tower}", "dataset": "mnist", "limit": 400, "held_out": 0, "lr": 0.1}
     training(tmp_path / "out", "apt", epochs=4, batch_size=16, **options).run(Progress())
@@ -90,7 +90,7 @@ def test_apt_lifts_robust_accuracy_of_a_robust_image_tower_on_another_data_set(
 
 
 def test_a_short_run_of_fap_lifts_robust_accuracy_of_a_vanilla_model(robust: Any, tmp_path: Path) -> None:
-    """Sixteen images of each class, ten epochs in batches of four, as published; a small gain needs many test images."""
+    """Sixteen images of each class, ten epochs in batches of four, as published; a small gain, so many test images."""
     options = {"eps": "4/255", "limit": 160, "epochs": 10, "batch_size": 4, "held_out": 0}
     training(tmp_path / "out", "fap", **options).run(Progress())
     before, after = (robust(model, "4/255", limit=500) for model in ("tiny-vit", tmp_path / "out"))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.training.clip.test_train_methods import Interrupt
 from tests.training.conftest import CLASSES, TEMPLATES, batch_of, classifier
 from vlmdefend.defenses.training_time import OBJECTIVES
 from vlmdefend.defenses.training_time.adv_lora import DELTA
@@ -114,12 +115,6 @@ def training(out: Path, **options: Any) -> DefenseTrainingJob:
     return DefenseTrainingJob(make_train_settings(given | {"epochs": 1, "batch_size": 24, "save_every": 2} | options))
 
 
-class Broken(Progress):
-    def advance(self, unit: Any, count: int = 1) -> None:
-        if unit["step"] == 3:
-            raise KeyboardInterrupt
-
-
 def carried(out: Path) -> Tensor:
     return load_state(out / "training" / STATE)[0]["carried"][DELTA]
 
@@ -127,7 +122,7 @@ def carried(out: Path) -> Tensor:
 def test_an_interrupted_adv_lora_run_resumes_with_its_perturbation_to_the_same_bytes(tmp_path: Path) -> None:
     training(tmp_path / "whole").run(Progress())
     with pytest.raises(KeyboardInterrupt):
-        training(tmp_path / "broken").run(Broken())
+        training(tmp_path / "broken").run(Interrupt())
     assert carried(tmp_path / "broken").abs().max() > 0
     assert not torch.equal(carried(tmp_path / "broken"), carried(tmp_path / "whole"))
     training(tmp_path / "broken").run(Progress())

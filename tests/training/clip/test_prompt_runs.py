@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.clip.test_train_methods import Broken, training
+from tests.training.clip.test_train_methods import Interrupt, training
 from tests.training.conftest import TEMPLATES
 from vlmdefend.data import load_dataset
 from vlmdefend.errors import UserError
@@ -43,7 +43,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(
     options = small(folders, trains=parts)
     training(tmp_path / "whole", method, **options).run(Progress())
     with pytest.raises(KeyboardInterrupt):
-        training(tmp_path / "broken", method, **options).run(Broken())
+        training(tmp_path / "broken", method, **options).run(Interrupt())
     assert not (tmp_path / "broken" / "learned_prompts.safetensors").exists()
     training(tmp_path / "broken", method, **options).run(Progress())
     whole, broken = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("whole", "broken"))
@@ -88,7 +88,7 @@ def test_a_record_notes_that_prompts_were_learned_and_the_protocols_templates_ar
     assert note in line.notes
 
 
-def test_attacked_prompts_are_recorded_with_a_placeholder_for_learned_vectors(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_attacked_prompts_are_recorded_with_learned_vectors_named(folders: dict[str, Path], tmp_path: Path) -> None:
     training(tmp_path / "out", "apt", **small(folders, trains="context:2", epochs=1)).run(Progress())
     options = {"attack": "text:candidates=4:beams=1", "eps": "1", "attacker": "whitebox"}
     done = evaluate(

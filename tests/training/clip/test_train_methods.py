@@ -190,7 +190,9 @@ def training(out: Path, method: str, **options: Any) -> DefenseTrainingJob:
     return DefenseTrainingJob(make_train_settings(given | options))
 
 
-class Broken(Progress):
+class Interrupt(Progress):
+    """Interrupts the run after step 3."""
+
     def advance(self, unit: Any, count: int = 1) -> None:
         if unit["step"] == 3:
             raise KeyboardInterrupt
@@ -201,7 +203,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     weights = "open_clip_model.safetensors"
     training(tmp_path / "whole", "pmg-aft", **options).run(Progress())
     with pytest.raises(KeyboardInterrupt):
-        training(tmp_path / "broken", "pmg-aft", **options).run(Broken())
+        training(tmp_path / "broken", "pmg-aft", **options).run(Interrupt())
     assert not (tmp_path / "broken" / weights).exists()
     training(tmp_path / "broken", "pmg-aft", **options).run(Progress())
     whole, broken = (load_model(f"local-dir:{tmp_path / name}", device="cpu") for name in ("whole", "broken"))

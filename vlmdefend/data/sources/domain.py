@@ -67,7 +67,7 @@ class Domain(Source):
 
 
 def _labelled(name: str, path: Path) -> tuple[list[str], list[Path], list[int]]:
-    """Folder names of the classes, the images, and the class of each."""
+    """Returns the class folders' names, the images, and the class of each."""
     inner = _classes_in(name, path)
     numbers = _numbers(path / LIST)
     if numbers is None:
@@ -87,7 +87,7 @@ def _labelled(name: str, path: Path) -> tuple[list[str], list[Path], list[int]]:
 
 
 def _numbers(file: Path) -> dict[str, int] | None:
-    """Path in the domain -> number of its class; None: there is no such list, or each of its folders is a class."""
+    """Returns path to class number; None: there is no such list, or each of its folders is a class."""
     if not file.is_file():
         return None
     lines = [line.rpartition(" ") for line in file.read_text("utf-8", "replace").splitlines() if line.strip()]
@@ -105,7 +105,7 @@ def _domains(root: Path) -> list[Path]:
 
 
 def _classes_in(name: str, path: Path) -> Path:
-    """The folder that holds the class folders."""
+    """Returns the folder that holds the class folders."""
     if not path.is_dir():
         near = [p.name for p in _domains(path.parent)] if path.parent.is_dir() else []
         have = f"; {path.parent} has {', '.join(near[:8])}" if near else ""
@@ -116,7 +116,7 @@ def _classes_in(name: str, path: Path) -> Path:
 
 
 def _members(path: Path, ids: list[str], split: str) -> list[bool]:
-    """Which images are of the split."""
+    """Returns which images belong to the split."""
     if split == "all":
         return [True] * len(ids)
     places = (path.parent, path.parent / LISTS)
@@ -134,6 +134,6 @@ def _members(path: Path, ids: list[str], split: str) -> list[bool]:
 
 
 def _rank(name: str) -> float:
-    """A number in [0, 1) that depends on the path alone, and on no label list or order."""
+    """Returns a number in [0, 1) that depends on the path alone, and on no label list or order."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2.0**64

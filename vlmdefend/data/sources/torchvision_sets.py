@@ -1,4 +1,4 @@
-"""The zero-shot sets of the papers, read from a local copy: one table, one reader."""
+"""The zero-shot sets of the papers, read from a local copy through torchvision."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _first(attribute: str) -> Callable[[Any], list[str]]:
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """One set: where torchvision keeps it and where its names, files and labels are found."""
+    """One set: its torchvision class, and where its names, files and labels are found."""
 
     name: str
     dataset: str  # the class in torchvision.datasets
@@ -72,7 +72,7 @@ def _distributed(
     fetch: str,
     **splits: str,
 ) -> TorchvisionSet:
-    """A row for a set read as it is distributed; ``test`` is its ``val``, or all of it."""
+    """Returns a row for a set read as it is distributed; ``test`` is its ``val``, or all of it."""
     places = {split: {"folder": folder + below} for split, below in {"test": splits.get("val", ""), **splits}.items()}
     labels, paths = attrgetter("labels"), attrgetter("paths")
     return TorchvisionSet(
@@ -244,7 +244,7 @@ def _in_files(row: TorchvisionSet, dataset: Any, top: Path) -> tuple[list[str], 
 
 
 def _opened(row: TorchvisionSet, split: str, top: Path) -> Any:
-    """The dataset object of a row: torchvision's, or one of :mod:`vlmdefend.data.layouts`."""
+    """Opens the data set object of a row: torchvision's, or one of :mod:`vlmdefend.data.layouts`."""
     if split not in row.splits:
         hint = "It has no official split: every image is in test." if row.splits is WHOLE else ""
         raise did_you_mean(f"split of {row.name}", split, list(row.splits), hint=hint)

@@ -15,13 +15,14 @@ from vlmdefend.evaluation.store.fingerprint import code_hash, package_hash
 from vlmdefend.evaluation.store.records import Cell
 from vlmdefend.models.clip.vision_language import VisionLanguageModel
 
-# A shard is so many batches; a kill loses the one that runs. On a GPU a batch takes seconds, and refilling the places
-# of decided images keeps it busy; on a CPU it may take minutes, and a batch that shrinks costs no more per image.
+# Batches per shard; a kill loses the running shard. On a GPU a batch takes seconds, and finished images are replaced by
+# the next ones of the shard to keep it busy; on a CPU a batch may take minutes, and a smaller batch costs no more per
+# image.
 SHARD_BATCHES = {"cpu": 1, "cuda": 4}
 
 
 def prepare(plan: Plan) -> torch.device:
-    """Sets torch up for an evaluation (float32 on every device) and returns the device."""
+    """Sets threads and exact float32 arithmetic in torch, and returns the device of the evaluation."""
     if plan.grid.threads:
         torch.set_num_threads(plan.grid.threads)
     torch.backends.cudnn.allow_tf32 = False
@@ -32,7 +33,7 @@ def prepare(plan: Plan) -> torch.device:
 def bind(
     plan: Plan, planned: PlannedCell, model: VisionLanguageModel | None, device: torch.device, images_hash: str = ""
 ) -> Cell:
-    """Returns the cell with the hashes that need the model; None: a model that could not be loaded."""
+    """Returns the cell with the hashes that need the model; ``model`` is None if it could not be loaded."""
     return Cell(
         protocol=plan.protocol.name,
         protocol_hash=plan.protocol.hash,
@@ -82,12 +83,12 @@ def evaluator_of(plan: Plan, planned: PlannedCell, model: VisionLanguageModel, c
 
 
 def templates_of(plan: Plan, planned: PlannedCell) -> tuple[str, ...]:
-    """Returns the prompt templates of a cell; a model with a learned context reads that instead."""
+    """Returns the prompt templates of a cell; a model with a learned context uses that instead."""
     chosen = plan.protocol.templates
     return planned.images.templates if chosen == "dataset" else tuple(chosen)
 
 
 def _model_hash(model: VisionLanguageModel) -> str:
-    """Returns a hash of the weights and their use: with another activation or mean they are another model."""
+    """Returns a hash of weights, architecture and preprocessing: a change in any of them makes another model."""
     used = json.dumps([model.weights_hash, model.model_cfg, model.preprocess_cfg], sort_keys=True, default=str)
     return hashlib.sha256(used.encode()).hexdigest()[:16]

@@ -17,7 +17,7 @@ WHAT, HOW, RUN = "Models and images", "How to attack", "How to run"
 
 
 class Grid(BaseModel):
-    """One evaluation: every combination of the list-valued fields is a cell. Keys of ``--config`` are these names."""
+    """Options of one evaluation (the keys of ``--config``): every combination of the list-valued fields is a cell."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
@@ -110,7 +110,7 @@ class Grid(BaseModel):
     @field_validator("model", "defense", "dataset", "attack", "attacker", "adversarial", "eps", "seed", mode="before")
     @classmethod
     def _split_commas(cls, value: Any, info: Any) -> Any:
-        """Splits ``a,b`` into a list, makes a lone value a list, and drops duplicates."""
+        """Splits ``a,b`` into a list, makes a single value a list, and drops duplicates."""
         if value is None and info.field_name in ("eps", "adversarial"):
             return None
         parts = value if isinstance(value, (list, tuple)) else [value]
@@ -121,13 +121,13 @@ class Grid(BaseModel):
 
     @field_validator("templates", mode="before")
     @classmethod
-    def _lone_template(cls, value: Any) -> Any:
-        """Makes one template a list of one; commas in it belong to the prompt."""
+    def _single_template(cls, value: Any) -> Any:
+        """Makes a single template a list; commas in it belong to the prompt."""
         return [value] if isinstance(value, str) and value != "dataset" else value
 
     @field_validator("norm", mode="before")
     @classmethod
-    def _lower(cls, value: Any) -> Any:
+    def _lowercase(cls, value: Any) -> Any:
         """Reads ``L2`` as ``l2``."""
         return value.lower() if isinstance(value, str) else value
 
@@ -140,7 +140,7 @@ class Grid(BaseModel):
 
     @classmethod
     def build(cls, config: dict[str, Any], flags: dict[str, Any]) -> Grid:
-        """Merges a config file's keys with flags (flags win; None and empty flags were not given).
+        """Returns the grid of a config file's keys and of flags, which override them; None or empty: not given.
 
         Raises:
             UserError: an unknown key or a value of the wrong type, in one sentence.
@@ -188,7 +188,7 @@ def read_config(file: Path) -> dict[str, Any]:
         found = "nothing" if content is None else f"a {type(content).__name__}"
         raise UserError(f"--config {file}: holds {found}; write one `option: value` per line.")
     keys = {str(key).replace("-", "_"): value for key, value in content.items()}
-    if "template" in keys:  # the option's name is as good as the field's
+    if "template" in keys:  # the option --template fills the field templates
         keys["templates"] = keys.pop("template")
     return keys
 

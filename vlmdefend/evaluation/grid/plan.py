@@ -1,4 +1,4 @@
-"""Turns a grid of options into planned cells: names checked, equal attackers merged, nothing loaded yet."""
+"""Turns a grid of options into planned cells: checks names, merges equal attackers, loads no model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmdefend.evaluation.store.environment import choose_device
 from vlmdefend.evaluation.store.fingerprint import check_files
 from vlmdefend.types import Attacker, Norm, parse_eps
 
-# for the threats that no protocol lists
+# for norms that no protocol has an eps list for
 DEFAULT_EPS: dict[Norm, tuple[str, ...]] = {"patch": ("0.05",), "corruption": ("1", "3", "5"), "tokens": ("1", "2")}
 
 
@@ -64,30 +64,30 @@ def plan_attacks(grid: Grid) -> Plan:
     return Plan(grid, protocol, list(dict.fromkeys(cells)))
 
 
-def attackers_of(defense: Defense, attack: Attack, asked: list[Attacker]) -> list[Attacker]:
-    """Returns the attackers that differ: one for the bare model; adaptive is white-box where the gradient is exact."""
+def attackers_of(defense: Defense, attack: Attack, chosen: list[Attacker]) -> list[Attacker]:
+    """Returns the attackers that differ: one without a defense; adaptive is white-box where the gradient is exact."""
     if attack.blind or defense.name == "none":
         return ["whitebox"]
     if not defense.adaptive_equals_whitebox:
-        return asked
-    return list(dict.fromkeys("whitebox" if name == "adaptive" else name for name in asked))
+        return chosen
+    return list(dict.fromkeys("whitebox" if name == "adaptive" else name for name in chosen))
 
 
-def _norm_of(attack: Attack, asked: Norm | None, protocol: Protocol) -> Norm:
+def _norm_of(attack: Attack, given: Norm | None, protocol: Protocol) -> Norm:
     """Returns the given norm, else the protocol's, else the first that the attack supports."""
-    norm = asked or (protocol.norm if protocol.norm in attack.norms else attack.norms[0])
+    norm = given or (protocol.norm if protocol.norm in attack.norms else attack.norms[0])
     if norm not in attack.norms:
         raise UserError(f"attack {attack.name} is defined for {', '.join(attack.norms)}, not for {norm}.")
     return norm
 
 
 def _refuse_several_norms(attacks: Mapping[Norm, str], eps: Sequence[str]) -> None:
-    """Refuses one eps for attacks of several norms: 4/255 is strong in linf and nothing in l2."""
+    """Raises an error if one eps would apply to attacks of several norms: 4/255 is strong in linf and weak in l2."""
     if len(attacks) > 1:
         pairs = ", ".join(f"{norm} for {name}" for norm, name in attacks.items())
         raise UserError(
             f"--eps {','.join(map(str, eps))}: means another budget in each norm ({pairs}); run the attacks of each "
-            "norm with an --eps of their own."
+            "norm with their own --eps."
         )
 
 
@@ -95,14 +95,14 @@ def _create_attack(text: str, steps: int | None) -> Attack:
     """Creates an attack, with ``--steps`` where it takes steps and its text does not set them.
 
     Raises:
-        UserError: attacks inside of this one take steps, and nothing says how many.
+        UserError: attacks inside of this one take steps, and their number is not given.
     """
     from vlmdefend.registry import parse_spec
 
     attack = ATTACKS.create(text)
     if steps is not None and "steps=" not in text and any("steps" in inner.spec() for inner in attack.inner):
         raise UserError(
-            f"--steps {steps}: does not reach the attacks inside of {attack.name}; write it there, for example "
+            f"--steps {steps}: does not apply to the attacks inside of {attack.name}; write it there, for example "
             f"[pgd:steps={steps}]."
         )
     if steps is None or "steps" not in attack.spec() or "steps" in parse_spec(text)[1]:
@@ -111,6 +111,7 @@ def _create_attack(text: str, steps: int | None) -> Attack:
 
 
 def _default_eps(protocol: Protocol, images: ImageSet, norm: Norm) -> list[float]:
+    """Returns the radii used without ``--eps``: the protocol's, which may have its own list for embedded sets."""
     from vlmdefend.data.open import listed_datasets
 
     if norm in DEFAULT_EPS:

@@ -1,4 +1,4 @@
-"""A planned cell and the plan of a grid: what will be computed, before any weights are loaded."""
+"""A planned cell and the plan of a grid: the cells to compute, before any weights are loaded."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ class PlannedCell:
     seed: int
 
     def gradients(self) -> tuple[int, int]:
-        """Returns the most forwards and backwards of the pipeline, over all images of the cell.
+        """Returns upper bounds on the forwards and backwards of the pipeline, over all images of the cell.
 
-        Each is one call of it: how often a defense runs its model in one (views, draws, own steps), only it knows.
+        One forward is one call of the pipeline; a defense may run the model several times in it (views, draws, steps).
         """
         samples = self.defense.recipe.samples if self.attacker == "adaptive" else 1
         tries = len(variants(self.attacker, self.defense))
         forwards, backwards = (tries * spent for spent in self.attack.budget(samples))
-        learning = self.attack.fit_budget(min(self.attack.learns_from, len(self.images)), samples)
+        fit = self.attack.fit_budget(min(self.attack.learns_from, len(self.images)), samples)
         count = len(self.images)
-        return (forwards + 2 + 2 * samples) * count + learning[0], backwards * count + learning[1]
+        return (forwards + 2 + 2 * samples) * count + fit[0], backwards * count + fit[1]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All cells of a grid, in the order they run: one model and one data set at a time."""
+    """A grid, its protocol and its cells in the order in which they run: one model and one data set at a time."""
 
     grid: Grid
     protocol: Protocol
@@ -52,7 +52,11 @@ class Plan:
 
 
 def check_templates(templates: Any) -> Any:
-    """Refuses a template without its placeholder, or with another one."""
+    """Returns the templates if each has the placeholder ``{c}`` and no other braces.
+
+    Raises:
+        UserError: a template without the placeholder, or with other braces.
+    """
     for template in () if templates == "dataset" else templates:
         if "{c}" not in template:
             raise UserError(f"--template {template!r}: has no {{c}}; write it where the class name goes.")

@@ -1,4 +1,4 @@
-"""Protocols: choices that make two numbers comparable, as data (``protocols/*.yaml``). Imports no torch."""
+"""Protocols: the settings that two comparable numbers share, as data (``protocols/*.yaml``). Imports no torch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Protocol(BaseModel):
         return hashlib.sha256(fields.encode()).hexdigest()[:16]
 
     def with_templates(self, templates: tuple[str, ...] | Literal["dataset"]) -> Protocol:
-        """Returns the protocol with other prompts, under a name that shows it."""
+        """Returns the protocol with other prompts and ``+templates`` added to its name."""
         return self.model_copy(update={"name": f"{self.name}+templates", "templates": templates})
 
 

@@ -21,7 +21,7 @@ from vlmdefend.progress import Failure, Progress
 
 @dataclass
 class Evaluation:
-    """The result of a grid: records with their rows, failures, and how many were computed by an earlier run."""
+    """The result of a grid: records with their rows, failures, and the number of cells reused from an earlier run."""
 
     results: list[tuple[Record, list[ImageRow]]] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -46,7 +46,7 @@ def run_plan(plan: Plan, store: Store, progress: Progress, *, debug: bool = Fals
     """Computes the cells that ``store`` does not have yet.
 
     Args:
-        debug: let a defect raise instead of recording it as the cell's failure.
+        debug: raise errors that are not the user's instead of recording them as the cell's failure.
 
     Raises:
         StorageError: the run folder cannot be written any more; finished cells are kept.
@@ -92,6 +92,7 @@ def _run_cell(
     progress: Progress,
     evaluation: Evaluation,
 ) -> None:
+    """Computes one cell, or reads its record if it is done, and adds the result to ``evaluation``."""
     progress.begin(cell, len(planned.images))
     with store.writing(cell) as writer:
         record = store.record(cell)
@@ -113,7 +114,7 @@ def _run_cell(
 
 
 def _failure(what: str, error: Exception) -> Failure:
-    """Returns a failure as one line; a defect is named by its type."""
-    users = isinstance(error, UserError)
+    """Returns a failure with a message of one line; an error that is not the user's starts with its type."""
+    is_users = isinstance(error, UserError)
     message = " ".join(str(error).split()).removeprefix(f"{what}: ")
-    return Failure(what, message if users else f"{type(error).__name__}: {message}", users)
+    return Failure(what, message if is_users else f"{type(error).__name__}: {message}", is_users)

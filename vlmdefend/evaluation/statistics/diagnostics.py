@@ -1,7 +1,7 @@
-"""Reasons to doubt a number, found in the records and rows of one pipeline. Imports no torch.
+"""Finds reasons to doubt a robust accuracy in the records and rows of one pipeline. Imports no torch.
 
-A robust accuracy is an upper bound: an attack that could have been better makes it too high. Each reason here is a
-sign that it was (Athalye et al. 2018; Carlini et al. 2019; Croce et al. 2022), with the numbers that say so.
+A robust accuracy is an upper bound: a weak attack makes it too high. Each reason is a sign of a weak attack or a masked
+gradient (Athalye et al. 2018; Carlini et al. 2019; Croce et al. 2022), with the numbers that show it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vlmdefend.registry import split_outside
 from vlmdefend.types import Attacker, format_eps
 
 ATTACKERS: tuple[Attacker, ...] = get_args(Attacker)
-ZERO_GRADIENTS = 0.01  # more exactly-zero pixel gradients than this
-UNMOVED = 0.5  # of the survivors
-GAP = 0.10  # between PGD and AutoAttack: more speaks of a gradient that hides
-# options that a reader needs beside an attack's name
+ZERO_GRADIENTS = 0.01  # a larger share of exactly-zero pixel gradients is a reason
+UNMOVED = 0.5  # a larger share of survivors whose margin did not rise is a reason
+GAP = 0.10  # a larger difference between PGD and AutoAttack suggests a masked gradient
+# options that are printed beside an attack's name
 EFFORT = ("source", "version", "plus", "kind", "learn", "target", "steps", "queries", "n_queries", "restarts")
 
 
@@ -34,9 +34,9 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class Reason:
-    """One reason to doubt a number, and where to print it.
+    """One reason to doubt a number, with the radius and the attackers that it concerns.
 
-    ``eps`` None: it concerns the whole pipeline, at every radius. ``attackers``: the columns in doubt, none for all.
+    ``eps`` None: it concerns the pipeline at every radius. ``attackers``: the columns in doubt; empty means all.
     ``kind`` is the same for the same reason at another radius or seed.
     """
 
@@ -52,18 +52,18 @@ def reasons(results: Iterable[Result]) -> list[Reason]:
 
     Args:
         results: the cells of one protocol, model, defense, dataset, norm and seed: all attacks, attackers and radii
-            together, since most reasons come from comparing them. Failed cells are passed over.
+            together, since most reasons come from comparing them. Failed cells are skipped.
     """
     done = [r for r in results if r.record.status == "done"]
     attacked = [r for r in done if is_attacked(r.record.cell)]
     found = [*_broken_pipeline(done)]
     if any(r.record.cell.norm == "corruption" for r in attacked):
-        return found  # nothing climbs, and a severity is no ball that holds the smaller ones
+        return found  # no optimization, and a severity is no ball that contains the smaller ones
     for result in attacked:
         found += [*_outside_budget(result), *_zero_gradients(result), *_not_rising(result)]
     for eps in sorted({r.record.cell.eps for r in attacked}):
         here = [r for r in attacked if r.record.cell.eps == eps]
-        found += [*_gradient_free_wins(eps, here), *_transfer_wins(eps, here), *_autoattack_wins(eps, here)]
+        found += [*_gradient_free_lower(eps, here), *_transfer_lower(eps, here), *_autoattack_lower(eps, here)]
     found += _rising_with_eps(attacked)
     return list(dict.fromkeys(found))
 
@@ -78,22 +78,23 @@ def attack_label(cell: Cell) -> str:
     config = cell.attack_config
     nested = [split_outside(str(config[key]), "+") for key in ("attack", "attacks") if key in config]  # of a wrapper
     members = ["+".join(part.strip("[] ").partition(":")[0] for part in parts) for parts in nested]
-    effort = [f"{k}={config[k]}" for k in EFFORT if _is_said(k, config.get(k))]
+    effort = [f"{k}={config[k]}" for k in EFFORT if _is_printed(k, config.get(k))]
     return " ".join([cell.attack, *members, *effort])
 
 
-def _is_said(option: str, value: object) -> bool:
+def _is_printed(option: str, value: object) -> bool:
+    """Returns whether an option is set to something else than its usual value."""
     default = {"restarts": 1, "plus": "", "version": "standard"}
     return value is not None and value != default.get(option)
 
 
 def _broken_pipeline(results: Sequence[Result]) -> Iterator[Reason]:
-    """Two predictions of the same image differ, or depend on the other images of the batch."""
+    """Yields reasons if two predictions of the same images differ, or depend on the other images of the batch."""
     if any(r.record.checks.forwards_differ and not r.record.stochastic for r in results):
         yield Reason(
             "MASKED?",
             "forwards differ",
-            "two forwards of the same images differ, though the defense says it is deterministic",
+            "two forwards of the same images differ, though the defense is declared deterministic",
         )
     if any(r.record.checks.batch_dependent for r in results):
         yield Reason(
@@ -104,19 +105,21 @@ def _broken_pipeline(results: Sequence[Result]) -> Iterator[Reason]:
 
 
 def _outside_budget(result: Result) -> Iterator[Reason]:
+    """Yields a reason if the attack returned images outside the budget."""
     outside, images, cell = result.record.checks.outside_budget, result.record.cost.attack_images, result.record.cell
     if outside:
         of = f" of {images}" if images >= outside else ""
         yield Reason(
             "BUDGET!",
             f"outside {_who(cell)}",
-            f"{_who(cell)} left the budget on {outside}{of} images; these were put back",
+            f"{_who(cell)} left the budget on {outside}{of} images; these were replaced by their clean images",
             cell.eps,
             (cell.attacker,),
         )
 
 
 def _zero_gradients(result: Result) -> Iterator[Reason]:
+    """Yields a reason if too many pixel gradients are zero or not finite."""
     checks, cell = result.record.checks, result.record.cell
     if result.record.gradient_free or not checks.gradient_values:
         return
@@ -132,10 +135,10 @@ def _zero_gradients(result: Result) -> Iterator[Reason]:
 
 
 def _not_rising(result: Result) -> Iterator[Reason]:
-    """The attack did not raise the margin of images that survived it.
+    """Yields a reason if the attack did not raise the margin of most images that survived it.
 
-    The margins are of the deployed pipeline, so a transfer attacker, who climbs another loss, is not judged by them
-    (except without a defense, where the two are one).
+    The margins are of the deployed pipeline. A transfer attacker optimizes the loss of the bare model, so it is skipped
+    (except without a defense, where the two are the same).
     """
     checks, cell = result.record.checks, result.record.cell
     if cell.eps == 0 or not checks.attacked_survivors or (cell.attacker == "transfer" and cell.defense != "none"):
@@ -151,15 +154,15 @@ def _not_rising(result: Result) -> Iterator[Reason]:
         )
 
 
-def _gradient_free_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
-    """An attack without gradients leaves less accuracy than one with them.
+def _gradient_free_lower(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
+    """Yields a reason if an attack without gradients leaves less accuracy than the attacks with gradients.
 
-    The adaptive attacker may query what the white-box attacker queries: without a gradient-free attack of its own it
-    is held against the white-box one.
+    The adaptive attacker may query what the white-box attacker queries: if it has no gradient-free attack, its gradient
+    attacks are compared with the gradient-free attacks of the white-box attacker.
     """
     for attacker in ATTACKERS:
         own = [r for r in results if r.record.cell.attacker == attacker]
-        # one perturbation for all images is weaker than queries about each, masked or not
+        # one perturbation for all images is weaker than queries on each image, with or without masking
         gradient = [r for r in own if not r.record.gradient_free and not r.record.set_level]
         free = [r for r in own if r.record.gradient_free]
         if attacker == "adaptive" and not free:
@@ -181,8 +184,8 @@ def _gradient_free_wins(eps: float, results: Sequence[Result]) -> Iterator[Reaso
                 )
 
 
-def _transfer_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
-    """Transfer leaves less accuracy than white-box, over the attacks that both ran."""
+def _transfer_lower(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
+    """Yields a reason if transfer leaves less accuracy than white-box or adaptive, over the attacks that both ran."""
     transfer = [r for r in results if r.record.cell.attacker == "transfer" and not _crafted_here(r.record.cell)]
     attackers: tuple[Attacker, ...] = ("whitebox", "adaptive")
     for attacker in attackers:
@@ -201,8 +204,8 @@ def _transfer_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
             )
 
 
-def _autoattack_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
-    """AutoAttack leaves far less accuracy than PGD: cross-entropy or the logit scale may hide the gradient."""
+def _autoattack_lower(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
+    """Yields a reason if AutoAttack leaves far less accuracy than PGD: the logit scale may mask the gradient of PGD."""
     for attacker in ATTACKERS:
         own = [r for r in results if r.record.cell.attacker == attacker]
         low, high = (
@@ -223,14 +226,14 @@ def _autoattack_wins(eps: float, results: Sequence[Result]) -> Iterator[Reason]:
 
 
 def _crafted_here(cell: Cell) -> bool:
-    """Returns whether saved images were crafted on this very pipeline, so that they are no transfer."""
+    """Returns whether saved images were crafted on the same pipeline, so that they are not a transfer attack."""
     config = cell.attack_config
     names = ("weights_hash", "defense", "defense_config")
     return cell.attack == "saved" and all(config.get(f"source_{name}") == getattr(cell, name) for name in names)
 
 
 def _rising_with_eps(results: Sequence[Result]) -> Iterator[Reason]:
-    """Accuracy rises with eps, though a larger ball holds the smaller one."""
+    """Yields reasons if accuracy rises with eps, though a larger ball contains the smaller one."""
 
     def attack(result: Result) -> tuple[str, str, str]:
         return (result.record.cell.attacker, *_attack(result))
@@ -238,13 +241,13 @@ def _rising_with_eps(results: Sequence[Result]) -> Iterator[Reason]:
     for _, same in groupby(sorted(results, key=attack), key=attack):
         cells = list(same)
         radii = sorted({r.record.cell.eps for r in cells})
-        alive = {eps: robust_under_all([r for r in cells if r.record.cell.eps == eps]) for eps in radii}
+        robust = {eps: robust_under_all([r for r in cells if r.record.cell.eps == eps]) for eps in radii}
         cell = cells[0].record.cell
         for position, eps in enumerate(radii):
-            smaller = [e for e in radii[:position] if clearly_lower(alive[e], alive[eps])]
+            smaller = [e for e in radii[:position] if clearly_lower(robust[e], robust[eps])]
             if smaller:
-                least = min(smaller, key=lambda e: share(alive[e]))
-                below, above = compared(alive[least], alive[eps])
+                least = min(smaller, key=lambda e: share(robust[e]))
+                below, above = compared(robust[least], robust[eps])
                 yield Reason(
                     "MASKED?",
                     f"rising {_who(cell)}",
@@ -259,9 +262,11 @@ _SPELLED: dict[Attacker, str] = {"transfer": "transfer", "whitebox": "white-box"
 
 
 def _attack(result: Result) -> tuple[str, str]:
+    """Returns name and options of a cell's attack, to find the same attack in other cells."""
     cell = result.record.cell
     return cell.attack, json.dumps(cell.attack_config, sort_keys=True)
 
 
 def _who(cell: Cell) -> str:
+    """Returns ``pgd steps=10 adaptive``: attack and attacker."""
     return f"{attack_label(cell)} {cell.attacker}"

@@ -6,7 +6,7 @@ import math
 
 
 def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927); 95 % for the default ``z``.
+    """Returns the Wilson score interval of a proportion (Wilson 1927); 95 % for the default ``z``.
 
     Raises:
         ValueError: ``n`` < 1 or ``successes`` outside 0..n.
@@ -24,7 +24,7 @@ def wilson(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float,
 
 
 def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; no spread for a single value."""
+    """Returns mean and sample standard deviation; the latter is None for a single value."""
     mean = sum(values) / len(values)
     if len(values) < 2:
         return mean, None

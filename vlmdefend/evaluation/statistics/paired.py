@@ -9,21 +9,24 @@ from vlmdefend.evaluation.store.records import ImageRow, Record
 
 Outcome = tuple[Record, Sequence[ImageRow]]
 SIGNIFICANT = 0.05  # p of the paired test
-MATERIAL = 0.01  # one point of accuracy: less is never worth a flag
+MATERIAL = 0.01  # one point of accuracy: a smaller difference is never flagged
 
 
 def robust_under_all(results: Iterable[Outcome]) -> dict[str, bool]:
     """Returns image id -> robust under every one of these cells, over the ids that all of them have."""
-    survived: dict[str, bool] | None = None
+    robust: dict[str, bool] | None = None
     for _, rows_of_cell in results:
         rows = {row.id: row.robust for row in rows_of_cell}
-        before = rows if survived is None else survived
-        survived = {i: alive and rows[i] for i, alive in before.items() if i in rows}
-    return survived or {}
+        before = rows if robust is None else robust
+        robust = {i: so_far and rows[i] for i, so_far in before.items() if i in rows}
+    return robust or {}
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """Exact one-sided sign test on discordant pairs (McNemar's exact test): P(at least ``wins``) for a fair coin."""
+    """Returns the p-value of the one-sided sign test on discordant pairs (McNemar's exact test).
+
+    It is the probability of at least ``wins`` of ``wins + losses`` if both were equally likely.
+    """
     n = wins + losses
     if n == 0:
         return 1.0
@@ -33,20 +36,20 @@ def sign_test(wins: int, losses: int) -> float:
 
 
 def clearly_lower(low: Mapping[str, bool], high: Mapping[str, bool]) -> bool:
-    """Returns whether ``low`` keeps fewer of the shared images than ``high``, beyond a point and chance."""
+    """Returns whether ``low`` has fewer of the shared images right than ``high``: by a point or more, with p < 0.05."""
     shared = low.keys() & high.keys()
     wins = sum(high[i] and not low[i] for i in shared)
     losses = sum(low[i] and not high[i] for i in shared)
     return wins - losses >= max(1.0, MATERIAL * len(shared)) and sign_test(wins, losses) < SIGNIFICANT
 
 
-def share(alive: Mapping[str, bool]) -> float:
-    """Returns the share of these images that are still right, 0..1."""
-    return sum(alive.values()) / len(alive) if alive else 0.0
+def share(right: Mapping[str, bool]) -> float:
+    """Returns the share of these images that are right, 0..1."""
+    return sum(right.values()) / len(right) if right else 0.0
 
 
 def compared(low: Mapping[str, bool], high: Mapping[str, bool]) -> tuple[str, str]:
-    """Returns both accuracies over the images they share."""
+    """Returns both accuracies over the images they share, as text."""
     shared = low.keys() & high.keys()
     return percent(share({i: low[i] for i in shared})), percent(share({i: high[i] for i in shared}))
 

@@ -35,7 +35,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Returns versions and hardware, as text."""
+    """Returns the versions and hardware of a record, as text."""
     import open_clip
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -50,17 +50,19 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Resets the peak of memory, where the device or the system can."""
+    """Resets the measured peak of memory, if the device or the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR_REFS.exists():
         with contextlib.suppress(OSError):
-            CLEAR_REFS.write_text("5")  # Linux: the process's high-water mark starts anew
+            CLEAR_REFS.write_text("5")  # Linux: resets the process's peak resident size
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """CUDA: the most that tensors took since the reset. CPU: the most the process had resident (ever, where the
-    system cannot reset it)."""
+    """Returns the peak of memory since the reset, in MB.
+
+    CUDA: of the allocated tensors. CPU: of the process's resident memory (since its start, if the system cannot reset).
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     if CLEAR_REFS.exists():

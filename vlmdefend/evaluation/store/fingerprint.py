@@ -1,4 +1,4 @@
-"""Hashes in a cell's key: of code and files, so that results of edited ones are computed anew."""
+"""Hashes of code and files in a cell's key: after an edit the cell is computed again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from vlmdefend.attacks.base import Attack
 from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
 
-FILES = 1000  # the most that an option's folder may hold: weights and what belongs to them
+FILES = 1000  # the most files that an option's folder may hold
 PARTS = ("rng.py", "types.py", "data", "models", "kernels", "attacks", "defenses", "evaluation")
 
 
 def code_hash(method: Attack | Defense) -> dict[str, str]:
-    """Returns hashes of a method's own file, if it is not of this package, and of files that its options name.
+    """Returns hashes of a plugin's source file, and of files that a method's options name.
 
-    So too for those inside of it.
+    The same for every method inside of it (``method.inner``).
     """
     parts: tuple[Attack | Defense, ...] = method.inner
     found = {
@@ -38,9 +38,9 @@ def code_hash(method: Attack | Defense) -> dict[str, str]:
         code = Path(inspect.getsourcefile(type(method)) or "").read_bytes()
     except (TypeError, OSError):
         try:
-            code = inspect.getsource(type(method)).encode()  # a notebook's cell
+            code = inspect.getsource(type(method)).encode()  # code in a notebook
         except (TypeError, OSError):
-            code = uuid4().bytes  # nobody can tell whether it is the same: never reuse
+            code = uuid4().bytes  # without source the code may have changed: never reuse
     return {"file_hash": hashlib.sha256(code).hexdigest()[:8], **found}
 
 
@@ -48,7 +48,7 @@ def check_files(method: Attack | Defense) -> None:
     """Checks that the files named by a method's options can be read, without reading them.
 
     Raises:
-        UserError: one that may not be read, a folder of very many.
+        UserError: a file without read permission, or a folder with too many files.
     """
     for part in method.inner:
         check_files(part)
@@ -57,7 +57,7 @@ def check_files(method: Attack | Defense) -> None:
 
 
 def _content(option: str, value: object) -> str:
-    """A hash of the file or of the folder's files that an option names; empty if it names none."""
+    """Returns a hash of the file or of the folder's files that an option names; empty if it names none."""
     files = _named(option, value)
     if files is None:
         return ""
@@ -71,9 +71,9 @@ def _content(option: str, value: object) -> str:
 
 
 def _named(option: str, value: object) -> list[Path] | None:
-    """The file that an option names, or the regular files in the folder; None if it names neither."""
+    """Returns the file that an option names, or the regular files in the folder; None if it names neither."""
     if not isinstance(value, str) or not ("/" in value or "." in value):
-        return None  # a word, such as a data set's name, though a folder may have the same
+        return None  # a word, such as a data set's name, even if a folder has that name
     try:
         place = Path(value).expanduser()
         if place.is_file():
@@ -82,7 +82,7 @@ def _named(option: str, value: object) -> list[Path] | None:
             files = sorted(islice((file for file in place.rglob("*") if file.is_file()), FILES + 1))
         else:
             return None
-    except RuntimeError:  # the home of nobody
+    except RuntimeError:  # ~name without such a user
         return None
     except OSError as error:
         if error.errno == ENAMETOOLONG:
@@ -106,7 +106,7 @@ def _unreadable(option: str, value: object, error: OSError) -> UserError:
 
 @cache
 def package_hash() -> str:
-    """Returns a hash of the package's code that computes results, so that a changed attack is run anew."""
+    """Returns a hash of the package's code that computes results, so that a changed attack is run again."""
     package = Path(__file__).parents[2]
     files = sorted(
         file

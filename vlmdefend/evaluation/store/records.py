@@ -37,7 +37,7 @@ class Cell(_Strict):
     images_hash: str = ""  # of the encoded files, where the source can change under the same names
     skip_bad: bool = False
     n: int = Field(ge=1)
-    prompts_hash: str  # of the class names and the templates that are asked for; see Record.learned_prompt
+    prompts_hash: str  # of the class names and the chosen templates; see also Record.learned_prompt
     attack: str
     attack_config: dict[str, Any]
     attacker: Attacker
@@ -46,12 +46,12 @@ class Cell(_Strict):
     seed: int
     batch_size: int = Field(ge=1)
     shard_size: int = Field(ge=1)
-    code_hash: str = ""  # of the rooms that compute: results of other code are other results
+    code_hash: str = ""  # of the code that computes results: changed code may change a result
     device: str  # "cpu" or "cuda": the last bit of a float differs between them
 
     @property
     def key(self) -> str:
-        """Returns 16 hex digits that name the cell's folder."""
+        """The name of the cell's folder: 16 hex digits of a hash of all fields."""
         text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -70,7 +70,7 @@ class ImageRow(_Strict):
 
     id: str
     label: int
-    clean_prediction: int  # ABSTAINED (-1) where the defense gives no answer, here and below
+    clean_prediction: int  # here and below ABSTAINED (-1) where the defense makes no prediction
     clean_margin: float  # best other logit minus the label's: negative = right
     adversarial_prediction: int
     adversarial_margin: float
@@ -78,7 +78,7 @@ class ImageRow(_Strict):
     steps: int  # gradient evaluations the attack spent on this image
     certified_radius: float | None = None  # L2, of the clean prediction, where the defense certifies
 
-    clean_score: float | None = None  # of the detector, where the defense may turn images away: high = suspicious
+    clean_score: float | None = None  # of the detector, if the defense may reject images: high = suspicious
     adversarial_score: float | None = None
 
     @property
@@ -126,8 +126,8 @@ class Checks(_Strict):
 
     gradient_values: int = 0  # pixel gradients seen
     zero_gradients: int = 0  # of these, exactly zero or not finite: the pixel does not move
-    forwards_differ: bool = False  # a defense that says it is deterministic answered twice differently
-    batch_dependent: bool = False  # a prediction changed with the batch mates
+    forwards_differ: bool = False  # two predictions of the same images differ
+    batch_dependent: bool = False  # a prediction changed with the other images of the batch
     attacked_survivors: int = 0  # attacked images that stayed right
     loss_not_rising: int = 0  # of these, those whose margin the attack did not raise at all
     outside_budget: int = 0  # adversarial images that left the ball or [0, 1]: replaced by the clean image
@@ -155,12 +155,12 @@ class Record(_Strict):
     cost: Cost = Cost()
     checks: Checks = Checks()
     stochastic: bool = False  # the deployed defense draws random numbers
-    adaptive_equals_whitebox: bool = True  # nothing to approximate or average: the two attackers are one
+    adaptive_equals_whitebox: bool = True  # nothing to approximate or average: the two attackers are the same
     gradient_free: bool = False  # the attack uses no gradient
-    blind: bool = False  # the attack asks nothing of a model: all attackers are one
-    set_level: bool = False  # the attack uses one thing, learned from the set, on all images
-    learned_prompt: str = ""  # what the model reads in place of the templates; its weights_hash covers it
-    attacked_prompts: list[str] = []  # what the attack made of each class's first prompt
+    blind: bool = False  # the attack makes no query: all attackers are the same
+    set_level: bool = False  # the attack uses one perturbation or prompt, fitted to the set, for all images
+    learned_prompt: str = ""  # the learned context used in place of the templates; weights_hash covers it
+    attacked_prompts: list[str] = []  # the first prompt of each class after the attack
     paradigm: str = ""  # the defense's
     environment: dict[str, str] = {}
     started: str = ""

@@ -1,4 +1,4 @@
-"""The run folder: cells written atomically, half-done cells resumed, one writer per cell.
+"""The run folder: writes cells atomically, resumes half-done cells, allows one writer per cell.
 
 ``OUT/cells/KEY/`` holds ``record.json`` and ``rows.jsonl`` when the cell is done; until then ``partial.jsonl``, one
 line per finished shard, appended and flushed to disk, so that a kill loses at most the shard that was running.
@@ -47,7 +47,9 @@ class Store:
             raise StorageError(f"--out {folder}: is a file, not a folder; give a folder (it is created if needed).")
         with disk(self.folder):
             (self.folder / "cells").mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder / "cells").close()  # finds a read-only folder before hours of work
+            tempfile.TemporaryFile(
+                dir=self.folder / "cells"
+            ).close()  # fails now, not after hours, if the folder is read-only
 
     def cell_folder(self, key: str) -> Path:
         """Returns the folder of the cell with this key."""
@@ -60,10 +62,10 @@ class Store:
 
     @contextmanager
     def writing(self, cell: Cell) -> Iterator[CellWriter]:
-        """Holds the cell's lock while it is computed; the lock ends with the process.
+        """Returns a context that holds the cell's lock and gives its writer; the lock ends with the process.
 
         Raises:
-            Busy: another process holds it.
+            Busy: another process holds the lock.
         """
         folder = self.cell_folder(cell.key)
         with disk(folder):
@@ -103,7 +105,7 @@ class Store:
         """Returns the per-image rows of a finished cell.
 
         Raises:
-            UserError: missing, cut off, or not as many as the record says.
+            UserError: missing, cut off, or fewer or more rows than the record counts.
         """
         file = self.cell_folder(record.key) / "rows.jsonl"
         rows = read_rows(file)
@@ -212,7 +214,7 @@ def read_record(file: Path) -> Record:
     """Reads and validates a record.
 
     Raises:
-        UserError: cut in half, not a record, or of a newer schema.
+        UserError: the file is cut off, not a record, or of a newer schema.
     """
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -247,11 +249,11 @@ def read_rows(file: Path) -> list[ImageRow]:
         UserError: missing or cut off.
     """
     try:
-        # not splitlines: a file name may hold one of the other line separators of Unicode
+        # not splitlines: an id may contain another line separator of Unicode
         return [ImageRow.model_validate_json(line) for line in file.read_bytes().removesuffix(b"\n").split(b"\n")]
     except (ValidationError, UnicodeDecodeError):
         raise UserError(
-            f"{file}: holds a line that is no row (cut off or edited); delete the folder {file.parent} and run the "
+            f"{file}: holds a line that is not a row (cut off or edited); delete the folder {file.parent} and run the "
             "same command again."
         ) from None
     except OSError as error:
@@ -260,7 +262,7 @@ def read_rows(file: Path) -> list[ImageRow]:
 
 @contextmanager
 def disk(path: Path) -> Iterator[None]:
-    """Turns errors of the disk into one sentence; finished work is untouched."""
+    """Returns a context that turns errors of the disk into a StorageError of one sentence."""
     try:
         yield
     except OSError as error:

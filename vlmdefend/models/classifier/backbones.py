@@ -20,7 +20,7 @@ Interpolation = Literal["bicubic", "bilinear"]
 
 @dataclass(frozen=True)
 class Backbone:
-    """An image network, and how it wants its pixels."""
+    """An image network with its feature width and its preprocessing."""
 
     network: nn.Module  # (B, 3, S, S) normalised -> (B, width)
     width: int
@@ -33,7 +33,7 @@ class Backbone:
 
 
 class TinyCnn(nn.Sequential):
-    """Three convolutions with BatchNorm for images of 28 pixels; random weights: it has seen no data set."""
+    """Three convolutions with BatchNorm for images of 28 pixels; random weights, trained on no data set."""
 
     width = 576
 
@@ -46,7 +46,7 @@ class TinyCnn(nn.Sequential):
 
 
 def rebuild(config: dict[str, Any]) -> nn.Module:
-    """The network of a saved configuration, its weights yet to be loaded.
+    """Builds the network of a saved configuration; its weights are loaded afterwards.
 
     Raises:
         UserError: a configuration that this version cannot build.

@@ -88,7 +88,7 @@ class ImageClassifier(nn.Module):
         return Outputs(self.head(features), features)
 
     def training_outputs(self, images: Tensor) -> Outputs:
-        """The forward that is trained: as any other, but for BatchNorm where it trains."""
+        """Runs the training forward: BatchNorm in training mode if it trains, everything else in evaluation mode."""
         if self.batch_norm == "frozen":
             outputs: Outputs = self(images)
             return outputs
@@ -97,23 +97,23 @@ class ImageClassifier(nn.Module):
         return outputs
 
     def train(self, mode: bool = True) -> ImageClassifier:
-        """Do nothing: only :meth:`training_outputs` is ever in training mode."""
+        """Does nothing: only :meth:`training_outputs` is ever in training mode."""
         return self
 
     def parts(self) -> tuple[list[str], list[str]]:
-        """Names of the parameters of the backbone, and of what is on top of it."""
+        """Returns the names of the backbone's parameters, and of those on top of it."""
         names = [name for name, _ in self.named_parameters()]
         below = [name for name in names if name.startswith("backbone.")]
         return below, [name for name in names if not name.startswith("backbone.")]
 
     def running_statistics(self) -> dict[str, Tensor]:
-        """BatchNorm's running means and variances, and its counters, by name."""
+        """Returns BatchNorm's running means, variances and counters, by name."""
         endings = ("running_mean", "running_var", "num_batches_tracked")
         return {name: buffer for name, buffer in self.named_buffers() if name.endswith(endings)}
 
 
 class ClassifierModel(VisionLanguageModel):
-    """A loaded classifier under the name that records call it; stands where a vision-language model stands.
+    """A loaded classifier with a head, used where a vision-language model is expected.
 
     Args:
         name: what records and tables call it.
@@ -151,17 +151,17 @@ class ClassifierModel(VisionLanguageModel):
 
     @property
     def classifier(self) -> ImageClassifier:
-        """The network itself."""
+        """The network."""
         network: ImageClassifier = self.clip
         return network
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return next(self.classifier.parameters()).device
 
     def text_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """Refuse: there is no text.
+        """Raises: a classifier with a head has no text tower.
 
         Raises:
             UserError: always.
@@ -176,7 +176,7 @@ class ClassifierModel(VisionLanguageModel):
         normalization: Normalization = "model",
         resize_inside: bool = False,
     ) -> HeadPipeline:
-        """The classifier for a data set of the same classes, in the data set's order; templates are not used.
+        """Returns the classifier for a data set of the same classes, in its order; templates are not used.
 
         Raises:
             UserError: the data set has other classes.
@@ -255,7 +255,7 @@ def _head(inputs: int, classes: int, kind: HeadKind) -> nn.Module:
 
 @contextmanager
 def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm in training mode inside, everything else as it is."""
+    """Context in which BatchNorm is in training mode and everything else unchanged."""
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training]
     for norm in norms:
         norm.training = True

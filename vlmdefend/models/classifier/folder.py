@@ -1,4 +1,4 @@
-"""A classifier with a head as a folder: its configuration as JSON, its weights as safetensors."""
+"""Reads and writes a classifier with a head as a folder: configuration as JSON, weights as safetensors."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ KEYS = ("backbone", "bottleneck", "bottleneck_kind", "head", "class_names", "pre
 
 
 def is_classifier_folder(folder: Path) -> bool:
-    """Whether the folder holds a classifier with a head."""
+    """Returns whether the folder holds a classifier with a head."""
     return (folder / CLASSIFIER_CONFIG).is_file()
 
 
 def save_classifier(model: Any, folder: str | Path, metadata: dict[str, Any]) -> Path:
-    """Write a :class:`~vlmdefend.models.classifier.classifier.ClassifierModel`; ``local-dir:FOLDER`` reads it.
+    """Writes a classifier with a head; ``local-dir:FOLDER`` reads it.
 
     The configuration comes last: a folder without it is no model yet. Other files in the folder stay.
 
@@ -55,7 +55,7 @@ def save_classifier(model: Any, folder: str | Path, metadata: dict[str, Any]) ->
 
 
 def load_classifier(name: str, folder: Path, device: str | torch.device | None = None) -> Any:
-    """The :class:`~vlmdefend.models.classifier.classifier.ClassifierModel` that :func:`save_classifier` wrote.
+    """Reads the classifier that :func:`save_classifier` wrote.
 
     Raises:
         UserError: a configuration or weights that are missing, damaged, or do not fit.
@@ -90,7 +90,7 @@ def load_classifier(name: str, folder: Path, device: str | torch.device | None =
 
 
 def read_classifier_config(folder: Path) -> dict[str, Any]:
-    """The checked configuration of a folder.
+    """Returns the checked configuration of a folder.
 
     Raises:
         UserError: not JSON, of a newer version, or with a key missing.
@@ -110,7 +110,7 @@ def read_classifier_config(folder: Path) -> dict[str, Any]:
 
 
 def _inputs(config: dict[str, Any], state: dict[str, torch.Tensor]) -> int:
-    """The width of the backbone's features, as the layer on top of them has it."""
+    """Returns the width of the backbone's features, read from the layer on top of it."""
     below = ("bottleneck.0.weight", "bottleneck.weight")
     names = below if config["bottleneck"] else ("head.weight", "head.0.weight")
     found = next((state[name] for name in names if name in state), None)

@@ -1,4 +1,4 @@
-"""timm's image networks: by name, by name with a weights file, or from a folder as timm itself writes it."""
+"""Loads timm's image networks: by name, with a weights file, or from a folder that timm wrote."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_THE_NETWORKS = frozenset(  # what timm's factory keeps for itself, paths to 
 
 @dataclass(frozen=True)
 class TimmNetwork:
-    """A network of timm, in evaluation mode, and how it wants its pixels."""
+    """A network of timm in evaluation mode, with its preprocessing."""
 
     network: Any  # (B, 3, S, S) normalised -> (B, width), or (B, C) with its head
     width: int
@@ -36,7 +36,7 @@ class TimmNetwork:
 
 
 def load_timm(name: str, *, pretrained: bool, head: bool = False) -> TimmNetwork:
-    """The network called ``name``, on the CPU; random weights are those of the global random state.
+    """Returns the network called ``name``, on the CPU; random weights come from the global random state.
 
     Args:
         name: as timm lists it; ``NAME@FILE`` with the weights of a file; or ``local-dir:FOLDER``, a snapshot of the
@@ -60,7 +60,7 @@ def load_timm(name: str, *, pretrained: bool, head: bool = False) -> TimmNetwork
 
 
 def rebuild_timm(config: dict[str, Any]) -> nn.Module:
-    """The network of a saved configuration, without head, its weights yet to be loaded."""
+    """Builds the network of a saved configuration, without head; its weights are loaded afterwards."""
     _check_known(str(config["name"]))
     network: nn.Module = _created(str(config["name"]), **_own(config.get("arguments", {})), num_classes=0)
     return network
@@ -98,7 +98,7 @@ def _from_file(architecture: str, file: Path, *, pretrained: bool, head: bool) -
 
 
 def _classes(architecture: str, state: dict[str, Tensor]) -> int:
-    """How many rows the head has in a weights file; timm's own number where it has no head."""
+    """Returns the number of rows of the head in a weights file; timm's own number where there is no head."""
     from timm.models import get_pretrained_cfg
 
     described = get_pretrained_cfg(architecture)
@@ -131,12 +131,12 @@ def _check_known(architecture: str) -> None:
 
 
 def _own(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Of the written arguments, those that shape the network."""
+    """Returns the written arguments that shape the network."""
     return {name: value for name, value in arguments.items() if name not in NOT_THE_NETWORKS}
 
 
 def _preprocessing(written: dict[str, Any]) -> dict[str, Any]:
-    """Of a written configuration, what says how pixels are to be, and what the layers are called."""
+    """Returns the part of a configuration that describes preprocessing and layer names."""
     names = ("input_size", "fixed_input_size", "interpolation", "mean", "std", "first_conv", "classifier")
     return {name: written[name] for name in names if name in written}
 

@@ -1,4 +1,4 @@
-"""From a blueprint (architecture, preprocessing, where the weights are) to a model."""
+"""Builds a CLIP model from its source: architecture, preprocessing, place of the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from vlmdefend.models.weights.tensor_file import named_prompts, plain_names, rea
 
 @dataclass(frozen=True)
 class ModelSource:
-    """A model before its weights are read."""
+    """The configuration of a model and where its weights and tokenizer are, before they are read."""
 
     name: str
     config: dict[str, Any]  # open_clip's model_cfg and preprocess_cfg
@@ -49,12 +49,12 @@ class ModelSource:
 
 
 def tags(architecture: str) -> list[str]:
-    """The tags open_clip lists for an architecture."""
+    """Returns the tags of weights that open_clip lists for an architecture."""
     return list(open_clip.list_pretrained_tags_by_model(architecture))
 
 
 def from_folder(name: str, folder: Path) -> ModelSource:
-    """A folder in open_clip's format.
+    """Returns the source of a folder in open_clip's format.
 
     Raises:
         UserError: no such folder, or its configuration is missing or invalid.
@@ -73,7 +73,7 @@ def from_folder(name: str, folder: Path) -> ModelSource:
 
 
 def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> ModelSource:
-    """A hub repository in open_clip's format.
+    """Returns the source of a hub repository in open_clip's format.
 
     Raises:
         UserError: not of the form ORG/NAME, or its files cannot be had.
@@ -96,7 +96,7 @@ def from_hub(name: str, repo: str, cache_dir: str | Path | None) -> ModelSource:
 
 
 def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path | None) -> ModelSource:
-    """An architecture of open_clip's, with the activation, the preprocessing and the weights of ``tag`` (or none)."""
+    """Returns the source of an architecture of open_clip's, with activation, preprocessing and weights of ``tag``."""
     pretrained = open_clip.get_pretrained_cfg(architecture, tag) if tag else {}
     quick = f"{architecture}-quickgelu"
     if pretrained.get("quick_gelu") and open_clip.get_model_config(quick):
@@ -119,7 +119,7 @@ def from_open_clip(name: str, architecture: str, tag: str, cache_dir: str | Path
 def assemble(
     blueprint: ModelSource, *, weights: str | Path | None = None, device: str | torch.device | None = None
 ) -> VisionLanguageModel:
-    """Build the model and load its weights, or those of the file ``weights``.
+    """Builds the model and loads its weights, or those of the file ``weights``.
 
     The weights may be of the image tower alone, or a published file with prompts: the rest is then the named model's.
 
@@ -152,7 +152,7 @@ def assemble(
 
 
 def _load(clip: Any, blueprint: ModelSource, source: Path) -> dict[str, Any] | None:
-    """Load the weights of a user's file; what it holds, if that is a prompt too."""
+    """Loads the weights of a user's file; returns the prompts in it, if there are any."""
     check_weights_file(source)
     contents = read_contents(source)
     prompted = named_prompts(contents) is not None
@@ -171,7 +171,7 @@ def _load(clip: Any, blueprint: ModelSource, source: Path) -> dict[str, Any] | N
 
 
 def _own_weights(blueprint: ModelSource, weights: Path, what: str) -> Path:
-    """The named model's own weights, which give what the file does not hold."""
+    """Loads the named model's own weights, for the parts that the file does not hold."""
     try:
         return blueprint.weights()
     except UserError as error:
@@ -179,7 +179,7 @@ def _own_weights(blueprint: ModelSource, weights: Path, what: str) -> Path:
 
 
 def untrained(config: dict[str, Any], source: str = "the saved configuration") -> Any:
-    """The architecture of ``model_cfg`` with random weights; the global random state is left as it was.
+    """Builds the architecture of ``model_cfg`` with random weights; the global random state is restored.
 
     Prompts that were learned on it are not part of it.
 
@@ -225,7 +225,7 @@ def _build_tokenizer(blueprint: ModelSource) -> Any:
 
 
 def _command(model: str, tag: str | None, cache_dir: str | Path | None) -> str:
-    """The line of Python that downloads it with plain open_clip."""
+    """Returns the line of Python that downloads the weights with plain open_clip."""
     options = [repr(model)]
     options += [f"pretrained={tag!r}"] if tag else []
     options += [f"cache_dir={str(cache_dir)!r}"] if cache_dir else []
@@ -234,7 +234,7 @@ def _command(model: str, tag: str | None, cache_dir: str | Path | None) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip's remarks on models without weights off the terminal, and its handler off the root logger."""
+    """Context in which open_clip's log messages on models without weights are suppressed."""
     root, disabled = logging.getLogger(), logging.root.manager.disable
     silent = logging.NullHandler()
     root.addHandler(silent)

@@ -1,4 +1,4 @@
-"""The same attention, laid out so that frozen weights cost no time.
+"""Attention in a memory layout that is faster with frozen weights, with the same values.
 
 ``torch.nn.MultiheadAttention`` with ``batch_first`` works on a transposed, non-contiguous input. With trainable
 weights the in-projection is one ``addmm``/``mm``; with frozen weights it becomes a ``bmm`` of L small products,
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class BatchFirstAttention(nn.MultiheadAttention):
-    """Self-attention over (N, L, E) in that layout; any other use of the module goes to the parent."""
+    """Self-attention over (N, L, E) in the batch-first layout; other uses of the module go to its parent."""
 
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, **options: Any
@@ -49,7 +49,7 @@ class BatchFirstAttention(nn.MultiheadAttention):
 
 
 class FirstTokenPool(AttentionPool2d):  # type: ignore[misc]
-    """open_clip's attention pooling, which returns the first token, without the queries of the other tokens."""
+    """open_clip's attention pooling with the query of the first token only, which is all that it returns."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, E, h, w) -> (N, D)."""
@@ -64,7 +64,7 @@ class FirstTokenPool(AttentionPool2d):  # type: ignore[misc]
 
 
 def use_contiguous_attention(model: nn.Module) -> None:
-    """Exchange the attention of every transformer block and attention pool in ``model``, in place."""
+    """Replaces the attention of every transformer block and attention pool in ``model``, in place."""
     for module in model.modules():
         if type(module) is AttentionPool2d:
             module.__class__ = FirstTokenPool

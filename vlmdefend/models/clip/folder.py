@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def save_folder(
     model: VisionLanguageModel, folder: str | Path, metadata: dict[str, Any], *, beside: Collection[str] = ()
 ) -> Path:
-    """Write ``model`` in open_clip's folder format; ``local-dir:FOLDER`` reads it, here and in plain open_clip.
+    """Writes ``model`` in open_clip's folder format; ``local-dir:FOLDER`` reads it, here and in plain open_clip.
 
     The metadata (base model, how it was made; the package version and the weights' hash are added) goes into the
     safetensors header and into ``vlmdefend.json``. A new folder appears whole or not at all. A model that is
@@ -76,7 +76,7 @@ def _write_model(model: VisionLanguageModel, folder: Path, facts: dict[str, Any]
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, none sharing memory: what the format can hold."""
+    """Returns contiguous tensors on the CPU that share no memory, as safetensors requires."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""What an image tower says of each place of an image, in the space of the text features."""
+"""Features of each patch of an image, in the space of the text features."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmdefend.errors import UserError
 
 
 def with_patches(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """One forward of an open_clip image tower, and what it knows before it pools.
+    """Runs one forward of an open_clip image tower; returns pooled and per-patch features.
 
     A vision transformer: its patch tokens after the last norm and the projection, as the class token has them. CLIP's
     ResNet has no such tokens: its last feature map, each place through the value and output projections of the

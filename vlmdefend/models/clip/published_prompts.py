@@ -1,4 +1,4 @@
-"""The prompts that authors publish, put into the model that they were learned on.
+"""Loads the learned prompts that authors publish into the model that they were learned on.
 
 * TeCoA, PMG-AFT and their descendants (``visual_prompt.py``): a border of pixels, folded into the positional embedding;
   N more tokens behind the patches, before the first norm.
@@ -42,7 +42,7 @@ WORDS = (
 
 
 def image_tower_of(contents: dict[str, Any]) -> dict[str, Tensor] | None:
-    """The fine-tuned image tower beside a published prompt, if there is one."""
+    """Returns the fine-tuned image tower beside a published prompt, if there is one."""
     tower = contents.get(TOWER)
     if not isinstance(tower, dict) or not tower:
         return None
@@ -50,7 +50,7 @@ def image_tower_of(contents: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def add_published_prompts(model: VisionLanguageModel, contents: dict[str, Any], source: Path) -> None:
-    """Put the prompts of a published file into ``model``.
+    """Adds the prompts of a published file to ``model``.
 
     Raises:
         UserError: they do not fit, or are of a kind that cannot be told from the file.
@@ -86,7 +86,7 @@ def _add_visual(model: VisionLanguageModel, contents: dict[str, Any], source: Pa
 
 @torch.no_grad()
 def _fold_border(model: VisionLanguageModel, border: dict[str, Tensor], source: Path) -> None:
-    """The patches' convolution is linear and its patches do not overlap: a border adds a constant to each patch."""
+    """Folds a visual prompt (a border) into the patch embedding: the border adds a constant to each patch."""
     check_vision_transformer(model.clip, 1, str(source))
     up, down, left, right = (border[side].float() for side in SIDES)
     side = model.image_size
@@ -110,7 +110,7 @@ def _context(context: Tensor, source: Path) -> LearnedPrompts:
 
 
 def _deep(model: VisionLanguageModel, learner: dict[str, Tensor], source: Path) -> LearnedPrompts:
-    """FAP projects the visual tokens to the text tower, AdvMaPLe the other way; both the context to the first ones."""
+    """Reads deep tokens: FAP projects visual tokens to the text tower, AdvMaPLe text tokens to the image tower."""
     context = learner["ctx"]
     project = _linear(learner, "proj")
     from_image = any(name.startswith("compound_prompts_image.") for name in learner)
@@ -133,7 +133,7 @@ def _linear(learner: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]
 
 
 def _template(model: VisionLanguageModel, suffix: Tensor, length: int, source: Path) -> str:
-    """Which words follow the context, by their embeddings (L, W), which the file holds."""
+    """Returns the words that follow the context, found by their embeddings (L, W) in the file."""
     tokenizer: Any = model.tokenizer
     table = token_embedding(model.clip).weight.detach().cpu()
     for words in sorted(WORDS, key=lambda text: -len(tokenizer.encode(text))):

@@ -1,4 +1,4 @@
-"""One loaded vision-language model: the open_clip module, its tokenizer and how it wants its pixels."""
+"""A loaded vision-language model: the open_clip module, its tokenizer and its preprocessing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROMPTS_AT_ONCE = 256
 
 
 class VisionLanguageModel:
-    """A model by name, frozen: evaluation mode, float32, no parameter wants a gradient.
+    """A model by name, frozen: evaluation mode, float32, no parameter requires a gradient.
 
     Args:
         name: what records and tables call it.
@@ -67,13 +67,13 @@ class VisionLanguageModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         device: torch.device = self.clip.logit_scale.device
         return device
 
     @property
     def weights_hash(self) -> str:
-        """16 hex digits over names, types, shapes and bytes of all weights; computed anew after they changed."""
+        """16 hex digits over names, types, shapes and bytes of all weights; recomputed after they changed."""
         state = self.clip.state_dict()
         version = _version(state.values())
         if self._hash is None or self._hash[0] != version:
@@ -82,23 +82,25 @@ class VisionLanguageModel:
 
     @property
     def prompts(self) -> LearnedPrompts | None:
-        """What prompt learning added; None where nothing was learned but weights."""
+        """The learned prompts; None if the model has none."""
         return getattr(self.clip, "prompts", None)
 
     @property
     def context(self) -> Tensor | None:
-        """(M, W), or (C, M, W) of each class: the learned vectors that replace the user's templates, if any."""
+        """The (M, W), or (C, M, W) per class, learned vectors that replace the user's templates; None if there are
+        none.
+        """
         return None if self.prompts is None else self.prompts.context
 
     @property
     def learned_prompt(self) -> str:
-        """What is read in place of the user's templates, in words: ``16 learned vectors``; empty if they are read."""
+        """A description of the learned context, ``16 learned vectors``; empty if templates are read."""
         if self.context is None:
             return ""
         return f"{self.context.shape[-2]} learned vectors{' of each class' if self.context.dim() == 3 else ''}"
 
     def add_prompts(self, prompts: LearnedPrompts, source: str = "these prompts") -> None:
-        """Learned prompts are part of the model from now on.
+        """Makes learned prompts part of the model.
 
         Raises:
             UserError: it has some, or they do not fit; names the ``source``.
@@ -108,7 +110,7 @@ class VisionLanguageModel:
         self._texts.clear()
 
     def reader(self, class_names: Sequence[str]) -> ContextReader:
-        """Class features as a function of the context, of a model that has one.
+        """Returns class features as a function of the context, for a model that has one.
 
         Raises:
             UserError: contexts of other classes, or a prompt that the text tower cannot read.
@@ -121,7 +123,7 @@ class VisionLanguageModel:
         return self._readers[key]
 
     def text_features(self, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        """(C, D) unit float32 rows, ensembled over the templates as open_clip does.
+        """Returns (C, D) unit float32 rows, averaged over the templates as open_clip does.
 
         Each prompt is encoded and normalised; a class is the normalised mean over templates, which hold ``{c}``
         where the class name goes. Computed once per (classes, templates), and again only if the weights outside
@@ -139,7 +141,7 @@ class VisionLanguageModel:
         return self._texts[key][1]
 
     def blank_text_features(self) -> Tensor:
-        """(D,) unit mean embedding of OpenAI's 80 templates with nothing in the class's place ("a photo of a .").
+        """Returns the (D,) unit mean embedding of OpenAI's 80 templates without a class ("a photo of a .").
 
         Of a model with a learned context: of the context with nothing after it.
         """
@@ -153,7 +155,7 @@ class VisionLanguageModel:
         normalization: Normalization = "model",
         resize_inside: bool = False,
     ) -> ZeroShotClassifier:
-        """A classifier of these classes; ``normalization`` is the model's own, or the one a paper's protocol used."""
+        """Returns a zero-shot classifier; ``normalization`` is the model's own, or the one of a paper's protocol."""
         mean, std = {
             "model": (self.mean, self.std),
             "clip": (CLIP_MEAN, CLIP_STD),
@@ -223,7 +225,7 @@ def _side(name: str, size: Any) -> int:
 
 
 def _version(tensors: Iterable[Tensor]) -> tuple[tuple[int, int], ...]:
-    """Changes when a tensor is written in place or replaced (not when written through ``.data``)."""
+    """Returns a value that changes when a tensor is written in place or replaced (not through ``.data``)."""
     return tuple((t.data_ptr(), t._version) for t in tensors)
 
 

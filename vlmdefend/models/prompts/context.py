@@ -21,7 +21,7 @@ from vlmdefend.models.zero_shot.text_tower import (
 
 
 class ContextReader:
-    """The prompts of C classes with places for M vectors after the start.
+    """Computes class features from M context vectors that stand after the start token of C prompts.
 
     Args:
         clip: whose text tower reads.
@@ -52,7 +52,7 @@ class ContextReader:
         self.words = embedding(self._tokens[0, 1 : 1 + length]).detach().clone()  # (M, W) of the template itself
 
     def __call__(self, context: Tensor) -> Tensor:
-        """(M, W), or (C, M, W) of each class -> (C, D) unit class features, with whatever graph the context has."""
+        """Turns an (M, W), or (C, M, W), context into (C, D) unit class features, differentiable in the context."""
         found, embedding = [], token_embedding(self._clip)
         for rows in parts_of(torch.arange(len(self._tokens), device=self._tokens.device)):
             own = context.expand(len(rows), -1, -1) if context.dim() == 2 else context[rows]

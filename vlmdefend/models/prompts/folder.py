@@ -20,13 +20,13 @@ PARTS = ("context", "visual", "text")
 
 
 def write_prompts(prompts: LearnedPrompts, folder: Path) -> None:
-    """Their vectors, as the towers read them."""
+    """Writes the vectors as the towers read them."""
     state = prompts.deployed().state_dict()
     save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, folder / PROMPTS, {"format": "pt"})
 
 
 def read_prompts(config: Any, file: Path) -> LearnedPrompts:
-    """What :func:`write_prompts` wrote, with what ``model_cfg`` says of it.
+    """Reads what :func:`write_prompts` wrote, with its description in ``model_cfg``.
 
     Raises:
         UserError: no such file, damaged, or not what the configuration describes.

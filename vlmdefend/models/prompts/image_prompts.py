@@ -1,4 +1,4 @@
-"""Tokens inside of the towers of which each image of a batch has its own, and the text tower as a function of them."""
+"""Deep tokens of which each image of a batch has its own, and the text tower as a function of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPREAD = 0.02  # of the tokens that a fresh image tower gets, as MaPLe's code st
 
 
 class ImagePrompts(LearnedPrompts):
-    """Learned prompts of which each row of what a tower reads has its own.
+    """Learned prompts with separate vectors for each row of the batch.
 
     Args:
         visual: (D, B, N, V) tokens of the image tower's first D blocks for B images, or (D, N, V) for all.
@@ -33,28 +33,28 @@ class ImagePrompts(LearnedPrompts):
 
     @property
     def visual_shape(self) -> tuple[int, int]:
-        """(D, N); zeros if none."""
+        """(D, N): blocks with tokens and tokens per block; zeros if there are none."""
         return (0, 0) if self.image_tokens is None else (len(self.image_tokens), self.image_tokens.shape[-2])
 
     @property
     def text_depth(self) -> int:
-        """D - 1."""
+        """D - 1: text blocks after the first that have vectors of their own."""
         return 0 if self.word_tokens is None else len(self.word_tokens)
 
     def visual_tokens(self, block: int) -> Tensor:
-        """([B,] N, V) of block 0, 1, ... of the image tower."""
+        """Returns the ([B,] N, V) tokens of block 0, 1, ... of the image tower."""
         assert self.image_tokens is not None
         return self.image_tokens[block]
 
     def text_tokens(self, block: int) -> Tensor:
-        """(P, M, W) of block 1, 2, ... of the text tower."""
+        """Returns the (P, M, W) tokens of block 1, 2, ... of the text tower."""
         assert self.word_tokens is not None
         return self.word_tokens[block - 1]
 
 
 @contextmanager
 def reading(clip: Any, prompts: ImagePrompts) -> Iterator[None]:
-    """Inside, the towers read ``prompts``: in place of what the model has learned there, if it has, of equal shape."""
+    """Context in which the towers read ``prompts`` in place of the model's own learned prompts of equal shape."""
     learned: LearnedPrompts | None = getattr(clip, "prompts", None)
     depth, deep = prompts.visual_shape[0], prompts.text_depth
     handles, shadowed = [], []
@@ -86,7 +86,7 @@ def reading(clip: Any, prompts: ImagePrompts) -> Iterator[None]:
 
 @contextmanager
 def block_inputs(blocks: nn.ModuleList | None, count: int) -> Iterator[list[Tensor]]:
-    """What the first ``count`` blocks are given at each forward, one after the other, (B, L, W) each."""
+    """Collects the inputs (B, L, W) of the first ``count`` blocks at each forward."""
     given: list[Tensor] = []
 
     def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -101,7 +101,7 @@ def block_inputs(blocks: nn.ModuleList | None, count: int) -> Iterator[list[Tens
 
 
 def image_blocks(clip: Any) -> nn.ModuleList | None:
-    """The blocks of a vision transformer; None for another image tower, which has no place for tokens."""
+    """Returns the blocks of a vision transformer; None for another image tower."""
     from open_clip.transformer import VisionTransformer
 
     if not isinstance(clip.visual, VisionTransformer):
@@ -111,7 +111,7 @@ def image_blocks(clip: Any) -> nn.ModuleList | None:
 
 
 def first_image_tokens(clip: Any, count: int, depth: int) -> Tensor | None:
-    """(D, N, V) what image tokens start from; None where the image tower has no place for them.
+    """Returns the (D, N, V) initial image tokens; None where the image tower cannot take tokens.
 
     Those that the model has learned, as many as they are; else ``count`` for at most ``depth`` blocks, normal with
     deviation 0.02, always the same.
@@ -128,7 +128,7 @@ def first_image_tokens(clip: Any, count: int, depth: int) -> Tensor | None:
 
 
 class DeepPromptTower(PromptTower):
-    """The text tower as a function of the M vectors after the start, and of those that take their place further up.
+    """The text tower as a function of the M context vectors and of those that replace them in later blocks.
 
     The vectors of a prompt lie behind each other: M for each of D blocks. They start from what the model itself reads
     there, its own words or learned vectors, so that the class features are at first the model's own.
@@ -166,7 +166,7 @@ class DeepPromptTower(PromptTower):
         self.context = torch.cat([self.context[:, : self.length], *deep], dim=1)
 
     def _encode(self, context: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        """(R, D M, W) vectors of R prompts of classes c and templates t -> (R, D) unit features."""
+        """Encodes (R, D M, W) vectors of R prompts of classes c and templates t into (R, D) unit features."""
         own = context.reshape(len(context), self.depth, self.length, -1).transpose(0, 1)  # (D, R, M, W)
         clean, clip = self._embedded[c, t], self.side.classifier.clip
         embeddings = torch.cat([clean[:, :1], own[0], clean[:, 1 + self.length :]], dim=1)

@@ -1,4 +1,4 @@
-"""What prompt learning adds to a CLIP: vectors before the class name, and tokens inside of the towers.
+"""Learned prompts of a CLIP: context vectors before the class name, and tokens inside of the towers.
 
 They are a module of the clip, ``clip.prompts``, so that its weights' hash, its state and its parameters hold them; the
 clip's own weights stay as they are. open_clip's towers have no place for tokens: hooks put them in and take them out.
@@ -20,12 +20,12 @@ PLACE = "X"  # the word that stands in a template where a learned vector goes
 
 
 def places(count: int) -> str:
-    """The template of ``count`` learned vectors with the class name at the end, as CoOp writes it."""
+    """Returns the template of ``count`` learned vectors with the class name at the end, as CoOp writes it."""
     return " ".join([PLACE] * count + ["{c}."])
 
 
 class LearnedPrompts(nn.Module):
-    """Any of three things that are learned.
+    """Learned context vectors, image tokens and text tokens; any of the three.
 
     Args:
         template: the prompt of a class, with ``{c}``; in place of its first M tokens the context is read.
@@ -66,12 +66,12 @@ class LearnedPrompts(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What a model's configuration says of them."""
+        """The description of the prompts in a model's configuration."""
         return {"template": self.template, "class_names": None if self.class_names is None else list(self.class_names)}
 
     @property
     def length(self) -> int:
-        """M, 0 without context."""
+        """M, the number of context vectors; 0 without context."""
         return 0 if self.context is None else int(self.context.shape[-2])
 
     @property
@@ -81,21 +81,21 @@ class LearnedPrompts(nn.Module):
 
     @property
     def text_depth(self) -> int:
-        """Blocks of the text tower, the first not counted, with vectors of their own."""
+        """Number of text blocks after the first with vectors of their own."""
         return 0 if self.text is None else len(self.text)
 
     def visual_tokens(self, block: int) -> Tensor:
-        """(N, V) of block 0, 1, ... of the image tower."""
+        """Returns the (N, V) tokens of block 0, 1, ... of the image tower."""
         assert self.visual is not None
         return self.visual[block]
 
     def text_tokens(self, block: int) -> Tensor:
-        """(M, W) of block 1, 2, ... of the text tower."""
+        """Returns the (M, W) vectors of block 1, 2, ... of the text tower."""
         assert self.text is not None
         return self.text[block - 1]
 
     def deployed(self) -> LearnedPrompts:
-        """What is kept of them when training is over, apart from them: the vectors that the towers read."""
+        """Returns the prompts as plain vectors, without the networks that computed them in training."""
         return LearnedPrompts(
             template=self.template,
             context=self.context,
@@ -105,7 +105,7 @@ class LearnedPrompts(nn.Module):
         )
 
     def check_classes(self, class_names: Sequence[str]) -> None:
-        """Contexts of each class answer for these classes alone.
+        """Refuses other classes than those that class-wise contexts were learned for.
 
         Raises:
             UserError: others are asked for.
@@ -124,30 +124,30 @@ class LearnedPrompts(nn.Module):
     # what the hooks do
 
     def append(self, norm: nn.Module, given: tuple[Tensor]) -> tuple[Tensor]:
-        """(B, P, V) before the first norm -> (B, P + N, V)."""
+        """Appends the N tokens: (B, P, V) before the first norm to (B, P + N, V)."""
         (x,) = given
         tokens = self.visual_tokens(0).to(x.dtype)
         return (torch.cat([x, tokens.expand(len(x), -1, -1)], dim=1),)
 
     def exchange_last(self, block: int, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(B, P + N, V) before a block: the last N are now its own."""
+        """Replaces the last N tokens of (B, P + N, V) by those of the next block."""
         x, *others = given
         tokens = self.visual_tokens(block).to(x.dtype)
         return (torch.cat([x[:, : -tokens.shape[-2]], tokens.expand(len(x), -1, -1)], dim=1), *others)
 
     def drop(self, transformer: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> Tensor:
-        """(B, P + N, V) after the last block -> (B, P, V): what pools knows nothing of them."""
+        """Removes the N tokens after the last block: (B, P + N, V) to (B, P, V)."""
         return found[:, : -self.visual_shape[1]]
 
     def exchange_first(self, block: int, module: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """(P, L, W) before a block of the text tower: the M after the start are now its own."""
+        """Replaces the M tokens after the start of (P, L, W) by those of the next text block."""
         x, *others = given
         tokens = self.text_tokens(block).to(x.dtype).expand(len(x), -1, -1)
         return (torch.cat([x[:, :1], tokens, x[:, 1 + tokens.shape[1] :]], dim=1), *others)
 
 
 def attach(clip: Any, prompts: LearnedPrompts, source: str = "these prompts") -> None:
-    """Let ``clip`` read ``prompts`` from now on, as its module ``prompts``.
+    """Makes ``clip`` read ``prompts`` from now on, as its module ``prompts``.
 
     Raises:
         UserError: it has some already, or its towers are not of the size and kind that they need; nothing was changed.
@@ -171,7 +171,7 @@ def attach(clip: Any, prompts: LearnedPrompts, source: str = "these prompts") ->
 
 
 def text_transformer(clip: Any) -> Any:
-    """The blocks of the text tower; None if they are not open_clip's own."""
+    """Returns the blocks of the text tower; None if they are not open_clip's own."""
     for tower in (clip, getattr(clip, "text", None)):
         transformer = getattr(tower, "transformer", None)
         if hasattr(transformer, "resblocks"):
@@ -180,7 +180,7 @@ def text_transformer(clip: Any) -> Any:
 
 
 def check_vision_transformer(clip: Any, depth: int, source: str) -> None:
-    """Tokens of ``depth`` blocks need open_clip's vision transformer with as many.
+    """Refuses an image tower that is not open_clip's vision transformer with at least ``depth`` blocks.
 
     Raises:
         UserError: it is another tower, or has fewer blocks.

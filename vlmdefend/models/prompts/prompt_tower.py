@@ -1,4 +1,4 @@
-"""Class features from context vectors: what prompt tuning changes, for each image of a batch in its own way."""
+"""Class features from context vectors that differ between the images of a batch (prompt tuning)."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class PromptTower:
         self.classes = side.features(side.tokens)
 
     def __call__(self, context: Tensor) -> Tensor:
-        """(B, T, F, W) -> (B, C, D) unit class features, with whatever graph the context has."""
+        """Turns (B, T, F, W) contexts into (B, C, D) unit class features, differentiable in the context."""
         rows, (classes, templates) = self._rows(len(context)), self.side.tokens.shape[:2]
         found = torch.cat([self._encode(context[owner, t], c, t) for owner, c, t in rows])
         return ensembled(found.view(len(context), classes, templates, -1))
 
     def gradient(self, context: Tensor, wanted: Tensor) -> Tensor:
-        """The gradient of a loss with respect to the context, from that with respect to the class features.
+        """Returns the gradient with respect to the context, from that with respect to the class features.
 
         One part of the prompts is in memory at a time, so that the graph does not grow with images x classes.
 
@@ -79,13 +79,13 @@ class PromptTower:
         return torch.cat(found).view(len(context), classes, *context.shape[1:]).sum(dim=1)
 
     def _rows(self, images: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Image, class and template of each of the B C T prompts, some at a time."""
+        """Yields image, class and template of the B C T prompts, some at a time."""
         classes, templates = self.side.tokens.shape[:2]
         number = torch.arange(images * classes * templates, device=self._embedded.device)
         return [(n // (classes * templates), n // templates % classes, n % templates) for n in parts_of(number)]
 
     def _encode(self, context: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        """(R, F, W) context of R prompts of classes c and templates t -> (R, D) unit features."""
+        """Encodes (R, F, W) contexts of R prompts of classes c and templates t into (R, D) unit features."""
         clean = self._embedded[c, t]
         until = 1 + context.shape[1]
         inside = torch.where(self._used[t], context, clean[:, 1:until])
@@ -96,5 +96,5 @@ class PromptTower:
         return read_short(self.side.classifier.clip, tokens, embeddings)
 
     def _shortened(self, tokens: Tensor) -> Tensor:
-        """Without the padding behind the longest prompt, where the tower looks only backwards."""
+        """Cuts the padding behind the longest prompt, where the tower is causal."""
         return tokens[:, : int(self.side.ends.max()) + 1] if looks_backwards(self.side.classifier.clip) else tokens

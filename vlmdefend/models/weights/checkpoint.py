@@ -29,7 +29,8 @@ WEIGHTS_NAMES = (  # open_clip's own order of preference, and the compressed for
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` (also ``.xz``), ``.pt``, ``.pth`` or ``.bin`` file, on the CPU, by name.
+    """Returns the tensors of a ``.safetensors`` (also ``.xz``), ``.pt``, ``.pth`` or ``.bin`` file, on the CPU, by
+    name.
 
     Dictionaries nested as ``vision_encoder_state_dict``, ``state_dict`` or ``model`` are opened, wrappers'
     prefixes (``module.``) dropped. Pickles are read with ``weights_only=True``: nothing in a file is run.
@@ -47,7 +48,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_weights(folder: Path) -> Path:
-    """The weights file of a model folder.
+    """Returns the weights file of a model folder.
 
     Raises:
         UserError: there is none.
@@ -59,7 +60,7 @@ def find_weights(folder: Path) -> Path:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """``open_clip_config.json``: a dictionary with at least ``model_cfg``.
+    """Reads ``open_clip_config.json``: a dictionary with at least ``model_cfg``.
 
     Raises:
         UserError: missing, not JSON, or without ``model_cfg``.
@@ -77,7 +78,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def check_weights_file(file: Path) -> None:
-    """Look at the first bytes of a file.
+    """Checks the first bytes of a file.
 
     Raises:
         UserError: no such file, a folder, empty, a git-lfs pointer or a web page.

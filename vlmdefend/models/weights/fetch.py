@@ -1,4 +1,4 @@
-"""Files from the Hugging Face hub: the local cache first, then the network, else one sentence that helps."""
+"""Fetches files from the Hugging Face hub: from the local cache first, then from the network."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ SECONDS_TO_CONNECT = 5
 
 
 class DownloadError(UserError):
-    """Weights that are neither in the cache nor to be downloaded."""
+    """Weights that are neither in the cache nor can be downloaded."""
 
 
 class Repository(NamedTuple):
-    """Where a model's files lie on the hub, and how a person would fetch them."""
+    """A model's repository on the hub, with the command by which a user would fetch it."""
 
     model: str  # the name that was asked for
     repo: str  # "org/name"
     command: str  # one line of Python that downloads it
 
     def file(self, names: Sequence[str], cache_dir: str | Path | None = None) -> Path:
-        """The first of ``names`` that is cached, else the first that can be downloaded.
+        """Returns the first of ``names`` that is cached, else the first that can be downloaded.
 
         What is cached is used as it is: without a question to the network, and so the same on every run.
 
@@ -54,7 +54,7 @@ class Repository(NamedTuple):
         return Path(found) if isinstance(found, str) and Path(found).is_file() else None
 
     def _download(self, names: Sequence[str], cache_dir: str | Path | None) -> Path | str:
-        """The file, or the reason why there is none."""
+        """Returns the file, or the reason why there is none."""
         from huggingface_hub import errors as hub
         from huggingface_hub import hf_hub_download
 
@@ -75,14 +75,14 @@ class Repository(NamedTuple):
 
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
-    """The folder that downloads are kept in."""
+    """Returns the folder that downloads are kept in."""
     from huggingface_hub import constants
 
     return Path(cache_dir or constants.HF_HUB_CACHE).expanduser()
 
 
 def _offline() -> str | None:
-    """Why the hub cannot be reached, within seconds; None if it can.
+    """Returns why the hub cannot be reached, within seconds; None if it can.
 
     Asked once before a download, which by itself retries for most of a minute.
     """

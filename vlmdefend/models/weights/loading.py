@@ -1,4 +1,4 @@
-"""Copy tensors by name into an open_clip model, all of them or none."""
+"""Copies tensors by name into a model, all of them or none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # OpenAI's a
 
 
 def load_weights(clip: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy ``state`` into the whole model, all names and shapes matching; open_clip's older layouts are converted.
+    """Copies ``state`` into the whole model, all names and shapes matching; converts open_clip's older layouts.
 
     Raises:
         UserError: names the first weight that is missing, unknown, or of another shape.
@@ -37,14 +37,14 @@ def load_weights(clip: nn.Module, state: dict[str, Tensor], source: str | Path) 
 
 
 def is_image_tower(clip: nn.Module, state: dict[str, Tensor]) -> bool:
-    """Whether ``state`` holds weights of the image tower alone, with or without the prefix ``visual.``."""
+    """Returns whether ``state`` holds the image tower alone, with or without the prefix ``visual.``."""
     prefixed = [name.startswith("visual.") for name in state]
     known = set(state) & set(_visual(clip).state_dict())
     return all(prefixed) or (not any(prefixed) and len(known) > len(state) / 2)
 
 
 def load_image_tower(clip: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy an image tower's ``state`` into ``clip.visual``, all names and shapes matching.
+    """Copies an image tower's ``state`` into ``clip.visual``, all names and shapes matching.
 
     Raises:
         UserError: as :func:`load_weights`.
@@ -53,7 +53,7 @@ def load_image_tower(clip: nn.Module, state: dict[str, Tensor], source: str | Pa
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy ``state`` into any module, all names and shapes matching.
+    """Copies ``state`` into any module, all names and shapes matching.
 
     Raises:
         UserError: names the first weight that is missing, unknown, or of another shape.
@@ -66,7 +66,7 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], source: str | Path
 
 
 def _faults(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, str]:
-    """What is wrong with each name of ``state``: other shapes first, then missing, then unknown names."""
+    """Returns what is wrong with each name of ``state``: other shapes first, then missing, then unknown names."""
     shapes = {
         name: f"{name} is {tuple(state[name].shape)} where the model has {tuple(tensor.shape)}"
         for name, tensor in wanted.items()

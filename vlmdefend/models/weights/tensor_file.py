@@ -1,4 +1,4 @@
-"""What is in a file of tensors, read without ever running any of it."""
+"""Reads files of tensors without ever running code in them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ WRAPPERS = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 
 
 def read_contents(file: Path) -> Any:
-    """Whatever the file holds: a dictionary of tensors by name, or a nested one of tensors, numbers and words.
+    """Returns the content of the file: a dictionary of tensors by name, or a nested one of tensors, numbers and words.
 
     Pickles are read with ``weights_only=True``.
 
@@ -41,7 +41,7 @@ def read_contents(file: Path) -> Any:
 
 
 def _is_safetensors(file: Path) -> bool:
-    """By its name, or because a header of JSON follows the 8 bytes of its length."""
+    """Returns whether name or first bytes are those of a safetensors file."""
     if file.name.endswith((".safetensors", ".safetensors.xz")):
         return True
     with file.open("rb") as opened:
@@ -62,7 +62,7 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 @lru_cache(maxsize=4)
 def _decompressed(file: Path, size: int, modified: int) -> bytes:
-    """The content of an .xz file; kept in memory, since the embedded models are loaded again and again."""
+    """Returns the content of an .xz file; cached, since the embedded models are loaded again and again."""
     return lzma.decompress(file.read_bytes())
 
 
@@ -99,7 +99,7 @@ def _is_torchscript(file: Path) -> bool:
 
 
 def plain_names(read: Any, file: Path) -> dict[str, Tensor]:
-    """Open nested dictionaries, keep tensors, drop the prefixes that every name shares.
+    """Opens nested dictionaries, keeps tensors, drops the prefixes that every name shares.
 
     Raises:
         UserError: there is no tensor with a name.
@@ -117,7 +117,7 @@ def plain_names(read: Any, file: Path) -> dict[str, Tensor]:
 
 
 def named_prompts(read: Any) -> str | None:
-    """The name of a tensor of a learned prompt, if the file is one of those that prompt learning's authors publish.
+    """Returns the name of a tensor of a learned prompt, if the file is one that authors of prompt learning publish.
 
     TeCoA's visual prompts: ``add_prompter``, and a ``state_dict`` of the border. Prompt learners of Dassl's trainers:
     ``ctx``, alone or within a whole model.
@@ -132,7 +132,7 @@ def named_prompts(read: Any) -> str | None:
 
 
 def unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes of DataParallel and torch.compile."""
+    """Returns the state without the prefixes of DataParallel and torch.compile."""
     for prefix in WRAPPERS * 2:
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}

@@ -1,4 +1,4 @@
-"""Pixels in [0, 1] to class logits: normalisation, and the resize where the protocol has it inside, are in here."""
+"""Zero-shot classifiers: pixels in [0, 1] to class logits, with resize and normalisation inside."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class ZeroShotClassifier(nn.Module):
         return features
 
     def logits(self, features: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(..., D) image features of any length -> (..., C), scaled as the model was trained.
+        """Turns (..., D) image features of any length into (..., C) logits, scaled as the model was trained.
 
         Args:
             classes: unit class features in place of the classifier's own: (C, D), or (B, C, D) for (B, V, D) features.
@@ -102,7 +102,7 @@ class ZeroShotClassifier(nn.Module):
 
     @property
     def blank_features(self) -> Tensor | None:
-        """(D,) unit mean text embedding of templates without a class; None where no text tower was given."""
+        """The (D,) unit mean text embedding of templates without a class; None without a text tower."""
         return None if self._blank is None else self._blank()
 
     @property
@@ -117,7 +117,7 @@ class ZeroShotClassifier(nn.Module):
         return self._text_side
 
     def train(self, mode: bool = True) -> ZeroShotClassifier:
-        """Do nothing: a classifier under attack stays in evaluation mode."""
+        """Does nothing: a classifier under attack stays in evaluation mode."""
         return self
 
     def _prepared(self, images: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class ZeroShotClassifier(nn.Module):
 
 @contextmanager
 def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every flag as it was afterwards: no BatchNorm statistic moves."""
+    """Context in evaluation mode; every flag is restored, and no BatchNorm statistic moves."""
     training = [m for m in module.modules() if m.training]
     for m in training:
         m.training = False

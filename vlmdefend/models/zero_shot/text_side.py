@@ -1,4 +1,4 @@
-"""The text tower of a zero-shot classifier as an attacker reaches it: tokens, their gradient, other prompts."""
+"""The text tower of a zero-shot classifier for attacks on prompts: tokens, their gradient, other prompts."""
 
 from __future__ import annotations
 
@@ -65,27 +65,27 @@ class TextSide:
 
     @property
     def table(self) -> Tensor:
-        """(V, W) the embedding of each token."""
+        """(V, W): the embedding of each token."""
         weight: Tensor = self._embedding.weight
         return weight
 
     @property
     def ends(self) -> Tensor:
-        """(C, T) where the end token lies in the clean prompts."""
+        """(C, T): position of the end token in the clean prompts."""
         return self.ends_of(self.tokens)
 
     def ends_of(self, tokens: Tensor) -> Tensor:
-        """(..., L) -> (...) where the end token lies."""
+        """Returns the position of the end token: (..., L) to (...)."""
         ends: Tensor = (tokens == self._tokenizer.eot_token_id).long().argmax(dim=-1)
         return ends
 
     def token(self, word: str) -> int:
-        """The number of a word that is one token."""
+        """Returns the number of a word that is one token."""
         (number,) = self._tokenizer.encode(word)
         return int(number)
 
     def usable(self, *, words: bool) -> Tensor:
-        """(V,) bool: tokens that a prompt may gain: no special ones.
+        """(V,) bool: tokens that a prompt may gain; no special ones.
 
         Args:
             words: only whole lower-case words of letters that the tokenizer reads back as this one token, so that the
@@ -98,13 +98,13 @@ class TextSide:
         return found & _words(self._tokenizer, len(self.table)).to(found.device) if words else found
 
     def decode(self, tokens: Tensor) -> str:
-        """(L,) -> the text between start and end; of learned vectors, which no word stands for, how many they are."""
+        """Returns the text of (L,) tokens between start and end; learned vectors are given as a count."""
         learned = 0 if self._context is None else len(self._context)
         text: str = self._tokenizer.decode(tokens[1 + learned : int(self.ends_of(tokens))].tolist())
         return f"[{learned} learned vectors] {text.strip()}" if learned else text.strip()
 
     def with_appended(self, tokens: Tensor, word: int) -> Tensor:
-        """(R, L) -> (R, L) with one more token before the end.
+        """Inserts one more token before the end of (R, L) tokens.
 
         Raises:
             UserError: no room.
@@ -187,7 +187,7 @@ class TextSide:
 
     @contextmanager
     def using(self, features: Tensor) -> Iterator[None]:
-        """Inside, the classifier, and every defense around it, answers with these (C, D) class features."""
+        """Context in which the classifier, and every defense around it, uses these (C, D) class features."""
         before = self.classifier.text_features
         self.classifier.text_features = features
         try:
@@ -217,7 +217,7 @@ class TextSide:
 
 @lru_cache(maxsize=4)
 def _words(tokenizer: Any, size: int) -> Tensor:
-    """(V,) bool; seconds of work, once per tokenizer."""
+    """Returns (V,) bool: tokens that are whole words; takes seconds, once per tokenizer."""
     found = torch.zeros(size, dtype=torch.bool)
     for number, written in tokenizer.decoder.items():
         stem = written.removesuffix("</w>")
@@ -227,24 +227,24 @@ def _words(tokenizer: Any, size: int) -> Tensor:
 
 
 def ensembled(prompts: Tensor) -> Tensor:
-    """(..., T, D) unit prompt features -> (..., D) normalised means over the templates."""
+    """Averages (..., T, D) unit prompt features over the templates to (..., D) and normalises them."""
     mean = prompts.mean(dim=-2)
     features: Tensor = mean / mean.norm(dim=-1, keepdim=True)
     return features
 
 
 def parts_of(rows: Tensor, width: int = PROMPTS_AT_ONCE) -> list[Tensor]:
-    """(R, ...) in parts of at most ``width`` rows."""
+    """Yields (R, ...) in parts of at most ``width`` rows."""
     return [rows[first : first + width] for first in range(0, len(rows), width)]
 
 
 def _shared(a: list[int], b: list[int]) -> int:
-    """How many tokens two lists have in common from their start."""
+    """Returns how many tokens two lists have in common from their start."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _words_before(slots: Tensor) -> int:
-    """How many template tokens lie before the class name."""
+    """Returns how many template tokens lie before the class name."""
     count = 0
     while count < slots.shape[1] and bool((slots[:, count] == count + 1).all()):
         count += 1

@@ -1,4 +1,4 @@
-"""open_clip's text tower from tokens, or from the vectors that are read in their place, to unit features."""
+"""Runs open_clip's text tower from tokens, or from embeddings in their place, to unit features."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vlmdefend.errors import UserError
 
 
 def tokenized(tokenizer: Any, texts: Sequence[str]) -> Tensor:
-    """(P, L) tokens of P prompts.
+    """Returns (P, L) tokens of P prompts.
 
     Raises:
         UserError: a prompt longer than the context.
@@ -29,7 +29,7 @@ def tokenized(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def encode_embedded(clip: Any, tokens: Tensor, embeddings: Tensor) -> Tensor:
-    """(P, L) tokens, of which (P, L, W) ``embeddings`` are read -> (P, D) unit features, differentiable in these."""
+    """Encodes (P, L, W) ``embeddings`` of (P, L) tokens into (P, D) unit features, differentiable in them."""
     handle = token_embedding(clip).register_forward_hook(lambda module, given, found: embeddings)
     try:
         features: Tensor = clip.encode_text(tokens, normalize=True)
@@ -39,19 +39,19 @@ def encode_embedded(clip: Any, tokens: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def looks_backwards(clip: Any) -> bool:
-    """Whether this is OpenAI's text tower: causal, read at the end token, so that padding has no say."""
+    """Returns whether this is OpenAI's text tower: causal, read at the end token, so that padding has no effect."""
     from open_clip.model import CLIP
 
     return type(clip) is CLIP and clip.attn_mask is not None and clip.text_pool_type == "argmax"
 
 
 def without_padding(tokens: Tensor) -> Tensor:
-    """(P, L) tokens -> (P, L') as far as the longest prompt goes: all that a tower that looks backwards needs."""
+    """Cuts (P, L) tokens to the length of the longest prompt, which is enough for a causal tower."""
     return tokens[:, : int(tokens.argmax(dim=1).max()) + 1]
 
 
 def read_short(clip: Any, tokens: Tensor, embeddings: Tensor) -> Tensor:
-    """What :func:`encode_embedded` computes, of prompts cut to a common length, by a tower that looks backwards."""
+    """Computes what :func:`encode_embedded` does, for prompts cut to a common length, with a causal tower."""
     length = tokens.shape[1]
     x = embeddings + clip.positional_embedding[:length]
     x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
@@ -64,7 +64,7 @@ def read_short(clip: Any, tokens: Tensor, embeddings: Tensor) -> Tensor:
 
 
 def token_embedding(clip: Any) -> nn.Embedding:
-    """Where the text tower looks its tokens up.
+    """Returns the token embedding of the text tower.
 
     Raises:
         UserError: the tower is not open_clip's own.

@@ -1,4 +1,4 @@
-"""A CLIP in training: the forward that is trained and the one that is attacked; and the frozen teacher beside it."""
+"""A CLIP in training, with its training forward and its attacked forward, and the frozen teacher."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ClipStudent(TrainedStudent):
 
     Args:
         classifier: the model.
-        parameters: those of it that train, by name.
+        parameters: those that train, by name.
         processes: give the precision of the training forward.
     """
 
@@ -28,13 +28,13 @@ class ClipStudent(TrainedStudent):
         super().__init__(classifier, parameters, processes)
 
     def __call__(self, images: Tensor) -> Outputs:
-        """The forward that is trained, in training precision; outputs in float32."""
+        """Runs the training forward in training precision, with LoRA's dropout; returns float32 outputs."""
         with self.processes.autocast(), dropped_out(self.classifier, self.iteration):
             found = self.classifier.training_outputs(images)
         return Outputs(found.logits.float(), None if found.features is None else found.features.float())
 
     def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
-        """The logits that an attack differentiates: float32 whatever the precision of training.
+        """Returns the logits that an attack differentiates: float32 whatever the precision of training.
 
         Args:
             classes: (C, D) unit class features in place of the model's own.
@@ -42,11 +42,11 @@ class ClipStudent(TrainedStudent):
         return self.classifier.logits(self.classifier.features(images), classes)
 
     def attacked_features(self, images: Tensor) -> Tensor:
-        """(B, D) features that an attack differentiates: as :meth:`attacked`."""
+        """Returns the (B, D) features that an attack differentiates, in float32 as :meth:`attacked`."""
         return self.classifier.features(images)
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
-        """The forward that is trained, with (B, N, D) what it says of each place; in float32."""
+        """Runs the training forward; returns its outputs and the (B, N, D) features of the N patches, in float32."""
         with self.processes.autocast(), dropped_out(self.classifier, self.iteration):
             found, patches = self.classifier.with_patches(images)
         return Outputs(
@@ -65,30 +65,34 @@ class ClipStudent(TrainedStudent):
 
     @property
     def context(self) -> Tensor:
-        """(M, W), or (C, M, W), the context that is learned, detached."""
+        """The learned context, (M, W) or (C, M, W), detached.
+
+        Raises:
+            UserError: the model has none.
+        """
         context = self.classifier.model.context
         if context is None:
             raise UserError("this model has no learned context; train one with --trains context:M.")
         return context.detach()
 
     def classes_of(self, context: Tensor) -> Tensor:
-        """(C, D) unit class features of another context, with its gradient; in float32."""
+        """Returns (C, D) unit class features of another context, with gradients to it, in float32."""
         return self.classifier.classes_of(context)
 
     def answers(self, features: Tensor) -> Tensor:
-        """(B, D) image features -> (B, C) logits that carry gradients to what trains of the text side."""
+        """Returns (B, C) logits of (B, D) image features, with gradients to the trained parameters of the text side."""
         return self.classifier.logits(features, self.classifier.class_features())
 
     def refresh(self) -> None:
-        """Bring up to date what is computed from weights that were just changed."""
+        """Updates the cached text features after the weights changed."""
         self.classifier.refresh()
 
     def forget(self) -> None:
-        """Drop what a forward kept for its backward."""
+        """Drops the text features that a forward cached with their graph."""
         self.classifier.forget()
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes, by name: parameters, and BatchNorm's running statistics where they train."""
+        """Returns the tensors that training changes, by name: parameters, and BatchNorm statistics if they train."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters.items()}
         if self.classifier.batch_norm == "train":
             found |= batch_norm_buffers(self.classifier.clip)
@@ -96,19 +100,19 @@ class ClipStudent(TrainedStudent):
 
 
 class AutocastTeacher:
-    """A frozen model in the precision of the training forward."""
+    """A frozen teacher that runs in the precision of the training forward, without gradients."""
 
     def __init__(self, classifier: TrainedClassifier, processes: Processes) -> None:
         self.classifier, self.processes = classifier, processes
 
     def __call__(self, images: Tensor) -> Outputs:
-        """Without gradient, in float32 outside."""
+        """Returns float32 outputs of a batch of images."""
         with torch.no_grad(), self.processes.autocast():
             found = self.classifier(images)
         return Outputs(found.logits.float(), None if found.features is None else found.features.float())
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
-        """The same, with (B, N, D) what the model says of each place."""
+        """Returns float32 outputs and the (B, N, D) features of the N patches."""
         with torch.no_grad(), self.processes.autocast():
             found, patches = self.classifier.with_patches(images)
         return Outputs(
