@@ -1,4 +1,4 @@
-"""Records to verdicts, tables and files. Reads run folders only: no tensors, nothing is recomputed."""
+"""Turns the records of run folders into verdicts, tables and files. Loads no tensors and recomputes nothing."""
 
 from __future__ import annotations
 

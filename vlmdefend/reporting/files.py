@@ -1,4 +1,4 @@
-"""Writes a report file whole or not at all."""
+"""Writes a report file completely or not at all."""
 
 from __future__ import annotations
 

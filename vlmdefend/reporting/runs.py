@@ -15,12 +15,13 @@ PATTERN = "cells/*/record.json"
 def load_runs(folders: Iterable[str | Path]) -> list[Result]:
     """Returns every finished or failed cell of these run folders, in a stable order.
 
-    The same cell with the same outcome in two folders is taken once, and a cell that failed in one folder and is
-    done in another is done. The same cell with two outcomes stays twice: the verdict says so.
+    The same cell with the same rows in two folders is returned once; a cell that failed in one folder and is done in
+    another counts as done. A cell with different rows in two folders is returned twice, and the verdict has a note on
+    it.
 
     Raises:
-        UserError: no such folder, no record in it, a record that is cut off, of a newer schema, or at odds with its
-            rows.
+        UserError: no such folder, no record in it, a record that is cut off, of a newer schema, or in conflict with
+            its rows.
     """
     results = [_load(file) for folder in folders for file in _record_files(Path(folder).expanduser())]
     done = [r for r in results if r.record.status == "done"]
@@ -35,7 +36,7 @@ def load_runs(folders: Iterable[str | Path]) -> list[Result]:
 
 
 def unfinished(folders: Iterable[str | Path]) -> int:
-    """Returns how many cells of these folders were begun and not finished."""
+    """Returns the number of cells in these folders that were started and not finished."""
     begun = (file.parent for folder in folders for file in Path(folder).expanduser().glob("cells/*/partial.jsonl"))
     return sum(not (cell / "record.json").exists() for cell in begun)
 
@@ -61,11 +62,12 @@ def only(
                 raise did_you_mean(kind, name, known, hint=f"The records have: {here}.")
         kept = [r for r in kept if not wanted or getattr(r.record.cell, kind) in wanted]
     if not kept:
-        raise UserError("no record is of this model, defense and dataset together; leave one of the filters out.")
+        raise UserError("no record has this model, defense and dataset together; leave one of the filters out.")
     return kept
 
 
 def _record_files(folder: Path) -> list[Path]:
+    """Returns the record files of a run folder, sorted; an error names a likely folder if there are none."""
     if not folder.exists():
         raise UserError(f"{folder}: no such folder; give the --out folder of `vlmdefend evaluate`.")
     if not folder.is_dir():
@@ -84,6 +86,7 @@ def _record_files(folder: Path) -> list[Path]:
 
 
 def _load(file: Path) -> Result:
+    """Returns a record and its rows, checked against each other."""
     record = read_record(file)
     if record.status == "error":
         return Result(record, ())

@@ -1,4 +1,4 @@
-"""Two run folders compared image by image."""
+"""Compares two run folders image by image."""
 
 from __future__ import annotations
 

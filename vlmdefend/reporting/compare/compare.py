@@ -1,4 +1,4 @@
-"""Compares two sets of records image by image: lost, won, and the exact sign test. Imports no torch."""
+"""Compares two sets of records image by image: images lost and won, exact sign test. Imports no torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class ComparedSetting(NamedTuple):
     norm: str
     eps: float
     seed: int
-    model: str  # "" where each side has one, which may then be called differently
+    model: str  # "" if each side has one model, whose names may then differ
 
     @property
     def defended(self) -> str:
@@ -49,7 +49,7 @@ class ComparedSetting(NamedTuple):
 
     @property
     def order(self) -> tuple[object, ...]:
-        """The sort key of a table: no defense first, then by name; radii ascending."""
+        """The sort key of a row: no defense first, then by name; radii ascending."""
         return self.dataset, self.model, self.norm, self.defense != "none", self.defense, self.defense_config, self[-3:]
 
 
@@ -57,8 +57,8 @@ class ComparedSetting(NamedTuple):
 class PairedCounts:
     """Images lost and won by one measure (clean or worst) between before and after, with the p-value.
 
-    ``p``: how likely so many losses among the images that changed are, were losses and gains equally likely (exact
-    one-sided sign test, which is McNemar's), corrected for the number of comparisons (Holm 1979).
+    ``p``: the probability of at least so many losses among the changed images if losses and gains were equally likely
+    (exact one-sided sign test, as McNemar's), corrected for the number of comparisons (Holm 1979).
     """
 
     n: int
@@ -70,11 +70,11 @@ class PairedCounts:
 
     @classmethod
     def of(cls, ids: Set[str], before: Mapping[str, bool], after: Mapping[str, bool]) -> PairedCounts:
-        """Counts over outcomes by image id. ``p`` is not corrected yet."""
+        """Returns the counts over outcomes by image id; ``p`` is not corrected yet."""
         lost = sum(before[i] and not after[i] for i in ids)
         won = sum(after[i] and not before[i] for i in ids)
-        held = [sum(side[i] for i in ids) for side in (before, after)]
-        return cls(len(ids), held[0], held[1], lost, won, sign_test(lost, won))
+        right = [sum(side[i] for i in ids) for side in (before, after)]
+        return cls(len(ids), right[0], right[1], lost, won, sign_test(lost, won))
 
     def fell(self, tolerance: float, alpha: float) -> bool:
         """Returns whether more than ``tolerance`` (a share, 0..1) was lost, beyond chance."""
@@ -83,7 +83,7 @@ class PairedCounts:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One defense at one radius and seed. ``worst`` is None where nothing was attacked."""
+    """The comparison of one defense at one radius and seed. ``worst`` is None where nothing was attacked."""
 
     setting: ComparedSetting
     models: tuple[str, str]  # before, after
@@ -97,19 +97,19 @@ class Comparison:
         return {"clean": self.clean, "worst": self.worst} if self.worst else {"clean": self.clean}
 
     def regressions(self, tolerance: float, alpha: float) -> list[Measure]:
-        """The measures that fell."""
+        """Returns the measures that fell by more than ``tolerance`` with p < ``alpha``."""
         return [name for name, paired in self.measures.items() if paired.fell(tolerance, alpha)]
 
 
 def compare(before: Sequence[Result], after: Sequence[Result]) -> list[Comparison]:
     """Compares every setting of ``before`` with the same setting of ``after``, which may hold more.
 
-    Weights, code, device and batch size may differ: they are what is compared. Where each side has one model, its name
-    may differ too.
+    Weights, code, device and batch size may differ, since they are the subject of the comparison. If each side has one
+    model, its name may differ too.
 
     Raises:
-        NotComparable: a cell failed, a setting has no counterpart, was attacked differently or on other images, or one
-            side has it twice.
+        NotComparable: a cell failed, or a setting has no counterpart, other attacks, other images, or occurs twice on
+            one side.
     """
     by_model = any(len({r.record.cell.model for r in side}) > 1 for side in (before, after))
     old, new = _by_setting(before, by_model), _by_setting(after, by_model)
@@ -173,7 +173,7 @@ def _images(setting: ComparedSetting, before: Sequence[Result], after: Sequence[
 
 
 def _check_attacks(setting: ComparedSetting, before: Sequence[Result], after: Sequence[Result]) -> None:
-    """Refuses sides that were attacked differently."""
+    """Raises an error if the two sides were attacked differently."""
 
     def attacks(results: Sequence[Result]) -> dict[str, str]:
         cells = [r.record.cell for r in results]
@@ -205,7 +205,7 @@ def _doubts(groups: Mapping[ComparedSetting, Sequence[Result]], setting: Compare
 
 
 def needed(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -> int:
-    """Returns how many images must be lost, and none won, for the first comparison to count as a fall."""
+    """Returns the smallest number of lost images, with none won, that counts as a regression."""
     smallest = min(paired.n for c in comparisons for paired in c.measures.values())
     tests = len(_hypotheses(comparisons))
     return next(k for k in count(1) if sign_test(k, 0) * tests < alpha and k > tolerance * smallest + ROUNDING)
@@ -213,13 +213,13 @@ def needed(comparisons: Sequence[Comparison], tolerance: float, alpha: float) ->
 
 def _hypotheses(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], list[tuple[int, Measure]]]:
     """Returns the tested hypotheses, each with its comparisons; clean accuracy is one hypothesis for all radii."""
-    asked: dict[tuple[object, ...], list[tuple[int, Measure]]] = {}
+    tested: dict[tuple[object, ...], list[tuple[int, Measure]]] = {}
     for i, comparison in enumerate(comparisons):
         for name, paired in comparison.measures.items():
             setting = comparison.setting
             about = setting._replace(eps=0.0, norm="") if name == "clean" else setting
-            asked.setdefault((name, about, replace(paired, p=0.0)), []).append((i, name))
-    return asked
+            tested.setdefault((name, about, replace(paired, p=0.0)), []).append((i, name))
+    return tested
 
 
 def _corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:

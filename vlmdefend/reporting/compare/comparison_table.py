@@ -1,4 +1,4 @@
-"""Comparisons as a table for a terminal or a pull request, or as JSON for a script."""
+"""Formats comparisons as a table for a terminal or a pull request, or as JSON for a script."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ def as_json(comparisons: Sequence[Comparison], tolerance: float, alpha: float) -
 def _tables(
     comparisons: Sequence[Comparison], tolerance: float, alpha: float
 ) -> list[tuple[str, list[dict[str, str]], list[str]]]:
+    """Returns title, rows and sentences of each table."""
     groups: dict[tuple[str, ...], list[Comparison]] = {}
     for comparison in comparisons:
         setting = comparison.setting
@@ -84,7 +85,7 @@ def _tables(
 
 
 def _names(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], str]:
-    """The defense with the options in which two of its settings differ, and the seed where there are several."""
+    """Returns the name of each setting: its defense, the options that differ from others, and the seed if several."""
     configs = {c.setting: json.loads(c.setting.defense_config) for c in comparisons}
     seeds = len({c.setting.seed for c in comparisons}) > 1
     names: dict[tuple[object, ...], str] = {}
@@ -96,6 +97,7 @@ def _names(comparisons: Sequence[Comparison]) -> dict[tuple[object, ...], str]:
 
 
 def _row(name: str, comparison: Comparison, tolerance: float, alpha: float) -> dict[str, str]:
+    """Returns the table row of a comparison, by column header."""
     clean, worst = comparison.clean, comparison.worst
     return {
         "defense": name,
@@ -109,11 +111,12 @@ def _row(name: str, comparison: Comparison, tolerance: float, alpha: float) -> d
 
 
 def _sentences(name: str, comparison: Comparison, tolerance: float, alpha: float) -> list[str]:
+    """Returns one sentence per regression and per new doubt of a comparison."""
     where = f"{name} {format_eps(comparison.setting.eps)}" if comparison.worst else name
     measures = comparison.measures
     fell = [
         f"REGRESSION {where}: {measure} {_change(measures[measure])} %, {measures[measure].lost} images lost and "
-        f"{measures[measure].won} won of {measures[measure].n}, p {_chance(measures[measure].p)}"
+        f"{measures[measure].won} won of {measures[measure].n}, p {_p_text(measures[measure].p)}"
         for measure in comparison.regressions(tolerance, alpha)
     ]
     return [*fell, *(f"DOUBTFUL {where}: new is {doubt}" for doubt in comparison.doubts)]
@@ -123,5 +126,5 @@ def _change(paired: PairedCounts) -> str:
     return f"{percent(paired.before / paired.n)} → {percent(paired.after / paired.n)}"
 
 
-def _chance(p: float) -> str:
+def _p_text(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"= {p:.3f}"

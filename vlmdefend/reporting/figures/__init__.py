@@ -1,1 +1,1 @@
-"""Pictures: contact sheets and heat maps."""
+"""Draws figures: contact sheets and heat maps."""

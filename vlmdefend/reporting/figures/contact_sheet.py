@@ -1,8 +1,8 @@
-"""Draws a picture of a saved set: clean and adversarial images, their difference and the predictions.
+"""Draws a contact sheet of a saved set: clean and adversarial images, their differences and the predictions.
 
-Drawn with Pillow and its own font, which knows the letters of English: accents are dropped, any other character is
-written as its escape. Differences are shown around grey, so that grey means unchanged; the gain is one for the sheet,
-that which takes all but the largest hundredth of the differences to less than black or white.
+Drawn with Pillow and its own font, which has the letters of English: accents are dropped, any other character is
+written as its escape. Differences are shown around grey, so grey means unchanged. All differences of a sheet are
+multiplied by one gain, at which 99 % of them stay inside the range from black to white.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.float32]  # (H, W, 3) in [0, 1]
 
-FOOLED, SURVIVED = 8, 4  # images of each kind that are shown, if there are so many
+FOOLED, SURVIVED = 8, 4  # the most images of each kind on a sheet
 TILE, GAP, MARGIN, COLUMNS = 160, 10, 28, 2
 SIZE, LINE = 14, 19
 INK, FAINT, RED, GREEN, PAPER = "#1d1d1f", "#6e6e73", "#c0271b", "#1b7f3b", "#ffffff"
@@ -71,13 +71,13 @@ def choose(rows: Sequence[IndexRow]) -> list[IndexRow]:
     attacked = sorted((row for row in rows if row.clean_correct), key=lambda row: (-row.adversarial_margin, row.id))
     fooled = [row for row in attacked if not row.robust]
     survived = [row for row in attacked if row.robust]
-    spare = max(0, FOOLED - len(fooled))
-    some = survived[: SURVIVED + spare]
-    return [*fooled[: FOOLED + SURVIVED - len(some)], *some]
+    free = max(0, FOOLED - len(fooled))
+    chosen = survived[: SURVIVED + free]
+    return [*fooled[: FOOLED + SURVIVED - len(chosen)], *chosen]
 
 
 def draw_sheet(shown: Sequence[ContactSheetItem], class_names: Sequence[str], title: str, about: str) -> Image.Image:
-    """Draws cards in two columns under a heading; the differences are magnified by one factor."""
+    """Draws one card per image, in two columns under a heading; all differences have the same gain."""
     from PIL import Image, ImageDraw
 
     gain = _gain(np.concatenate([np.abs(one.adversarial - one.clean).ravel() for one in shown]))
@@ -106,6 +106,7 @@ def legible(text: str) -> str:
 
 
 def _written(character: str) -> str:
+    """Returns the character as printable ASCII: without accent, or as its escape."""
     plain = unicodedata.normalize("NFKD", character)
     plain = "".join(c for c in plain if not unicodedata.combining(c))
     if plain.isascii() and plain.isprintable():
@@ -121,6 +122,7 @@ def _draw_card(
     class_names: Sequence[str],
     gain: float,
 ) -> None:
+    """Draws one image of the sheet: three tiles (clean, adversarial, difference) with their texts."""
     x, y = at
     row = one.row
     width = 3 * TILE + 2 * GAP
@@ -164,14 +166,14 @@ def _gain(differences: NDArray[np.float32]) -> float:
     largest = float(np.quantile(differences, 0.99)) or float(differences.max())
     if largest <= 0:
         return 1.0
-    gain = 0.5 / largest + 1e-3  # 4.9999 is 5
+    gain = 0.5 / largest + 1e-3  # so that 4.9999 becomes 5
     return float(int(gain)) if gain >= 1 else int(gain * 10) / 10
 
 
 def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, width: int, color: str, size: int = SIZE) -> None:
-    """One line, cut to ``width`` pixels with an ellipsis."""
+    """Draws one line of text, cut to ``width`` pixels with an ellipsis."""
     font = _font(size)
-    line = legible(text[:width])  # no letter is narrower than a pixel
+    line = legible(text[:width])  # every letter is at least a pixel wide
     if draw.textlength(line, font) > width:
         fits = bisect_right(range(len(line)), width, key=lambda n: ceil(draw.textlength(f"{line[:n]}...", font))) - 1
         line = f"{line[: max(0, fits)]}..."

@@ -1,4 +1,4 @@
-"""A matrix of shares as a picture: one hue, dark is high, the number in every cell."""
+"""Draws a heat map of a matrix of shares: one hue, dark is high, the number in every cell."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def heat_map(
 
     Args:
         title: first line; about: second line, smaller.
-        rows: names down the side; columns: names along the top.
-        values: by row and column: a share in [0, 1], and a small text under its number.
+        rows: names at the left; columns: names at the top.
+        values: by row and column: a share in [0, 1], and a small text below its number.
     """
     from PIL import Image, ImageDraw, ImageFont
 

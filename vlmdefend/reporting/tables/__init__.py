@@ -1,4 +1,4 @@
-"""Verdict rows as tables: terminal, Markdown, LaTeX, CSV, Parquet."""
+"""Formats verdict rows as tables: terminal, Markdown, LaTeX, CSV, Parquet."""
 
 from __future__ import annotations
 

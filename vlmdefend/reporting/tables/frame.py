@@ -1,4 +1,4 @@
-"""Verdict rows as a data frame, CSV and Parquet: one row per verdict and seed, accuracies as 0..1."""
+"""Turns verdict rows into a data frame, CSV or Parquet: one row per verdict and seed, accuracies as 0..1."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _TYPES = {"text": "string", "whole": "Int64", "real": "Float64", "truth": "boole
 
 
 def frame(lines: Sequence[VerdictRow]) -> pandas.DataFrame:
-    """Returns a data frame with one row per verdict row; missing where something was not measured.
+    """Returns a data frame with one row per verdict row; values that were not measured are missing.
 
-    ``adaptive`` (and, without a defense, ``transfer``) repeats ``whitebox`` where the attackers are one;
+    ``adaptive`` (and, without a defense, ``transfer``) repeats ``whitebox`` where the attackers are the same;
     ``same_as_whitebox`` names those columns.
     """
     import pandas
@@ -34,13 +34,13 @@ def frame(lines: Sequence[VerdictRow]) -> pandas.DataFrame:
 
 
 def csv(lines: Sequence[VerdictRow]) -> str:
-    """The frame as CSV."""
+    """Returns the data frame as CSV text."""
     text: str = frame(lines).to_csv(index=False, lineterminator="\n")
     return text
 
 
 def parquet(lines: Sequence[VerdictRow]) -> bytes:
-    """The frame as a Parquet file.
+    """Returns the data frame as the bytes of a Parquet file.
 
     Raises:
         UserError: pyarrow is not installed.
@@ -57,6 +57,7 @@ def parquet(lines: Sequence[VerdictRow]) -> bytes:
 
 
 def _columns() -> dict[str, str]:
+    """Returns the columns in order, each with its kind (a key of ``_TYPES``)."""
     text = ("protocol", "protocol_hash", "model", "weights_hash", "defense", "defense_config", "paradigm")
     columns = dict.fromkeys(text, "text") | {"stochastic": "truth"}
     columns |= dict.fromkeys(("dataset", "split", "ids_hash", "prompts_hash", "norm"), "text")
@@ -77,6 +78,7 @@ def _costs() -> list[str]:
 
 
 def _row(line: VerdictRow) -> dict[str, Any]:
+    """Returns the values of one verdict row by column."""
     shares: dict[str, Proportion | None] = {"clean": line.clean, "worst": line.worst}
     for attacker in ATTACKERS:
         shares[attacker] = line.robust.get("whitebox" if attacker in line.same_as_whitebox else attacker)

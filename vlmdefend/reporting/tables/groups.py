@@ -19,7 +19,7 @@ Word = Literal["MASKED?", "BUDGET!", "ERROR", "note"]
 
 
 class Footnote(NamedTuple):
-    """A sentence below a table; ``word`` is what it explains."""
+    """A sentence below a table; ``word`` is the flag that it explains, or ``note``."""
 
     word: Word
     text: str
@@ -44,26 +44,26 @@ class VerdictTable:
 
     @property
     def lines(self) -> list[VerdictRow]:
-        """The lines alone."""
+        """The verdict rows without the names of their defenses."""
         return [line for _, line in self.rows]
 
     def is_best(self, line: VerdictRow) -> bool:
         """Returns whether a row has the highest ``worst`` of its radius among the numbers without doubts.
 
-        Compared are lines without a flag whose attackers are as many as any line's, and that met every attack which
-        any line met: a defense that only a transfer attacker met is not better than one that an adaptive attacker met,
-        nor one that only fgsm met than one that pgd met.
+        Only rows without a flag are compared, and only those that were run with every attack and the most attackers of
+        any row of the radius: a defense attacked by transfer only is not better than one attacked adaptively, nor one
+        attacked by fgsm only than one attacked by pgd.
         """
-        rivals = [rival for rival in self.lines if rival.eps == line.eps and rival.worst is not None]
-        widest = max((len(rival.covered) for rival in rivals), default=0)
-        attacks = {attack for rival in rivals for attack in rival.attack_set}
-        fair = [
-            rival
-            for rival in rivals
-            if not rival.flags and len(rival.covered) == widest and attacks <= set(rival.attack_set)
+        others = [other for other in self.lines if other.eps == line.eps and other.worst is not None]
+        widest = max((len(other.covered) for other in others), default=0)
+        attacks = {attack for other in others for attack in other.attack_set}
+        comparable = [
+            other
+            for other in others
+            if not other.flags and len(other.covered) == widest and attacks <= set(other.attack_set)
         ]
-        best = max((rival.worst.value for rival in fair if rival.worst), default=None)
-        return len(rivals) > 1 and line in fair and line.worst is not None and line.worst.value == best
+        best = max((other.worst.value for other in comparable if other.worst), default=None)
+        return len(others) > 1 and line in comparable and line.worst is not None and line.worst.value == best
 
 
 def verdict_tables(lines: Sequence[VerdictRow]) -> list[VerdictTable]:
@@ -72,23 +72,23 @@ def verdict_tables(lines: Sequence[VerdictRow]) -> list[VerdictTable]:
     by_place: dict[Hashable, list[VerdictRow]] = {}
     for line in merged:
         by_place.setdefault((line.pipeline.place, line.norm), []).append(line)
-    return [_group(same, merged) for same in by_place.values()]
+    return [_table_of(same, merged) for same in by_place.values()]
 
 
 def percent(value: float | None) -> str:
-    """``45.2``; ``-`` for what was not run."""
+    """Formats a share as ``45.2``; None as ``-``."""
     return "-" if value is None else f"{100 * value:.1f}"
 
 
 def attacker_text(line: VerdictRow, attacker: Attacker) -> str:
-    """An attacker's column: a percentage, ``=`` for what equals white-box, ``-`` for what was not run."""
+    """Returns an attacker's cell: a percentage, ``=`` if it equals white-box, ``-`` if it was not run."""
     if attacker in line.robust:
         return percent(line.robust[attacker].value)
     return "=" if attacker in line.same_as_whitebox else "-"
 
 
 def worst_text(line: VerdictRow) -> str:
-    """``45.2 [41.0, 49.5]``, over seeds ``45.2 ± 0.6``."""
+    """Returns the worst case as ``45.2 [41.0, 49.5]``, over several seeds as ``45.2 ± 0.6``."""
     share = line.worst
     if share is None:
         return "-"
@@ -112,26 +112,26 @@ def clean_text(line: VerdictRow) -> str:
 
 
 def eps_text(line: VerdictRow) -> str:
-    """``4/255``; ``-`` where only the clean images were judged."""
+    """Returns the radius as ``4/255``; ``-`` where only clean images were predicted."""
     return "-" if line.clean_only else format_eps(line.eps)
 
 
 def passes_text(forwards: float | None, backwards: float | None) -> str:
-    """``64+1``: forwards and backwards of the bare model."""
+    """Returns forwards and backwards of the bare model as ``64+1``."""
     if forwards is None or backwards is None:
         return "-"
     return f"{_short(forwards)}+{_short(backwards)}"
 
 
 def ms_text(value: float | None) -> str:
-    """Milliseconds or megabytes with three digits."""
+    """Formats milliseconds or megabytes with three digits; None as ``-``."""
     return "-" if value is None else _short(value)
 
 
 def labels(
     lines: Iterable[VerdictRow], field: Callable[[ScoredPipeline], tuple[str, str]]
 ) -> dict[ScoredPipeline, str]:
-    """A short unambiguous name per pipeline: the name, and the first digits of its hash where names collide."""
+    """Returns a short unique label per pipeline: the name, and the first digits of its hash where names collide."""
     pairs = {line.pipeline: field(line.pipeline) for line in lines}
     hashes: dict[str, set[str]] = {}
     for name, digest in pairs.values():
@@ -140,7 +140,7 @@ def labels(
 
 
 def defense_labels(lines: Iterable[VerdictRow]) -> dict[ScoredPipeline, str]:
-    """The defense's name, with the options in which its configurations differ."""
+    """Returns per pipeline the defense's name, with the options in which its configurations differ."""
     pipelines = list(dict.fromkeys(line.pipeline for line in lines))
     configs: dict[str, list[dict[str, Any]]] = {}
     for text in sorted({(p.defense, p.defense_config) for p in pipelines}):
@@ -149,11 +149,12 @@ def defense_labels(lines: Iterable[VerdictRow]) -> dict[ScoredPipeline, str]:
 
 
 def plain(text: str) -> str:
-    """Text of one line without control characters, which a name from a file may hold."""
+    """Replaces control characters, which a name from a file may contain, by question marks."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _group(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> VerdictTable:
+def _table_of(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> VerdictTable:
+    """Returns the table of these rows; ``everything`` holds the rows of all tables, for unique titles."""
     names = {pipeline: plain(text) for pipeline, text in defense_labels(lines).items()}
     costs = []
     for pipeline, label in names.items():
@@ -169,7 +170,7 @@ def _group(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> Ver
 
 
 def _title(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> str:
-    """``tiny-vit on fashion (test, n = 500) · pgd steps=10 linf · protocol unified · seed 0``."""
+    """Returns a title: ``tiny-vit on fashion (test, n = 500) · pgd steps=10 linf · protocol unified · seed 0``."""
     first = lines[0].pipeline
     model = labels(everything, lambda p: (p.model, p.weights_hash))[first]
     protocol = labels(everything, lambda p: (p.protocol, p.protocol_hash))[first]
@@ -196,7 +197,7 @@ def _title(lines: Sequence[VerdictRow], everything: Sequence[VerdictRow]) -> str
 
 
 def _others(first: ScoredPipeline, lines: Sequence[VerdictRow], *same: str, of: str, n: int | None = None) -> set[str]:
-    """The values of ``of`` among pipelines that share the fields ``same`` (and the number of images)."""
+    """Returns the values of field ``of`` among pipelines that share the fields ``same`` (and the number of images)."""
     alike = [
         line.pipeline
         for line in lines
@@ -206,16 +207,16 @@ def _others(first: ScoredPipeline, lines: Sequence[VerdictRow], *same: str, of: 
 
 
 def _footnotes(lines: Sequence[VerdictRow], names: dict[ScoredPipeline, str]) -> Iterable[Footnote]:
-    """Reasons, errors, then notes; what is said of several lines is said once, with the lines it holds for."""
-    said: dict[tuple[Word, str], list[VerdictRow]] = {}
+    """Yields reasons, errors, then notes; a text that several rows share is printed once, with their names."""
+    texts: dict[tuple[Word, str], list[VerdictRow]] = {}
     for line in lines:
         for reason in line.reasons:
-            said.setdefault((reason.word, reason.text), []).append(line)
+            texts.setdefault((reason.word, reason.text), []).append(line)
         for error in line.errors:
-            said.setdefault(("ERROR", error), []).append(line)
+            texts.setdefault(("ERROR", error), []).append(line)
         certified = [certified_text(line.certified, line.abstained)] if line.certified else []
         for note in [*certified, *line.notes, *_coverage(line)]:
-            said.setdefault(("note", note), []).append(line)
+            texts.setdefault(("note", note), []).append(line)
     for differs in (
         {line: f"attacks {', '.join(line.attack_set)}" for line in lines if line.attack_set},
         {line: _seeds(line.seeds) for line in lines},
@@ -223,26 +224,27 @@ def _footnotes(lines: Sequence[VerdictRow], names: dict[ScoredPipeline, str]) ->
     ):
         if len(set(differs.values())) > 1:
             for line, text in differs.items():
-                said.setdefault(("note", text), []).append(line)
+                texts.setdefault(("note", text), []).append(line)
     order = ("MASKED?", "BUDGET!", "ERROR", "note")
-    for (word, text), where in sorted(said.items(), key=lambda item: order.index(item[0][0])):
+    for (word, text), where in sorted(texts.items(), key=lambda item: order.index(item[0][0])):
         yield Footnote(word, plain(f"{_where(where, lines, names)}: {text}"))
 
 
 def _where(where: Sequence[VerdictRow], lines: Sequence[VerdictRow], names: dict[ScoredPipeline, str]) -> str:
-    """``ttc 4/255, jpeg``: a defense without a radius is meant at all its radii."""
+    """Returns the rows of a footnote as ``ttc 4/255; jpeg``: without a radius, all radii of the defense are meant."""
     if len(where) == len(lines) > 1:
         return "all"
     parts = []
     for pipeline, name in names.items():
         here = [eps_text(line) for line in where if line.pipeline == pipeline]
-        everywhere = len(here) == sum(line.pipeline == pipeline for line in lines)
+        at_all_radii = len(here) == sum(line.pipeline == pipeline for line in lines)
         if here:
-            parts.append(name if everywhere and (len(here) > 1 or here == ["-"]) else f"{name} {', '.join(here)}")
+            parts.append(name if at_all_radii and (len(here) > 1 or here == ["-"]) else f"{name} {', '.join(here)}")
     return "; ".join(parts)
 
 
 def _coverage(line: VerdictRow) -> Iterable[str]:
+    """Yields a note if ``worst`` does not include every attacker."""
     missing = [a for a in ATTACKERS if a not in line.covered]
     if line.worst is not None and missing:
         yield f"worst does not cover the {' and '.join(missing)} attacker{'s' if len(missing) > 1 else ''}"
@@ -253,7 +255,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 
 def _short(value: float) -> str:
-    """Three digits, no exponent for anything a cost can be."""
+    """Formats a number with three digits and without an exponent."""
     if value >= 100 or value == round(value):
         return f"{value:.0f}"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}".rstrip("0").rstrip(".") or "0"

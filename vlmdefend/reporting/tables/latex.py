@@ -1,4 +1,4 @@
-"""Tables in LaTeX with booktabs."""
+"""Formats tables in LaTeX with booktabs."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ _SPECIAL = {
 
 
 def latex(groups: list[VerdictTable]) -> str:
-    """One ``table`` per group, ready for ``\\input``; the best worst case of each radius is bold."""
+    """Returns one ``table`` per verdict table, ready for ``\\input``; the best worst case of each radius is bold."""
     return "% needs \\usepackage{booktabs} and \\usepackage[T1]{fontenc}\n" + "\n".join(map(_table, groups))
 
 
 def escape(text: str) -> str:
-    """Text that LaTeX prints as it is."""
+    """Escapes the special characters of LaTeX."""
     return "".join(_SPECIAL.get(c, c) for c in text)
 
 

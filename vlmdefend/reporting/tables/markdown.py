@@ -1,4 +1,4 @@
-"""Tables in GitHub's Markdown."""
+"""Formats tables in GitHub's Markdown."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ ALIGN = ("left", "left", *["right"] * (2 + len(ATTACKERS)), "left", "right", "ri
 
 
 def markdown(groups: list[VerdictTable]) -> str:
-    """A heading, a table and its footnotes per group; the best worst case of each radius is bold."""
+    """Returns a heading, a table and its footnotes per verdict table; the best worst case of each radius is bold."""
     return "\n".join(_section(group) for group in groups)
 
 
 def escape(text: str) -> str:
-    """Text that Markdown prints as it is: no markup, and no pipe that would end a table's cell."""
+    """Escapes the markup of Markdown, and the pipe that would end a table's cell."""
     return re.sub(r"([\\`*_{}\[\]<>|~#$&])", r"\\\1", plain(text))
 
 

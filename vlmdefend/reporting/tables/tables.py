@@ -1,4 +1,4 @@
-"""Verdict lines in every format, and the two ways to show them: a string, or a console."""
+"""Renders verdict rows in a chosen format as a string, or prints them on a console."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ FORMATS = ("terminal", "markdown", "latex", "csv", "parquet")
 
 
 def render(lines: Sequence[VerdictRow], format: str = "terminal") -> str:
-    """The lines (one per seed, as :func:`verdict_rows` gives them) as text.
+    """Returns verdict rows (one per seed, as from :func:`verdict_rows`) as text of a format.
 
-    Terminal, Markdown and LaTeX merge seeds to mean and spread; CSV keeps one row per seed. Parquet is no text: see
+    Terminal, Markdown and LaTeX merge seeds to mean and spread; CSV keeps one row per seed. Parquet is not text: see
     :func:`vlmdefend.reporting.tables.frame.parquet`.
 
     Raises:
@@ -50,7 +50,7 @@ def render(lines: Sequence[VerdictRow], format: str = "terminal") -> str:
 
 
 def print_verdict(cells: Iterable[tuple[Record, Sequence[ImageRow]]], console: Console | None = None) -> None:
-    """Print the verdict on these cells: tables, reasons to doubt them, costs."""
+    """Prints the verdict on these cells: tables, reasons to doubt them, costs."""
     from rich.console import Console
 
     from vlmdefend.reporting.tables.terminal import print_groups

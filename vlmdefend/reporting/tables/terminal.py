@@ -1,4 +1,4 @@
-"""Tables for a terminal of 80 columns or more; plain text where there is none. Numbers are never wrapped."""
+"""Prints tables on a terminal of at least 80 columns, or returns them as plain text. Numbers are never wrapped."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vlmdefend.reporting.tables.groups import (
 )
 
 NARROWEST = 80
-WIDE = 100  # room for the cost beside the verdict
+WIDE = 100  # columns from which the cost fits beside the verdict
 _STYLES = {"MASKED?": "bold red", "BUDGET!": "bold red", "ERROR": "red", "note": "dim"}
 
 
 def print_groups(groups: list[VerdictTable], console: Console) -> None:
-    """Print every group: title, table, footnotes, and the cost where it did not fit beside.
+    """Prints every table: title, rows, footnotes, and the costs in a table of their own where they do not fit beside.
 
-    A terminal narrower than a table breaks its lines itself, rather than being shown numbers cut short.
+    Lines are not cut for a terminal narrower than a table; the terminal wraps them.
     """
     own_width, width = console.width, max(console.width, NARROWEST)
     console.width = width
@@ -53,7 +53,7 @@ def _print_group(group: VerdictTable, console: Console, *, wide: bool) -> None:
 
 
 def text(groups: list[VerdictTable], width: int = NARROWEST) -> str:
-    """The same as plain text."""
+    """Returns the tables as plain text of ``width`` columns."""
     console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False)
     with console.capture() as capture:
         print_groups(groups, console)
@@ -67,6 +67,7 @@ def _table(defenses: list[str]) -> Table:
 
 
 def _verdicts(group: VerdictTable, *, wide: bool) -> Table:
+    """Returns the table of accuracies, with the costs if ``wide``."""
     table = _table([defense for defense, _ in group.rows])
     flagged = any(line.flags for line in group.lines)
     for header in ("eps", "clean", *ATTACKERS):
@@ -97,7 +98,7 @@ def _verdicts(group: VerdictTable, *, wide: bool) -> Table:
 
 
 def _costs(group: VerdictTable) -> Table:
-    """Per image: the deployed pipeline, and all attacks together."""
+    """Returns the table of costs per image: of the deployed pipeline, and of all attacks together."""
     table = _table([row.defense for row in group.costs])
     table.add_column("paradigm")
     for header in ("fwd+bwd", "ms/image", "attack fwd+bwd", "attack ms", "peak MB"):

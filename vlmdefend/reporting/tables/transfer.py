@@ -1,4 +1,4 @@
-"""Saved sets against models: who was attacked in the rows, who is asked in the columns."""
+"""Prints the results of saved sets on models: attacked pipelines in the rows, scored pipelines in the columns."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ PER_TABLE = 3  # columns that fit beside the name of a set in 80 characters
 
 
 def print_transfer(cells: Iterable[tuple[Record, Sequence[ImageRow]]], console: Console | None = None) -> None:
-    """Robust accuracy with its Wilson interval for every saved set and every target; clean accuracy on top.
+    """Prints robust accuracy with its Wilson interval for every saved set and target; clean accuracy in the first row.
 
-    An image that a target gets wrong when clean counts as not robust. One that the attacked model got wrong was not
-    attacked, so that it counts as robust where the target gets it right: a line below says how many those are.
+    An image whose clean version the target misclassifies counts as not robust. An image that the attacked model
+    misclassified was not attacked, so it counts as robust if the target classifies it correctly; a line below the table
+    gives the number of these images.
     """
     from rich.console import Console
     from rich.table import Table
@@ -50,7 +51,7 @@ def print_transfer(cells: Iterable[tuple[Record, Sequence[ImageRow]]], console: 
             if first:
                 console.print()
             table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-            table.add_column("crafted on \\ asked", overflow="fold")
+            table.add_column("crafted on \\ scored on", overflow="fold")
             for target in shown:
                 table.add_column(Text(plain(target)), overflow="fold", min_width=17)
             table.add_row("clean", *(clean[target] for target in shown))
@@ -62,7 +63,7 @@ def print_transfer(cells: Iterable[tuple[Record, Sequence[ImageRow]]], console: 
 
 
 def _not_attacked(results: Sequence[Result], names: dict[str, str]) -> str:
-    """``8 images of tiny-vit:pgd:steps=10 4/255, ...`` for the sets that hold images as they were."""
+    """Returns ``8 images of tiny-vit:pgd:steps=10 4/255, ...`` for the sets with images that were not attacked."""
     counts = {
         names[result.record.key]: result.record.n - result.record.cell.attack_config["source_attacked"]
         for result in results
@@ -72,7 +73,7 @@ def _not_attacked(results: Sequence[Result], names: dict[str, str]) -> str:
 
 
 def _sources(cells: Sequence[Cell]) -> dict[str, str]:
-    """Cell key -> ``tiny-vit:pgd:steps=10 4/255``, and the hash of the set where two would be called the same."""
+    """Returns cell key -> ``tiny-vit:pgd:steps=10 4/255``, with the hash of the set where two names are equal."""
     sets = {
         cell.key: (f"{cell.attack_config['source']} {format_eps(cell.eps)}", cell.attack_config["set"])
         for cell in cells
@@ -82,7 +83,7 @@ def _sources(cells: Sequence[Cell]) -> dict[str, str]:
 
 
 def _targets(cells: Sequence[Cell]) -> dict[str, str]:
-    """Cell key -> model, defense, and whatever else tells two targets apart."""
+    """Returns cell key -> model, defense, and the options and seed that distinguish two targets."""
     seeds = len({cell.seed for cell in cells}) > 1
     names = {}
     for cell in cells:

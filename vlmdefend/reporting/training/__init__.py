@@ -1,1 +1,1 @@
-"""Results of `distill`, `train` and `urda-train` as text."""
+"""Formats the results of `distill`, `train` and `urda-train` as text."""

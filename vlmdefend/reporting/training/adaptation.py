@@ -1,4 +1,4 @@
-"""A folder of ``vlmdefend urda-train`` to text: the three numbers of teacher and student, the terms of the bound."""
+"""Formats the result of ``vlmdefend urda-train``: accuracies of teacher and student, and the terms of the bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ ROWS = {
 
 
 def result_text(settings: dict[str, Any], summary: dict[str, Any], folder: Path) -> str:
-    """Settings and summary, as they are written in ``folder``, to text of at most 80 columns, paths aside."""
+    """Returns the result of a run as text of at most 80 columns (longer paths excepted).
+
+    ``settings`` and ``summary`` are those written in ``folder``.
+    """
     from tabulate import tabulate
 
     models = {"teacher": summary.get("before"), "student": summary.get("after")}
@@ -42,7 +45,7 @@ def result_text(settings: dict[str, Any], summary: dict[str, Any], folder: Path)
 
 
 def verdict_command(settings: dict[str, Any], folder: Path) -> str:
-    """What attacks the written classifier harder, on the same images at the same radius."""
+    """Returns the command that runs AutoAttack on the written classifier, on the same images at the same radius."""
     words = ["vlmdefend", "evaluate", "--model", f"local-dir:{folder}", "--dataset", settings["target"]]
     words += ["--attack", "autoattack", "--eps", format_eps(parse_eps(settings["eps"]))]
     limit = settings.get("eval_limit")
@@ -55,14 +58,14 @@ def verdict_command(settings: dict[str, Any], folder: Path) -> str:
 
 
 def bound(theory: dict[str, Any], last: dict[str, Any]) -> list[str]:
-    """The terms of R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g) that can be estimated, with 95 % intervals.
+    """Returns the terms of R_T^adv(h) <= R_S(g) + d/2 + lambda* + A_T(h, g) that can be estimated, with 95 % intervals.
 
     An elementary consequence of Ben-David et al. 2010, not the theorem of Huang et al. 2026. A linear domain classifier
-    on the teacher's features gives d from below; PGD gives A_T from below.
+    on the teacher's features gives a lower bound of d; PGD gives a lower bound of A_T.
 
     Args:
         theory: the terms, as counts.
-        last: the numbers of h, the student, or the teacher where there is none.
+        last: the counts of h: of the student, or of the teacher if there is no student.
     """
     if not theory:
         return []
@@ -83,7 +86,10 @@ def bound(theory: dict[str, Any], last: dict[str, Any]) -> list[str]:
 
 
 def doubts(models: dict[str, dict[str, Any] | None]) -> list[str]:
-    """An attack that knows the true labels and does less harm than one with guessed ones has failed."""
+    """Returns a warning for each model on which the attack with true labels is weaker than that with pseudo-labels.
+
+    True labels can only help an attack, so the weaker attack has failed.
+    """
     found = []
     for name, numbers in models.items():
         if numbers is None:
@@ -98,13 +104,13 @@ def doubts(models: dict[str, dict[str, Any] | None]) -> list[str]:
 
 
 def interval(hits: int, n: int) -> str:
-    """``85.2 [81.8, 88.0]``."""
+    """Returns a percentage with its Wilson interval, as ``85.2 [81.8, 88.0]``."""
     low, high = wilson(hits, n)
     return f"{100 * hits / n:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 def _change(there: dict[str, dict[str, Any]], row: str) -> list[str]:
-    """From teacher to student, in points."""
+    """Returns the change from teacher to student in points; empty if only one of them was measured."""
     if len(there) < 2:
         return []
     before, after = (hits / n for hits, n in (numbers[row] for numbers in there.values()))
@@ -112,5 +118,6 @@ def _change(there: dict[str, dict[str, Any]], row: str) -> list[str]:
 
 
 def _error(hits: int, n: int) -> str:
+    """Returns an error rate with its Wilson interval, as ``0.148 [0.120, 0.182]``."""
     low, high = wilson(n - hits, n)
     return f"{1 - hits / n:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,4 +1,4 @@
-"""What ``vlmdefend distill`` and ``train`` measured on held-out images, as text."""
+"""Formats the held-out accuracies of ``vlmdefend distill`` and ``train``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Measured = Mapping[str, tuple[Counts, Counts]]  # "vanilla", "pivot", "result", 
 
 
 def measured(summary: Mapping[str, Any]) -> Measured:
-    """The models of a summary, as a run writes it, in its order; empty if no image was held out."""
+    """Returns the counts of each model in a run's summary, in its order; empty if no image was held out."""
     parts = summary.get("measured", summary)
     names = [name for name in parts if name in ("vanilla", "pivot", "result") or name.startswith("mix-")]
     return {name: (tuple(parts[name][0]), tuple(parts[name][1])) for name in names if parts[name]}
 
 
 def held_out_text(model: str, dataset: str, eps: str, models: Measured) -> str:
-    """One row per model: clean and robust accuracy with their intervals; empty if none was measured."""
+    """Returns a table with clean and robust accuracy and their intervals per model; empty if none was measured."""
     from tabulate import tabulate
 
     if not models:
@@ -33,6 +33,6 @@ def held_out_text(model: str, dataset: str, eps: str, models: Measured) -> str:
 
 
 def verdict_command(model: str, eps: str, folder: Path) -> str:
-    """What attacks the vanilla model and the result harder."""
+    """Returns the command that runs AutoAttack on the vanilla model and on the result."""
     words = ["vlmdefend", "evaluate", "--model", f"{model},local-dir:{folder}"]
     return shlex.join([*words, "--attack", "autoattack", "--eps", eps])

@@ -1,4 +1,4 @@
-"""What a folder of ``distill``, ``train`` or ``urda-train`` holds beside the model: settings, and what was measured."""
+"""Reads settings and measurements in a folder of ``distill``, ``train`` or ``urda-train``, and formats them again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TELLTALE: dict[str, Command] = {"robustify": "urda-train", "proxy": "distill", "
 
 
 class TrainingRun(NamedTuple):
-    """A finished run."""
+    """A finished training run: its folder, command, settings and summary."""
 
     folder: Path
     command: Command
@@ -26,10 +26,10 @@ class TrainingRun(NamedTuple):
 
 
 def training_run(folder: Path) -> TrainingRun | None:
-    """The run that wrote ``folder``; None: no training command did.
+    """Returns the training run that wrote ``folder``; None if no training command wrote it.
 
     Raises:
-        UserError: it is not finished, or its files are not whole.
+        UserError: the run is not finished, or its files are damaged.
     """
     if not (folder / SETTINGS).is_file():
         return None
@@ -44,10 +44,10 @@ def training_run(folder: Path) -> TrainingRun | None:
 
 
 def training_text(run: TrainingRun) -> str:
-    """What the command printed at its end, once more.
+    """Returns the text that the command printed at its end.
 
     Raises:
-        UserError: its files hold something else than the command writes.
+        UserError: the files do not hold what the command writes.
     """
     try:
         return _text(run)
@@ -70,6 +70,7 @@ def _text(run: TrainingRun) -> str:
 
 
 def _read(file: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

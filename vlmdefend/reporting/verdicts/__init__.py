@@ -1,1 +1,1 @@
-"""Records to verdict rows: clean, per-attacker and worst-case accuracy with intervals and doubts."""
+"""Turns records into verdict rows: clean, per-attacker and worst-case accuracy with intervals and doubts."""

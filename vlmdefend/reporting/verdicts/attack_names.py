@@ -1,4 +1,4 @@
-"""What to call an attack in a table: its label, and its options only where two configurations share one."""
+"""Names attacks in a table: by label, with options only where two configurations share a label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vlmdefend.types import Attacker
 
 
 def attack_names(results: Sequence[Result]) -> dict[Attacker, tuple[str, ...]]:
-    """Per attacker the labels of its attacks; options are spelled out only where two configurations share a label."""
+    """Returns per attacker the labels of its attacks, with options only where two configurations share a label."""
     configs: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         same = configs.setdefault(attack_label(result.record.cell), [])
@@ -26,7 +26,7 @@ def attack_names(results: Sequence[Result]) -> dict[Attacker, tuple[str, ...]]:
 
 
 def differing(config: Mapping[str, Any], among: Sequence[Mapping[str, Any]]) -> list[str]:
-    """``key=value`` for the options in which these configurations differ."""
+    """Returns ``key=value`` of ``config`` for the options in which the configurations ``among`` differ."""
     keys = sorted({key for c in among for key in c})
     apart = [k for k in keys if any(c.get(k) != among[0].get(k) for c in among)]
     return [f"{k}={config.get(k)}" for k in apart]

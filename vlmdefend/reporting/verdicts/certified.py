@@ -1,4 +1,4 @@
-"""Certified accuracy: how many images are right, and provably stay so within a radius. No attack is involved."""
+"""Certified accuracy: the share of images that are right and provably stay right within a radius, without an attack."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Curve = Mapping[float, float]  # radius -> share of the images
 
 
 def certified_curve(rows: Sequence[ImageRow]) -> dict[float, float]:
-    """Share of images that are right with at least this certified radius; empty where nothing certifies.
+    """Returns the share of images that are right with at least each certified radius; empty without certificates.
 
-    Ends at the first radius that no image reaches. At radius 0 it is the share of right answers; an image on which the
-    defense abstains is wrong.
+    Ends at the first radius that no image reaches. At radius 0 it is the clean accuracy; an image on which the defense
+    abstains is wrong.
     """
     if not rows or any(row.certified_radius is None for row in rows):
         return {}
@@ -30,18 +30,18 @@ def certified_curve(rows: Sequence[ImageRow]) -> dict[float, float]:
 
 
 def abstained(rows: Sequence[ImageRow]) -> float:
-    """Share of clean images without an answer."""
+    """Returns the share of clean images on which the defense abstains."""
     return sum(row.clean_prediction == ABSTAINED for row in rows) / len(rows) if rows else 0.0
 
 
 def mean_curve(curves: Iterable[Curve]) -> dict[float, float]:
-    """The mean over seeds; a curve that ended is zero from there."""
+    """Returns the mean of the curves of several seeds; beyond its last radius a curve is zero."""
     curves = [curve for curve in curves if curve]
     radii = sorted({radius for curve in curves for radius in curve})
     return {radius: mean_and_spread([curve.get(radius, 0.0) for curve in curves])[0] for radius in radii}
 
 
 def certified_text(curve: Curve, abstained: float) -> str:
-    """``certified accuracy by L2 radius: 0 70.5 %, 0.1 61.0 %, 0.25 0.0 %; it abstains on 4.0 % of the images``."""
+    """Returns ``certified accuracy by L2 radius: 0 70.5 %, 0.1 61.0 %, ...; it abstains on 4.0 % of the images``."""
     points = ", ".join(f"{radius:g} {100 * share:.1f} %" for radius, share in curve.items())
     return f"certified accuracy by L2 radius: {points}; it abstains on {100 * abstained:.1f} % of the clean images"

@@ -1,4 +1,4 @@
-"""What the numbers of a line cost, per image."""
+"""The cost per image of a defense and of the attacks on it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PerImage:
     """Forwards and backwards of the bare model per image; None where nothing was measured.
 
     ``deployed_*``: to predict one clean image with the deployed pipeline; the time is that of the fastest cell, since
-    all do the same work and the first one also pays for warming up. ``attack_*``: to attack one clean-correct
+    all do the same work and the time of the first cell includes the warm-up. ``attack_*``: to attack one clean-correct
     image with every attack of every attacker, one after the other.
     """
 
@@ -30,7 +30,7 @@ class PerImage:
 
 
 def per_image(results: Sequence[Result]) -> PerImage:
-    """The cost of these cells; if they ran on several devices, on one of them, since times do not add up."""
+    """Returns the cost of these cells; of one device only if they ran on several, since their times do not add up."""
     if not results:
         return PerImage()
     device = max({r.record.cell.device for r in results})  # cuda rather than cpu
@@ -60,7 +60,10 @@ def per_image(results: Sequence[Result]) -> PerImage:
 
 
 def mean_cost(costs: Sequence[PerImage]) -> PerImage:
-    """The mean over lines (radii or seeds) of one pipeline; the fastest time, the peak of the peaks. One device."""
+    """Returns the mean cost over the rows (radii or seeds) of one pipeline, on one device.
+
+    The time of the pipeline is the fastest, the memory the largest.
+    """
     device = max((c.device for c in costs), default="")
     here = [c for c in costs if c.device == device]
 

@@ -1,4 +1,4 @@
-"""One line of a table: what was scored, on what, and every number and doubt about it."""
+"""One row of a verdict table: the scored pipeline, its accuracies, and the reasons to doubt them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Proportion:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Wilson 95 % interval; None for several seeds, which share their images and are no independent draws."""
+        """Wilson 95 % interval; None for several seeds, which share their images and so are not independent."""
         return wilson(self.counts[0], self.ns[0]) if len(self.counts) == 1 else None
 
     def _values(self) -> list[float]:
@@ -42,7 +42,7 @@ class Proportion:
 
 @dataclass(frozen=True)
 class ScoredPipeline:
-    """What was scored, on what: the fields that two cells share if their rows may be combined."""
+    """The scored pipeline and its images: the fields that two cells must share for their rows to be combined."""
 
     protocol: str
     protocol_hash: str
@@ -57,25 +57,25 @@ class ScoredPipeline:
 
     @classmethod
     def of(cls, cell: Cell) -> ScoredPipeline:
-        """The pipeline of a cell."""
+        """Returns the pipeline of a cell."""
         same = {name: getattr(cell, name) for name in cls.__dataclass_fields__ if name != "defense_config"}
         return cls(**same, defense_config=json.dumps(cell.defense_config, sort_keys=True))
 
     @property
     def place(self) -> tuple[str, ...]:
-        """What it was scored on and as what, the defense aside: pipelines of one place stand in one table."""
+        """All fields but the defense: pipelines with the same ones are in one table."""
         same = (self.protocol, self.protocol_hash, self.model, self.weights_hash)
         return (*same, self.dataset, self.split, self.ids_hash, self.prompts_hash)
 
     @property
     def is_bare(self) -> bool:
-        """No defense: the three attackers are one."""
+        """True without a defense: then the three attackers are the same."""
         return self.defense == "none"
 
 
 @dataclass(frozen=True, eq=False)
 class VerdictRow:
-    """The verdict on one pipeline at one radius, for one seed (or several, once they are merged)."""
+    """The verdict on one pipeline at one radius, for one seed or merged over several."""
 
     pipeline: ScoredPipeline
     norm: str
@@ -90,7 +90,7 @@ class VerdictRow:
     worst: Proportion | None = None  # None: nothing was attacked
     same_as_whitebox: tuple[Attacker, ...] = ()  # not run, because equal to white-box
     certified: Mapping[float, float] = field(default_factory=dict)  # L2 radius -> accuracy, where the defense certifies
-    abstained: float = 0.0  # share of clean images without an answer
+    abstained: float = 0.0  # share of clean images on which the defense abstains
     attacks: Mapping[Attacker, tuple[str, ...]] = field(default_factory=dict)
     reasons: tuple[Reason, ...] = ()
     notes: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class VerdictRow:
 
     @property
     def clean_only(self) -> bool:
-        """Only attack ``none`` was run."""
+        """True if only attack ``none`` was run."""
         return self.clean is not None and self.worst is None and not self.errors
 
     @property
@@ -116,11 +116,11 @@ class VerdictRow:
 
     @property
     def covered(self) -> frozenset[Attacker]:
-        """The attackers that ``worst`` speaks for."""
+        """The attackers that ``worst`` includes."""
         return frozenset(self.robust) | frozenset(self.same_as_whitebox)
 
     @property
     def order(self) -> tuple[Any, ...]:
-        """Where it stands among the others: place by place, no defense before the defenses."""
+        """The sort key of a row: by table, no defense before the defenses, radii ascending."""
         p = self.pipeline
         return (*p.place, self.norm, not p.is_bare, p.defense, p.defense_config, self.eps, self.seeds)

@@ -1,4 +1,4 @@
-"""What a reader must know about how the cells of a line were combined."""
+"""Notes on how the cells of a verdict row were combined."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmdefend.evaluation.statistics.rejection import rejection_text
 
 
 def notes(results: Sequence[Result], ids: set[str]) -> Iterable[str]:
-    """One sentence each; the numbers are over the images ``ids``, which all of them have."""
+    """Yields one sentence per peculiarity of the cells; ``ids`` are the images that all of them have."""
     sizes = sorted({len(r.rows) for r in results})
     if any(len(r.rows) != len(ids) for r in results):
         span = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else f"{sizes[0]}"
@@ -25,8 +25,8 @@ def notes(results: Sequence[Result], ids: set[str]) -> Iterable[str]:
     for result in results:
         text = rejection_text(result.rows) if is_attacked(result.record.cell) else ""
         prompts = result.record.attacked_prompts[:1]
-        for said in filter(None, (text, *(f"its prompts became {prompt!r} and the like" for prompt in prompts))):
-            yield f"{result.record.cell.attacker} {attack_label(result.record.cell)}: {said}"
+        for note in filter(None, (text, *(f"its prompts became {prompt!r} and the like" for prompt in prompts))):
+            yield f"{result.record.cell.attacker} {attack_label(result.record.cell)}: {note}"
     keys = [r.record.key for r in results]
     if again := len(keys) - len(set(keys)):
         yield f"{again} of its cells came out differently when computed again; every outcome counts"

@@ -1,7 +1,7 @@
-"""Cells to verdict lines: per image, the AND over every attack of every attacker that was run.
+"""Turns cells into verdict rows: an image counts as robust if it resists every attack of every attacker that was run.
 
-The headline ``worst`` is not the lowest of the attackers' accuracies: two attackers that break different images leave
-fewer standing together than either alone.
+So the number ``worst`` is not the lowest of the attackers' accuracies: two attackers that fool different images leave
+fewer robust images together than either alone.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from vlmdefend.types import Attacker
 
 
 def verdict_rows(cells: Iterable[tuple[Record, Sequence[ImageRow]]]) -> list[VerdictRow]:
-    """One line per (protocol, model, defense, dataset, norm, eps, seed), sorted for a table.
+    """Returns one row per (protocol, model, defense, dataset, norm, eps, seed), sorted for a table.
 
-    Cells of another subset, other prompts, weights, protocol settings or defense options are other lines. Cells that
-    differ only in batch size or device all count, and a note says so. A pipeline with attack ``none`` only gets a line
-    without robust accuracies; next to attacked cells it adds nothing and is left out.
+    Cells of another subset, other prompts, weights, protocol settings or defense options are in other rows. Cells that
+    differ only in batch size or device all count, and a note mentions it. A pipeline with attack ``none`` only gets a
+    row without robust accuracies; next to attacked cells it adds nothing and is left out.
     """
     results = [Result(record, rows) for record, rows in cells]
     lines: list[VerdictRow] = []
@@ -48,7 +48,7 @@ def verdict_rows(cells: Iterable[tuple[Record, Sequence[ImageRow]]]) -> list[Ver
 
 
 def _line(results: Sequence[Result], found: Sequence[Reason]) -> VerdictRow:
-    """The verdict on cells of one pipeline, seed, norm and radius."""
+    """Returns the verdict row of the cells of one pipeline, seed, norm and radius."""
     cell = results[0].record.cell
     done = [r for r in results if r.record.status == "done"]
     failed = [r.record for r in results if r.record.status == "error"]
@@ -73,10 +73,10 @@ def _line(results: Sequence[Result], found: Sequence[Reason]) -> VerdictRow:
     if not ids:
         return replace(line, errors=(*line.errors, "its cells share no image, so there is nothing to combine"))
     by_attacker = {a: [r for r in attacked if r.record.cell.attacker == a] for a in ATTACKERS}
-    all_are_one = bool(by_attacker["whitebox"]) and (line.pipeline.is_bare or all(r.record.blind for r in attacked))
-    whitebox_says_all = bool(by_attacker["whitebox"]) and all(r.record.adaptive_equals_whitebox for r in attacked)
-    equal: list[Attacker] = ["transfer"] if all_are_one else []
-    equal += ["adaptive"] if all_are_one or whitebox_says_all else []
+    all_equal = bool(by_attacker["whitebox"]) and (line.pipeline.is_bare or all(r.record.blind for r in attacked))
+    adaptive_equal = bool(by_attacker["whitebox"]) and all(r.record.adaptive_equals_whitebox for r in attacked)
+    equal: list[Attacker] = ["transfer"] if all_equal else []
+    equal += ["adaptive"] if all_equal or adaptive_equal else []
     return replace(
         line,
         n=len(ids),
@@ -92,7 +92,7 @@ def _line(results: Sequence[Result], found: Sequence[Reason]) -> VerdictRow:
 
 
 def clean_under_all(results: Sequence[Result]) -> dict[str, bool]:
-    """Image id -> right on the clean image in every cell."""
+    """Returns image id -> whether the clean image is classified correctly in every cell."""
     right: dict[str, bool] = {}
     for result in results:
         for row in result.rows:
@@ -101,10 +101,12 @@ def clean_under_all(results: Sequence[Result]) -> dict[str, bool]:
 
 
 def _share(outcome: Mapping[str, bool], ids: set[str]) -> Proportion:
+    """Returns the proportion of the images ``ids`` with a positive outcome."""
     return Proportion((sum(outcome[i] for i in ids),), (len(ids),))
 
 
 def _grouped(results: Iterable[Result], key: Callable[[Cell], Any]) -> dict[Any, list[Result]]:
+    """Returns the results by the key of their cell."""
     groups: dict[Any, list[Result]] = {}
     for result in results:
         groups.setdefault(key(result.record.cell), []).append(result)
@@ -112,6 +114,7 @@ def _grouped(results: Iterable[Result], key: Callable[[Cell], Any]) -> dict[Any,
 
 
 def _named(cell: Cell) -> str:
+    """Returns attack and attacker of a cell, for an error message."""
     return f"{attack_label(cell)} {cell.attacker}" if is_attacked(cell) else "clean images"
 
 
