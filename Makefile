@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # One thread per process: the embedded models are so small that a second one costs more than it brings, and 5 x on a
 # busy machine. Tests run in processes instead.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 # The promises most often broken, for the edit loop: names, options, imports, contracts, one cell, one record.
 FAST := tests/test_registry.py tests/test_types.py tests/test_imports.py tests/test_architecture.py tests/test_public.py \
 	tests/cli/test_help.py tests/cli/test_main.py tests/cli/test_list_defenses.py tests/published tests/attacks/test_contract.py \

@@ -245,6 +245,9 @@ NAMES: dict[str, dict[str, str]] = {
     "models.fetch": {
         "Unobtainable": "models.weights.fetch.DownloadError",
     },
+    "reporting": {
+        "verdict_lines": "reporting.verdicts.verdict.verdict_rows",
+    },
     "reporting.compare": {
         "Paired": "reporting.compare.compare.PairedCounts",
         "Setting": "reporting.compare.compare.ComparedSetting",

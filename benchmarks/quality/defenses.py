@@ -38,7 +38,7 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense
 from vlmdefend.defenses.test_time.r_tpt import RTpt
 from vlmdefend.defenses.training_free.ttc import Ttc
-from vlmdefend.defenses.views.views import augmented_views, most_confident
+from vlmdefend.defenses.views.crops import augmented_views, most_confident
 from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.evaluation.grid.grid import ATTACKERS
 from vlmdefend.models import load_model

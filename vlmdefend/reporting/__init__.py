@@ -27,4 +27,6 @@ def __getattr__(name: str) -> Any:
     if name in __all__:
         module = _MODULES[name]
         return getattr(import_module(f"{__name__}.{module}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

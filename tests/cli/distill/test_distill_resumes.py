@@ -63,7 +63,7 @@ def wait_for_steps(out: Path, process: subprocess.Popen[str], before: int) -> No
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_bytes_of_one_that_was_not(tmp_path: Path) -> None:
-    options = (*PAIR, "--limit", "120", "--held-out", "16", "--gap-images", "0", "--batch-size", "8")
+    options = (*PAIR, "--limit", "80", "--held-out", "8", "--gap-images", "0", "--batch-size", "8")
     options = (*options, "--epochs-a", "1", "--epochs-b", "2", "--save-every", "2")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for out, kills in ((killed, 2), (whole, 0)):

@@ -23,7 +23,7 @@ from vlmdefend.defenses.test_time._prompt_tuning import Adam, PromptTuning, Tune
 from vlmdefend.defenses.test_time.c_tpt import CTpt, spread
 from vlmdefend.defenses.test_time.r_tpt import RTpt
 from vlmdefend.defenses.test_time.tpt import Tpt
-from vlmdefend.defenses.views.views import augmented_views, marginal_entropy, most_confident
+from vlmdefend.defenses.views.crops import augmented_views, marginal_entropy, most_confident
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.prompts.prompt_tower import PromptTower

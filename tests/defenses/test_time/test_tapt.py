@@ -18,7 +18,7 @@ from vlmdefend.defenses.test_time import _deep_tuning
 from vlmdefend.defenses.test_time._deep_tuning import DeepTuned
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics
 from vlmdefend.defenses.test_time.tapt import Tapt
-from vlmdefend.defenses.views.views import augmented_views, marginal_entropy
+from vlmdefend.defenses.views.crops import augmented_views, marginal_entropy
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.prompts.image_prompts import DeepPromptTower, ImagePrompts, first_image_tokens, reading

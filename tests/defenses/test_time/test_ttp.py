@@ -15,7 +15,7 @@ from tests.defenses.linear import Linear
 from vlmdefend.defenses.test_time import ttp
 from vlmdefend.defenses.test_time.ttp import Ttp
 from vlmdefend.defenses.views.border import framed
-from vlmdefend.defenses.views.views import augmented_views
+from vlmdefend.defenses.views.crops import augmented_views
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.query_count import CountingModel
 from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tests.defenses.fashion import fashion_batch, fashion_classifier
 from tests.defenses.linear import Embedding, rng
 from vlmdefend.defenses.training_free.cola import Cola
-from vlmdefend.defenses.views.views import augmented_views
+from vlmdefend.defenses.views.crops import augmented_views
 from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch

@@ -13,7 +13,7 @@ from tests.defenses.linear import Embedding, rng
 from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.defenses.training_free.dbd import Dbd
-from vlmdefend.defenses.views.views import augmented_views
+from vlmdefend.defenses.views.crops import augmented_views
 from vlmdefend.evaluation.cell.attackers import craft, variants
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Attacker, Threat

@@ -27,7 +27,7 @@ from vlmdefend.defenses.views.augmix import (
     translated,
     upright,
 )
-from vlmdefend.defenses.views.views import augmented_views
+from vlmdefend.defenses.views.crops import augmented_views
 from vlmdefend.rng import ImageRng
 
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from vlmdefend.defenses.test_time.ensemble import Ensemble
 from vlmdefend.defenses.test_time.mta import Mta
-from vlmdefend.defenses.views import views
-from vlmdefend.defenses.views.views import augmented_views, entropy, most_confident, pick, predict_views
+from vlmdefend.defenses.views import crops
+from vlmdefend.defenses.views.crops import augmented_views, entropy, most_confident, pick, predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs
@@ -74,7 +74,7 @@ def test_the_areas_have_the_distribution_of_torchvision() -> None:
     theirs = [RandomResizedCrop.get_params(canvas, [0.08, 1.0], [3 / 4, 4 / 3]) for _ in range(4000)]
     reference = torch.tensor([[h, w] for _, _, h, w in theirs]).double()
     draws = ImageRng(0, ["a"]).uniform((4000, 23))
-    down, across = views._boxes(draws, 224, 224, (0.08, 1.0))
+    down, across = crops._boxes(draws, 224, 224, (0.08, 1.0))
     ours = torch.stack([down.length[0], across.length[0]], dim=1).double()
     assert torch.allclose(ours.mean(dim=0), reference.mean(dim=0), rtol=0.02)
     assert torch.allclose(ours.std(dim=0), reference.std(dim=0), rtol=0.04)
@@ -98,7 +98,7 @@ def test_each_image_has_its_own_views_whoever_is_in_the_batch() -> None:
 def test_views_are_predicted_some_at_a_time_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     views = augmented_views(ramps(3), ImageRng(0, list("abc")), 7)
     whole = predict_views(Places(), views, ImageRng(0, list("abc")))
-    monkeypatch.setattr(views, "AT_ONCE", 4)
+    monkeypatch.setattr(crops, "AT_ONCE", 4)
     parts = predict_views(Places(), views, ImageRng(0, list("abc")))
     assert whole.logits.shape == (3, 7, 3)
     assert torch.allclose(whole.logits, parts.logits, atol=1e-6)

@@ -20,8 +20,8 @@ def test_a_run_broken_off_at_any_step_ends_with_the_bits_of_one_that_was_not(mak
         make_run("broken", at=at).run()
     second, found = whole(make_run, "broken")
     assert same(found, expected)
-    assert same(second.state.pivot, first.memory.pivot)
-    assert second.state.epochs == first.memory.epochs
+    assert same(second.state.pivot, first.state.pivot)
+    assert second.state.epochs == first.state.epochs
     for file in (STATE, "log.jsonl"):
         assert (second.folder / file).read_bytes() == (first.folder / file).read_bytes()
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vlmdefend.defenses.base import features_of
 from vlmdefend.defenses.test_time._prompt_tuning import WEIGHT_DECAY, Adam, Sight, Tuned, _text_side
 from vlmdefend.defenses.test_time._token_statistics import TokenStatistics, known_images
-from vlmdefend.defenses.views.views import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
+from vlmdefend.defenses.views.crops import AT_ONCE, augmented_views, by_view, mean_score, most_confident, pick
 from vlmdefend.errors import UserError
 from vlmdefend.models.prompts.image_prompts import (
     DeepPromptTower,

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses.base import Defense, Paradigm, features_of
-from vlmdefend.defenses.views.views import augmented_views, mean_score, most_confident, pick, predict_views
+from vlmdefend.defenses.views.crops import augmented_views, mean_score, most_confident, pick, predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.models.prompts.prompt_tower import PromptTower
 from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier

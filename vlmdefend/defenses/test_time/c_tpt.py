@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.test_time.tpt import Tpt
-from vlmdefend.defenses.views.views import marginal_entropy
+from vlmdefend.defenses.views.crops import marginal_entropy
 from vlmdefend.errors import UserError
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Recipe
 from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning, Sight
-from vlmdefend.defenses.views.views import entropy
+from vlmdefend.defenses.views.crops import entropy
 from vlmdefend.errors import UserError
 
 MILDER = 5.0  # of 1, 2, 5 and 20 what fooled most images (n = 64), by no more than chance may do

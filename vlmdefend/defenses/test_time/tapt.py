@@ -13,7 +13,7 @@ from vlmdefend.defenses.base import Recipe
 from vlmdefend.defenses.test_time._deep_tuning import DeepTuned
 from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning, Sight
 from vlmdefend.defenses.test_time._token_statistics import Moments, TokenStatistics
-from vlmdefend.defenses.views.views import marginal_entropy
+from vlmdefend.defenses.views.crops import marginal_entropy
 from vlmdefend.errors import UserError
 from vlmdefend.types import Amplitude, Pipeline
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Recipe
 from vlmdefend.defenses.test_time._prompt_tuning import PromptTuning, Sight
-from vlmdefend.defenses.views.views import marginal_entropy
+from vlmdefend.defenses.views.crops import marginal_entropy
 
 
 @DEFENSES.register

@@ -14,7 +14,7 @@ from vlmdefend.defenses.base import Defense, Paradigm, Recipe, features_of
 from vlmdefend.defenses.test_time._prompt_tuning import Adam
 from vlmdefend.defenses.training_free._counter_attack import pixel_gradient
 from vlmdefend.defenses.views.border import framed
-from vlmdefend.defenses.views.views import augmented_views, entropy, most_confident, pick, predict_views
+from vlmdefend.defenses.views.crops import augmented_views, entropy, most_confident, pick, predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, Shade

@@ -14,7 +14,7 @@ from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, features_of
 from vlmdefend.defenses.training_free.low_pass import LowPass
 from vlmdefend.defenses.training_free.tte import Tte
-from vlmdefend.defenses.views.views import predict_views
+from vlmdefend.defenses.views.crops import predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline

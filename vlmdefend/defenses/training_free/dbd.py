@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, embedding_pipeline, features_of
-from vlmdefend.defenses.views.views import augmented_views, mean_score, most_confident, pick, predict_views
+from vlmdefend.defenses.views.crops import augmented_views, mean_score, most_confident, pick, predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline

@@ -11,8 +11,8 @@ from torch import Tensor
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, features_of
 from vlmdefend.defenses.training_free._counter_attack import Sight, departure, noisy, relative, shown, sign_ascent
+from vlmdefend.defenses.views.crops import predict_views
 from vlmdefend.defenses.views.mild_changes import mildly_changed
-from vlmdefend.defenses.views.views import predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Amplitude, Outputs, Pipeline, per_image

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe
-from vlmdefend.defenses.views.views import AT_ONCE, mean_score, predict_views
+from vlmdefend.defenses.views.crops import AT_ONCE, mean_score, predict_views
 from vlmdefend.errors import UserError
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Outputs, Pipeline, PixelUnits

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from vlmdefend.defenses.views.views import augmented_views
+from vlmdefend.defenses.views.crops import augmented_views
 from vlmdefend.rng import ImageRng
 from vlmdefend.training.settings.train_settings import Augment
 
