@@ -102,4 +102,4 @@ def streams(batch: Batch) -> ImageRng:
 
 
 def boxes(batch: Batch) -> tuple[Span, Span]:
-    return views._boxes(streams(batch).uniform((63, 2 * views.ATTEMPTS + 3)), 32, 32, (0.08, 1.0))
+    return crops._boxes(streams(batch).uniform((63, 2 * crops.ATTEMPTS + 3)), 32, 32, (0.08, 1.0))
