@@ -11,6 +11,7 @@ import vlmdefend
 from tests.defenses.fashion import fashion_batch, fashion_classifier
 from vlmdefend.defenses.test_time.mta import Mta
 from vlmdefend.defenses.test_time.r_tpt import RTpt
+from vlmdefend.defenses.views import crops
 from vlmdefend.defenses.views.crops import augmented_views, predict_views
 from vlmdefend.defenses.views.resample import Span
 from vlmdefend.evaluation.statistics.diagnostics import Result

@@ -1,4 +1,4 @@
-"""The defense contract: what is deployed, and what an attacker who knows the defense differentiates."""
+"""The defense contract: what is deployed, and what an adaptive attacker differentiates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RandomTransform = Callable[[Tensor, ImageRng], Tensor]  # (B, 3, H, W) and B str
 
 
 class Recipe(NamedTuple):
-    """How the defense is attacked by someone who knows it."""
+    """How an adaptive attacker attacks the defense: surrogates, draws, detector weights."""
 
     text: str  # one line for `list` and the report: what is unrolled, replaced (BPDA), averaged (EOT)
     samples: int = 1  # EOT: draws per gradient
@@ -67,10 +67,12 @@ class Defense(ABC):
 
     @abstractmethod
     def wrap(self, model: Pipeline) -> Pipeline:
-        """What is deployed and scored: pixels in [0, 1] to outputs, with the defense around ``model``."""
+        """Returns what is deployed and scored: pixels in [0, 1] to outputs, with the defense around ``model``."""
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """What an adaptive attacker differentiates; the deployed pipeline unless autograd cannot see it all."""
+        """Returns what an adaptive attacker differentiates; the deployed pipeline, unless autograd cannot see all of
+        it.
+        """
         return self.wrap(model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
@@ -103,7 +105,7 @@ class Defense(ABC):
 
 
 def embedding_pipeline(model: Pipeline, defense: str) -> EmbeddingPipeline:
-    """``model`` as one whose image features can be changed before they are compared with the classes.
+    """Returns ``model`` as a pipeline whose image features can be changed before the comparison with the classes.
 
     Raises:
         UserError: it gives logits only.
@@ -117,13 +119,13 @@ def embedding_pipeline(model: Pipeline, defense: str) -> EmbeddingPipeline:
 
 
 def features_of(outputs: Outputs) -> Tensor:
-    """(B, D) image features; a pipeline that passed :func:`embedding_pipeline` has them."""
+    """Returns (B, D) image features, which a pipeline that passed :func:`embedding_pipeline` has."""
     assert outputs.features is not None
     return outputs.features
 
 
 class ChangedImage:
-    """A model that is shown another image: what it has beside its outputs stays its own.
+    """A model behind a change of its input; its other attributes are passed through.
 
     That is what lets a defense of embeddings or prompts go around a defense of images.
     """
@@ -136,7 +138,7 @@ class ChangedImage:
         self.stochastic = stochastic or model.stochastic
 
     def __getattr__(self, name: str) -> Any:
-        """What does not depend on the image."""
+        """Returns attributes of the model that do not depend on the image."""
         if name in self.KEPT:
             return getattr(self.model, name)
         raise AttributeError(f"{type(self).__name__} has no {name}")
@@ -150,5 +152,5 @@ class TransformedInput(ChangedImage):
         self.transform = transform
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Transform, then predict."""
+        """Transforms the images, then predicts."""
         return self.model(self.transform(images, rng), rng)

@@ -1,4 +1,4 @@
-"""Several defenses around one model, ``ttc+jpeg``; and how any defense is made from its text."""
+"""Several defenses around one model, ``ttc+jpeg``; and the creation of any defense from its text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmdefend.types import Pipeline
 
 
 def create_defense(text: str) -> Defense:
-    """Build ``name:option=value``, or several of them with + between, in the order in which the image meets them.
+    """Builds ``name:option=value``, or several of them with + between, in the order in which the image meets them.
 
     Raises:
         UserError: an unknown name or option, or defenses that do not go together.
@@ -31,7 +31,7 @@ def create_defense(text: str) -> Defense:
 
 
 def _create(text: str) -> Defense:
-    """One defense; the name of a method that trains is met with the command that trains."""
+    """Builds one defense; for the name of a training method the error names the command that trains it."""
     try:
         return DEFENSES.create(text)
     except UnknownName:
@@ -64,7 +64,7 @@ class Composed(Defense):
     parts: tuple[Defense, ...]
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """The last around the model, each around what is behind it."""
+        """Wraps the last defense around the model, each earlier one around the result."""
         deployed, behind = model, model
         for part in reversed(self.parts):
             deployed = part.wrap(behind if part.follows_gradient else deployed)
@@ -72,13 +72,13 @@ class Composed(Defense):
         return deployed
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The first surrogate of each."""
+        """Returns the first surrogate of each, composed."""
         for part in reversed(self.parts):
             model = part.surrogate(model)
         return model
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Every surrogate of each around every one of those behind it."""
+        """Returns every surrogate of each around every one of those behind it."""
         found: tuple[Pipeline, ...] = (model,)
         for part in reversed(self.parts):
             found = tuple(outer for inner in found for outer in part.surrogates(inner))
@@ -86,7 +86,7 @@ class Composed(Defense):
 
     @property
     def adaptive_equals_whitebox(self) -> bool:
-        """If it is so for all."""
+        """True if it holds for all parts."""
         return all(part.adaptive_equals_whitebox for part in self.parts)
 
     @property
@@ -95,12 +95,12 @@ class Composed(Defense):
         return self.parts
 
     def spec(self) -> dict[str, Any]:
-        """Every part's options behind its name."""
+        """Returns every part's options under its name."""
         return {f"{part.name}.{option}": value for part in self.parts for option, value in part.spec().items()}
 
 
 def compose(parts: tuple[Defense, ...]) -> Defense:
-    """The defense that is all of ``parts``, the outermost first; equal parts give an equal defense.
+    """Returns the defense made of ``parts``, the outermost first; equal parts give an equal defense.
 
     Raises:
         UserError: ``none`` or the same defense twice among them; a certificate or a reject option behind another

@@ -13,7 +13,7 @@ from vlmdefend.types import Pipeline
 @DEFENSES.register
 @dataclass(frozen=True, kw_only=True)
 class NoDefense(Defense):
-    """The model as it is."""
+    """The bare model."""
 
     name: ClassVar[str] = "none"
     paradigm: ClassVar[Paradigm] = "none"
@@ -23,5 +23,5 @@ class NoDefense(Defense):
     recipe: ClassVar[Recipe] = Recipe("exact gradient")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """The model."""
+        """Returns the model."""
         return model

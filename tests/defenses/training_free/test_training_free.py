@@ -17,7 +17,7 @@ from vlmdefend.data.loader import load_batch
 from vlmdefend.data.transforms import PixelTransform
 from vlmdefend.defenses.base import TransformedInput
 from vlmdefend.defenses.training_free import _jpeg_surrogate
-from vlmdefend.defenses.training_free._jpeg_surrogate import jpeg_stand_in
+from vlmdefend.defenses.training_free._jpeg_surrogate import jpeg_surrogate
 from vlmdefend.defenses.training_free.jpeg import Jpeg
 from vlmdefend.defenses.training_free.low_pass import LowPass
 from vlmdefend.defenses.training_free.noise import Noise
@@ -46,7 +46,7 @@ def test_jpeg_is_the_codec_of_an_8_bit_image(photos: torch.Tensor) -> None:
 def test_the_stand_in_is_much_closer_to_the_codec_than_the_identity(photos: torch.Tensor, quality: int) -> None:
     """At quality 95 what is left is the codec's own rounding to 8 bits between its stages, about one level."""
     exact = Jpeg(quality=quality).compress(photos)
-    surrogate = (jpeg_stand_in(photos, quality) - exact).abs().mean()
+    surrogate = (jpeg_surrogate(photos, quality) - exact).abs().mean()
     identity = (photos - exact).abs().mean()
     assert surrogate < identity / 2
 
@@ -69,12 +69,12 @@ def test_no_simpler_stand_in_breaks_more(name: str, eps: float, monkeypatch: pyt
     def left(surrogate) -> int:  # type: ignore[no-untyped-def]
         return robust_under(bpda(jpeg.compress, surrogate), classifier, batch, eps, 10)
 
-    ours = left(lambda x: jpeg_stand_in(x, 50))
+    ours = left(lambda x: jpeg_surrogate(x, 50))
     others = {"identity": left(None)}
     monkeypatch.setattr(_jpeg_surrogate, "FLOOR", 0.0)
-    others["cubic"] = left(lambda x: jpeg_stand_in(x, 50))
+    others["cubic"] = left(lambda x: jpeg_surrogate(x, 50))
     monkeypatch.setattr(_jpeg_surrogate._Round, "backward", staticmethod(lambda ctx, *gradients: gradients[0]))
-    others["straight through"] = left(lambda x: jpeg_stand_in(x, 50))
+    others["straight through"] = left(lambda x: jpeg_surrogate(x, 50))
     assert ours <= min(others.values()), (ours, others)
     assert ours < others["identity"]
 
@@ -82,7 +82,7 @@ def test_no_simpler_stand_in_breaks_more(name: str, eps: float, monkeypatch: pyt
 def test_the_stand_in_takes_any_size() -> None:
     for height, width in ((1, 1), (7, 33), (16, 16), (30, 17)):
         image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-        assert jpeg_stand_in(image, 75).shape == image.shape
+        assert jpeg_surrogate(image, 75).shape == image.shape
         assert Jpeg().compress(image).shape == image.shape
 
 

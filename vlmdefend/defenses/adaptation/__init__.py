@@ -1,4 +1,4 @@
-"""Domain adaptation by name: how a teacher is adapted to an unlabelled domain, and how a robust student is made."""
+"""Domain adaptation methods by name: adapting a teacher to an unlabelled domain, and training a robust student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is attacked in training under adaptation; the steps are those of the training-time defenses."""
+"""Losses that the training attack of the adaptation methods maximises."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["ascend", "away_from", "away_from_prediction"]
 
 
 def away_from(logits: Callable[[Tensor], Tensor], labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """The summed cross-entropy of ``labels``."""
+    """Returns the summed cross-entropy of ``labels``."""
     return lambda images: F.cross_entropy(logits(images), labels, reduction="sum")
 
 
 def away_from_prediction(logits: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[Tensor], Tensor]:
-    """The summed KL from the prediction at ``images`` (TRADES, Zhang et al. 2019); wants a random start."""
+    """Returns the summed KL from the prediction at ``images`` (TRADES, Zhang et al. 2019); needs a random start."""
     with torch.no_grad():
         clean = logits(images).log_softmax(dim=1)
     return lambda moved: F.kl_div(logits(moved).log_softmax(dim=1), clean, reduction="sum", log_target=True)

@@ -1,4 +1,4 @@
-"""Changed images for consistency: each by its own random stream, so that the result depends on no batch mate."""
+"""Weak and strong image augmentations for consistency losses, drawn from each image's own random stream."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from vlmdefend.rng import ImageRng
 
 
 def weakly(images: Tensor, rng: ImageRng) -> Tensor:
-    """(B, 3, H, W) moved by up to a tenth of the side, the border repeated. No flip: digits have sides."""
+    """Shifts (B, 3, H, W) images by up to a tenth of the side, repeating the border. No flip: digits have sides."""
     moves = rng.uniform((2,), -0.2, 0.2)  # of the half side
     return _affine(images, torch.ones(len(rng)), torch.zeros(len(rng)), moves)
 
 
 def strongly(images: Tensor, rng: ImageRng) -> Tensor:
-    """Turned by up to 20 degrees, scaled by 0.8 to 1.2, moved, contrast and brightness changed, a square greyed out."""
+    """Rotates by up to 20 degrees, scales by 0.8 to 1.2, shifts, changes contrast and brightness, cuts out a square."""
     draws = rng.uniform((7,), -1.0, 1.0)
     moved = _affine(images, 1.0 + 0.2 * draws[:, 0], 0.35 * draws[:, 1], 0.25 * draws[:, 2:4])
     device = images.device
@@ -27,7 +27,7 @@ def strongly(images: Tensor, rng: ImageRng) -> Tensor:
 
 
 def cut_out(images: Tensor, rng: ImageRng, share: float = 0.25) -> Tensor:
-    """A square of side ``share`` of the image's, anywhere, becomes grey (DeVries & Taylor 2017)."""
+    """Turns a random square of side ``share`` of the image's side grey (DeVries & Taylor 2017)."""
     height, width = images.shape[-2:]
     side = max(1, round(share * min(height, width)))
     place = rng.uniform((2,))
@@ -39,7 +39,7 @@ def cut_out(images: Tensor, rng: ImageRng, share: float = 0.25) -> Tensor:
 
 
 def masked(images: Tensor, rng: ImageRng, patches: int = 4, share: float = 0.25) -> Tensor:
-    """So many of the cells of a ``patches`` x ``patches`` grid, chosen at random, become black."""
+    """Blackens randomly chosen cells of a ``patches`` x ``patches`` grid."""
     order = rng.uniform((patches**2,)).argsort(dim=1).argsort(dim=1)
     hidden = (order < round(share * patches**2)).view(-1, 1, patches, patches)
     mask = F.interpolate(hidden.float(), images.shape[-2:], mode="nearest").bool()
@@ -47,7 +47,7 @@ def masked(images: Tensor, rng: ImageRng, patches: int = 4, share: float = 0.25)
 
 
 def cropped(images: Tensor, rng: ImageRng, *, flip: bool) -> Tensor:
-    """A crop of 0.3 to 1 of the side, brought to the full size; ``flip``: mirrored half the time."""
+    """Resizes a crop of 0.3 to 1 of the side to the full size; ``flip``: mirrored half the time."""
     draws = rng.uniform((4,))
     scale = 0.3 + 0.7 * draws[:, 0]
     moves = (2.0 * draws[:, 1:3] - 1.0) * (1.0 - scale)[:, None]

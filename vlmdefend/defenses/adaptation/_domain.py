@@ -1,4 +1,4 @@
-"""Telling domains apart: the discriminator of the adversarial methods and its loss."""
+"""The domain discriminator of the adversarial methods, and its loss."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from vlmdefend.defenses.adaptation._reversal import reverse
 
 
 def discriminator(width: int, hidden: int = 256) -> nn.Sequential:
-    """(B, width) -> (B, 1) logit of "source". Without BatchNorm: its statistics would tell a mixed batch's parts apart.
+    """Builds a network from (B, width) features to a (B, 1) logit of "source"; without BatchNorm, whose statistics
+    would reveal the domain.
 
     Ganin et al. 2016 use two hidden layers for classification at this scale.
     """
@@ -26,7 +27,7 @@ def domain_loss(
     coefficient: float,
     weights: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Half the binary cross-entropy of source, half that of target; what lies below it is trained to raise it.
+    """Returns half the binary cross-entropy of source plus half that of target.
 
     Args:
         network: (B, D) -> (B, 1).

@@ -1,4 +1,4 @@
-"""Gaussian kernels of several widths, and the distance of two samples' mean embeddings."""
+"""Gaussian kernels of several widths, and the maximum mean discrepancy of two samples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)
 
 
 def kernels(points: Tensor, widths: Sequence[float] = WIDTHS, fixed: float | None = None) -> Tensor:
-    """(N, N) sum over ``widths`` w of exp(-d^2 / (2 w s^2)); s^2 is the mean squared distance, or ``fixed``."""
+    """Returns the (N, N) sum over ``widths`` w of exp(-d^2 / (2 w s^2)); s^2 is the mean squared distance, or
+    ``fixed``.
+    """
     distances = (points[:, None, :] - points[None, :, :]).square().sum(dim=2)
     scale = distances.detach().mean() if fixed is None else distances.new_tensor(fixed)
     scale = scale.clamp_min(1e-12)
@@ -21,7 +23,7 @@ def kernels(points: Tensor, widths: Sequence[float] = WIDTHS, fixed: float | Non
 
 
 def mean_discrepancy(kernel: Tensor, source: int) -> Tensor:
-    """The unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3); may be below zero.
+    """Returns the unbiased squared maximum mean discrepancy (Gretton et al. 2012, eq. 3); may be below zero.
 
     Args:
         kernel: (N, N) of the points of both samples.

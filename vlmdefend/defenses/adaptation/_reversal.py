@@ -1,4 +1,4 @@
-"""Gradient reversal: forward the identity, backward minus a coefficient that grows with the iterations."""
+"""Gradient reversal: the identity forward, the negative gradient times a growing coefficient backward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Reversed(torch.autograd.Function):
 
 
 def reverse(values: Tensor, coefficient: float) -> Tensor:
-    """The same values, whose gradient comes back times ``-coefficient`` (Ganin & Lempitsky 2015, eq. 16)."""
+    """Returns the same values, with the gradient multiplied by ``-coefficient`` (Ganin & Lempitsky 2015, eq. 16)."""
     reversed_values: Tensor = _Reversed.apply(values, coefficient)  # type: ignore[no-untyped-call]
     return reversed_values
 
@@ -35,7 +35,7 @@ def reversal_coefficient(iteration: int, highest: float = 1.0, length: int = 100
 
 
 def scheduled(student: AdaptedStudent, warm_up: int | None) -> float:
-    """The coefficient of this step: grown in ``warm_up`` steps, or with the share of the stage that is done.
+    """Returns the coefficient of this step: grown in ``warm_up`` steps, or with the finished share of the stage.
 
     Ganin et al. 2016 (section 5.2) have 2 / (1 + exp(-10 p)) - 1 with the share p: a tenth of the stage. The 1000 of
     tllib is that for 10,000 steps. Where adversarial images pull the domains apart, a discriminator that meets no

@@ -21,8 +21,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -84,11 +84,11 @@ class Artuda(Adaptation):
         apart = F.kl_div(
             moved.logits.log_softmax(dim=1), clean.logits.log_softmax(dim=1), reduction="batchmean", log_target=True
         )
-        losses = whole(
+        losses = whole_batch_losses(
             batch,
             source=F.cross_entropy(of_source.logits, source.labels),
             domain=self.trade_off * domain,
             consistency=self.consistency * apart,
         )
         kept = (moved.logits.detach().argmax(dim=1) == labels).float().mean()
-        return Terms(losses, told(batch, own_agreement_adversarial=kept))
+        return Terms(losses, whole_batch_metrics(batch, own_agreement_adversarial=kept))

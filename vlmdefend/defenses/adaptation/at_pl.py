@@ -16,8 +16,8 @@ from vlmdefend.defenses.adaptation.base import (
     domains_of,
     student_of,
     teacher_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
@@ -58,5 +58,6 @@ class AtPl(Adaptation):
         logits = trained(adversarial).logits
         agreed = (logits.detach().argmax(dim=1) == labels).float().mean()
         return Terms(
-            whole(batch, target=F.cross_entropy(logits, labels)), told(batch, teacher_agreement_adversarial=agreed)
+            whole_batch_losses(batch, target=F.cross_entropy(logits, labels)),
+            whole_batch_metrics(batch, teacher_agreement_adversarial=agreed),
         )

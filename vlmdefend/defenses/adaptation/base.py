@@ -1,4 +1,4 @@
-"""The adaptation contract: an objective on labelled source and unlabelled target images."""
+"""The contract of adaptation methods: an objective on labelled source and unlabelled target images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Role = Literal["adaptation", "robustification"]
 
 
 class AdaptedStudent(Student, Protocol):
-    """The classifier in training with the networks that exist for training only (discriminators, second heads)."""
+    """The classifier in training with networks that are used in training only (discriminators, second heads)."""
 
     iteration: int
     """Steps of this stage that were taken: what a schedule inside an objective depends on."""
@@ -35,21 +35,21 @@ class AdaptedStudent(Student, Protocol):
         ...
 
     def evaluated(self, images: Tensor) -> Outputs:
-        """The same in evaluation mode, float32: what an attack differentiates."""
+        """Returns float32 outputs in evaluation mode, which an attack differentiates."""
         ...
 
 
 class BatchTeacher(Teacher, Protocol):
-    """A frozen model that knows the images of the set: it may have looked at them before."""
+    """A frozen model that may have cached its outputs on the images of the set."""
 
     def of(self, batch: Batch) -> Outputs:
-        """Outputs at the images of a batch as they lie in the set, not augmented."""
+        """Returns the outputs on the images of a batch as they are in the set, without augmentation."""
         ...
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the networks beside the classifier must fit."""
+    """Feature width and number of classes that auxiliary networks must fit."""
 
     features: int
     classes: int
@@ -58,14 +58,14 @@ class Shape:
 
 
 class Pair(NamedTuple):
-    """The two domains of a batch; either may be empty."""
+    """Source and target images of a batch; either may be empty."""
 
     source: Batch
     target: Batch
 
 
 class Adaptation(Objective):
-    """A way to adapt, or to make robust under adaptation. A subclass is a frozen, keyword-only dataclass.
+    """A method of adaptation or robustification. A subclass is a frozen, keyword-only dataclass.
 
     Class attributes beside an objective's: ``role`` (``adaptation``: makes a teacher; ``robustification``: what step 2
     may be), ``domains`` (whose images a batch holds), ``trains`` (False: the backbone is used as it is), ``additive``
@@ -81,61 +81,61 @@ class Adaptation(Objective):
 
     @property
     def whole_batch(self) -> bool:
-        """A part of a batch would be of one domain only, and some losses compare its images."""
+        """True: the loss needs the whole batch, since parts would hold one domain only."""
         return self.domains == "both" or not self.additive
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """Networks that train beside the classifier and are left behind."""
+        """Returns networks that train beside the classifier and are dropped afterwards."""
         return {}
 
     @property
     def rates(self) -> dict[str, float]:
-        """Of networks beside the classifier that learn at another rate than the stage's: its factor."""
+        """Returns factors of the learning rate for auxiliary networks, by name."""
         return {}
 
     @property
     def phases(self) -> tuple[Adaptation, ...]:
-        """The stages, each from where the one before ended."""
+        """The stages of the method, each starting from the end of the one before."""
         return (self,)
 
 
 def student_of(student: Student) -> AdaptedStudent:
-    """The student as these objectives need it."""
+    """Returns the student, checked to be one of adaptation."""
     return cast(AdaptedStudent, student)
 
 
 def teacher_of(teacher: Teacher | None) -> BatchTeacher:
-    """The teacher; an objective that says it has one is given one."""
+    """Returns the teacher, which an objective with a teacher always has."""
     assert teacher is not None
     return cast(BatchTeacher, teacher)
 
 
 def domains_of(batch: Batch) -> Pair:
-    """A batch as source and target."""
+    """Splits a batch into source and target."""
     count = int((batch.labels != UNKNOWN).sum())
     source = Batch(batch.ids[:count], batch.images[:count], batch.labels[:count])
     return Pair(source, Batch(batch.ids[count:], batch.images[count:], batch.labels[count:]))
 
 
 def features_of(outputs: Outputs) -> Tensor:
-    """(B, D) bottleneck features; a classifier with a head always has them."""
+    """Returns (B, D) bottleneck features, which a classifier with a head always has."""
     assert outputs.features is not None
     return outputs.features
 
 
 def split(outputs: Outputs, source: int) -> tuple[Outputs, Outputs]:
-    """The outputs of one forward of both domains, so that BatchNorm sees them together, as two."""
+    """Splits the outputs of one forward of both domains (so that BatchNorm sees them together) into two."""
     logits, features = outputs.logits, features_of(outputs)
     return Outputs(logits[:source], features[:source]), Outputs(logits[source:], features[source:])
 
 
-def whole(batch: Batch, **losses: Tensor) -> dict[str, Tensor]:
-    """Losses of a whole batch in the form of losses per image: the mean of B equal values."""
+def whole_batch_losses(batch: Batch, **losses: Tensor) -> dict[str, Tensor]:
+    """Turns losses of a whole batch into per-image losses: B equal values."""
     return {name: value.expand(len(batch.ids)) for name, value in losses.items()}
 
 
-def told(batch: Batch, **metrics: Tensor | float) -> dict[str, Tensor]:
-    """Metrics of a whole batch, likewise."""
+def whole_batch_metrics(batch: Batch, **metrics: Tensor | float) -> dict[str, Tensor]:
+    """Turns metrics of a whole batch into per-image values."""
     return {
         name: torch.as_tensor(value, dtype=torch.float32, device=batch.images.device).detach().expand(len(batch.ids))
         for name, value in metrics.items()

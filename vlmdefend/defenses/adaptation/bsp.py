@@ -1,4 +1,4 @@
-"""BSP: DANN that does not let a few directions carry all transfer."""
+"""BSP: DANN with a penalty on the largest singular values of the features."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -58,14 +58,14 @@ class Bsp(Adaptation):
         coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)
         network = trained.auxiliary["discriminator"]
         domain = domain_loss(network, features_of(source), features_of(target), coefficient)
-        losses = whole(
+        losses = whole_batch_losses(
             batch,
             source=F.cross_entropy(source.logits, pair.source.labels),
             domain=self.trade_off * domain,
             spectrum=self.penalty * spectral_penalty(features_of(source), features_of(target)),
         )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
 
 
 def spectral_penalty(source: Tensor, target: Tensor) -> Tensor:

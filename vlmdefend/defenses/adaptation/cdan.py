@@ -1,4 +1,4 @@
-"""CDAN (+E): alignment of features given what is predicted."""
+"""CDAN (+E): aligns features conditioned on predictions."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -62,19 +62,21 @@ class Cdan(Adaptation):
         weights = (certainty(source.logits), certainty(target.logits)) if self.entropy else None
         network = trained.auxiliary["discriminator"]
         domain = domain_loss(network, conditioned(source), conditioned(target), coefficient, weights)
-        losses = whole(batch, source=F.cross_entropy(source.logits, pair.source.labels), domain=self.trade_off * domain)
+        losses = whole_batch_losses(
+            batch, source=F.cross_entropy(source.logits, pair.source.labels), domain=self.trade_off * domain
+        )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
 
 
 def conditioned(outputs: Outputs) -> Tensor:
-    """(B, C D) outer products of prediction (without gradient, as the authors do) and features."""
+    """Returns (B, C D) outer products of prediction (without gradient, as the authors do) and features."""
     predicted = outputs.logits.detach().softmax(dim=1)
     return torch.bmm(predicted[:, :, None], features_of(outputs)[:, None, :]).flatten(1)
 
 
 def certainty(logits: Tensor) -> Tensor:
-    """(B,) 1 + exp(-entropy), without gradient, scaled to mean 1 (eq. 9)."""
+    """Returns (B,) 1 + exp(-entropy), without gradient, scaled to mean 1 (eq. 9)."""
     log_p = logits.detach().log_softmax(dim=1)
     weights = 1.0 + (log_p.exp() * log_p).sum(dim=1).exp()
     return weights / weights.mean()

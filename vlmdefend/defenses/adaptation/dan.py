@@ -1,4 +1,4 @@
-"""DAN: features of the two domains with the same mean embedding."""
+"""DAN: aligns the mean embeddings of the features of both domains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -45,6 +45,8 @@ class Dan(Adaptation):
         outputs, count = student_of(student)(batch.images), len(pair.source.ids)
         source, _ = split(outputs, count)
         discrepancy = self.trade_off * mean_discrepancy(kernels(features_of(outputs)), count)
-        losses = whole(batch, source=F.cross_entropy(source.logits, pair.source.labels), discrepancy=discrepancy)
+        losses = whole_batch_losses(
+            batch, source=F.cross_entropy(source.logits, pair.source.labels), discrepancy=discrepancy
+        )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits))

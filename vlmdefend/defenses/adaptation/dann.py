@@ -1,4 +1,4 @@
-"""DANN: features that a discriminator cannot tell apart."""
+"""DANN: trains features from which a discriminator cannot tell the domains apart."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -56,6 +56,8 @@ class Dann(Adaptation):
         source, target = split(trained(batch.images), len(pair.source.ids))
         coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)
         domain = domain_loss(trained.auxiliary["discriminator"], features_of(source), features_of(target), coefficient)
-        losses = whole(batch, source=F.cross_entropy(source.logits, pair.source.labels), domain=self.trade_off * domain)
+        losses = whole_batch_losses(
+            batch, source=F.cross_entropy(source.logits, pair.source.labels), domain=self.trade_off * domain
+        )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))

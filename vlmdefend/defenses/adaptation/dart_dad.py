@@ -22,8 +22,8 @@ from vlmdefend.defenses.adaptation.base import (
     split,
     student_of,
     teacher_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
@@ -85,11 +85,11 @@ class DartDad(Adaptation):
         of_source, moved = split(trained(torch.cat([source.images, adversarial])), count)
         coefficient = scheduled(trained, self.warm_up)
         domain = domain_loss(network, features_of(of_source), features_of(moved), coefficient)
-        losses = whole(
+        losses = whole_batch_losses(
             batch,
             source=F.cross_entropy(of_source.logits, source.labels),
             target=self.pseudo * F.cross_entropy(moved.logits, labels),
             domain=self.divergence * domain,
         )
         agreed = (moved.logits.detach().argmax(dim=1) == labels).float().mean()
-        return Terms(losses, told(batch, teacher_agreement_adversarial=agreed))
+        return Terms(losses, whole_batch_metrics(batch, teacher_agreement_adversarial=agreed))

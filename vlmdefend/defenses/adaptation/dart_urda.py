@@ -1,4 +1,4 @@
-"""DART: a student taught by a frozen adapted teacher, on target images alone, at clean and adversarial pixels."""
+"""DART: distils a frozen adapted teacher into a student on target images, at clean and adversarial pixels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     student_of,
     teacher_of,
-    whole,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.errors import UserError
@@ -89,16 +89,16 @@ class DartUrda(Adaptation):
 
     @property
     def whole_batch(self) -> bool:
-        """Unless the distillations are means, their size is that of the batch."""
+        """True unless the distillation losses are means, whose size does not depend on the batch."""
         return self.weight_reduction != "mean"
 
     @property
     def cost(self) -> StepCost:
-        """A forward and backward a step of the attack, and one for each of the two student forwards."""
+        """Returns a forward and backward per attack step, and one for each of the two student forwards."""
         return StepCost(forward_backwards=(self.steps + 1 if self.defense else 0) + 1, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The three terms; metrics: agreement with the teacher's class on clean and adversarial images."""
+        """Returns the three terms; metrics: agreement with the teacher's class on clean and adversarial images."""
         trained, target = student_of(student), domains_of(batch).target
         if self.augment == "off":
             images, taught = target.images, teacher_of(teacher).of(target)
@@ -119,14 +119,14 @@ class DartUrda(Adaptation):
             losses["prediction"] = self._distilled(taught.logits, clean.logits, weights)
         if self.features:
             losses["features"] = feature_loss(clean, taught)
-        return Terms(whole(batch, **losses), {**agreed, "certainty": weights})
+        return Terms(whole_batch_losses(batch, **losses), {**agreed, "certainty": weights})
 
     def _distilled(self, teacher: Tensor, student: Tensor, weights: Tensor) -> Tensor:
         divergence = divergences(teacher, student, self.temperature)
         return self.trade_off * reduced(divergence, weights, self.weight_reduction)
 
     def _attacked(self, student: AdaptedStudent, images: Tensor, labels: Tensor) -> Tensor:
-        """The adversarial images, as pixels."""
+        """Returns the adversarial images, as pixels."""
         if self.space == "pixel":
             loss = away_from(student.attacked, labels)
             return ascend(loss, images, eps=self.eps, alpha=self.alpha, steps=self.steps)
@@ -154,7 +154,7 @@ def dart_terms(
     temperature: float = 2.0,
     reduction: WeightReduction = "released",
 ) -> DartTerms:
-    """The release's loss of outputs that are at hand; for tests and for whoever has their own loop."""
+    """Computes the release's loss from given outputs, for tests and for other training loops."""
     weights = certainty(teacher.logits)
     defense = reduced(divergences(teacher.logits, adversarial, temperature), weights, reduction)
     prediction = reduced(divergences(teacher.logits, clean.logits, temperature), weights, reduction)
@@ -163,27 +163,27 @@ def dart_terms(
 
 
 def certainty(logits: Tensor) -> Tensor:
-    """(B, C) teacher logits -> (B,) 1 - normalised entropy, in [0, 1]."""
+    """Returns (B,) 1 - normalised entropy, in [0, 1], of (B, C) teacher logits."""
     p = logits.softmax(dim=1)
     entropy = -(p * (p + INSIDE_LOG).log()).sum(dim=1) / math.log(logits.shape[1])
     return (1.0 - entropy).clamp(0.0, 1.0)
 
 
 def divergences(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """(B,) KL(teacher || student) at a temperature."""
+    """Returns (B,) KL(teacher || student) at a temperature."""
     log_p, log_q = (teacher / temperature).log_softmax(dim=1), (student / temperature).log_softmax(dim=1)
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
 def reduced(divergence: Tensor, weights: Tensor, reduction: WeightReduction) -> Tensor:
-    """One number of (B,) divergences and weights; ``released`` = B x mean x mean weight, whatever their pairing."""
+    """Reduces (B,) divergences and weights to one number; ``released`` = B x mean x mean weight."""
     if reduction == "released":
         return divergence.mean() * weights.sum()
     return (divergence * weights).sum() if reduction == "sum" else (divergence * weights).mean()
 
 
 def feature_loss(student: Outputs, teacher: Outputs) -> Tensor:
-    """The mean squared difference of clean bottleneck features, over all elements.
+    """Returns the mean squared difference of clean bottleneck features, over all elements.
 
     Raises:
         UserError: the teacher's features are missing or of another width.

@@ -1,4 +1,4 @@
-"""JAN: features and predictions of the two domains with the same joint mean embedding."""
+"""JAN: aligns the joint mean embeddings of features and predictions of both domains."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -47,6 +47,8 @@ class Jan(Adaptation):
         # a product of kernels: the bandwidth of the predictions' one is fixed, as in the authors' code
         joint = kernels(features_of(outputs)) * kernels(outputs.logits.softmax(dim=1), (1.0,), fixed=0.92**2)
         discrepancy = self.trade_off * mean_discrepancy(joint, count)
-        losses = whole(batch, source=F.cross_entropy(source.logits, pair.source.labels), discrepancy=discrepancy)
+        losses = whole_batch_losses(
+            batch, source=F.cross_entropy(source.logits, pair.source.labels), discrepancy=discrepancy
+        )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits))

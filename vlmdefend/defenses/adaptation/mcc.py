@@ -1,4 +1,4 @@
-"""MCC: target predictions that confuse no two classes."""
+"""MCC: minimises the confusion between classes in target predictions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmdefend.defenses.adaptation import ADAPTATIONS
-from vlmdefend.defenses.adaptation.base import Adaptation, Role, domains_of, split, student_of, told, whole
+from vlmdefend.defenses.adaptation.base import (
+    Adaptation,
+    Role,
+    domains_of,
+    split,
+    student_of,
+    whole_batch_metrics,
+    whole_batch_losses,
+)
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
@@ -37,13 +45,15 @@ class Mcc(Adaptation):
         pair = domains_of(batch)
         source, target = split(student_of(student)(batch.images), len(pair.source.ids))
         confusion = self.trade_off * class_confusion(target.logits, self.temperature)
-        losses = whole(batch, source=F.cross_entropy(source.logits, pair.source.labels), confusion=confusion)
+        losses = whole_batch_losses(
+            batch, source=F.cross_entropy(source.logits, pair.source.labels), confusion=confusion
+        )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits))
 
 
 def class_confusion(logits: Tensor, temperature: float) -> Tensor:
-    """What lies off the diagonal of the row-normalised class correlation, per class.
+    """Returns the off-diagonal mass of the row-normalised class correlation, per class.
 
     Images weigh 1 + exp(-entropy), scaled to mean 1, without gradient.
     """

@@ -1,4 +1,4 @@
-"""MCD: two heads that disagree where the target leaves the source's support."""
+"""MCD: trains two heads whose disagreement on the target is maximised by the heads, minimised by the features."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -61,11 +61,11 @@ class Mcd(Adaptation):
         below = reverse(features_of(target), self.reversal)
         supervised = F.cross_entropy(source.logits, pair.source.labels)
         supervised = supervised + F.cross_entropy(second(features_of(source)), pair.source.labels)
-        losses = whole(
+        losses = whole_batch_losses(
             batch, source=supervised, discrepancy=-self.trade_off * classifier_discrepancy(head(below), second(below))
         )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits))
 
 
 def classifier_discrepancy(first: Tensor, second: Tensor) -> Tensor:

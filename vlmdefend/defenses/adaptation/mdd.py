@@ -1,4 +1,4 @@
-"""MDD: a second head that must disagree on the target and agree on the source."""
+"""MDD: a second head maximises the margin disparity between target and source."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
@@ -62,17 +62,17 @@ class Mdd(Adaptation):
         coefficient = reversal_coefficient(trained.iteration, self.reversal, self.warm_up)
         second = trained.auxiliary["adversary"](reverse(features_of(outputs), coefficient))
         disparity = disparity_loss(source.logits, second[:count], target.logits, second[count:], self.margin)
-        losses = whole(
+        losses = whole_batch_losses(
             batch, source=F.cross_entropy(source.logits, pair.source.labels), disparity=self.trade_off * disparity
         )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
 
 
 def disparity_loss(
     source: Tensor, second_source: Tensor, target: Tensor, second_target: Tensor, margin: float
 ) -> Tensor:
-    """What the second head minimises: margin x disagreement on the source - log(1 - agreement) on the target.
+    """Returns the second head's loss: margin x disagreement on the source - log(1 - agreement) on the target.
 
     All (B, C) logits; the classes of the first head are constants here.
     """

@@ -1,4 +1,4 @@
-"""RFA: robustness taken from a robust model's features, without adversarial images."""
+"""RFA: transfers robustness from a robust model's features, without adversarial images."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     split,
     student_of,
     teacher_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.adaptation.mdd import Mdd, disparity_loss
 from vlmdefend.defenses.training_time.base import Student, Teacher, TeacherKind, Terms
@@ -68,17 +68,17 @@ class Rfa(Adaptation):
         robust = teacher_of(teacher)(batch.images).features
         if robust is None:
             raise UserError("rfa: this teacher gives no features; give a model with a bottleneck, or a CLIP.")
-        losses = whole(
+        losses = whole_batch_losses(
             batch,
             source=F.cross_entropy(source.logits, pair.source.labels),
             disparity=disparity_loss(source.logits, second[:count], target.logits, second[count:], self.margin),
             similarity=self.similarity * similarity_loss(features_of(outputs), robust),
         )
         hits = (source.logits.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits, reversal=torch.tensor(coefficient)))
 
 
 def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The squared Frobenius distance of the Gram matrices, rows of length 1, over B^2; (B, ...) of any widths."""
+    """Returns the squared Frobenius distance of the Gram matrices of unit rows, over B^2; widths may differ."""
     own, given = (F.normalize(f.flatten(1) @ f.flatten(1).T, dim=1) for f in (student, teacher))
     return (own - given).square().sum() / len(own) ** 2

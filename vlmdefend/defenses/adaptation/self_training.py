@@ -1,4 +1,4 @@
-"""Self-training: confident predictions at a weakly changed image are labels for a strongly changed one."""
+"""Self-training: confident predictions on weakly changed images label strongly changed ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from torch import Tensor
 
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation._changed import strongly, weakly
-from vlmdefend.defenses.adaptation.base import Adaptation, Role, domains_of, student_of, told, whole
+from vlmdefend.defenses.adaptation.base import (
+    Adaptation,
+    Role,
+    domains_of,
+    student_of,
+    whole_batch_metrics,
+    whole_batch_losses,
+)
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
@@ -46,15 +53,15 @@ class SelfTraining(Adaptation):
         logits = student_of(student)(torch.cat([weak, strong])).logits
         source, (weak_logits, strong_logits) = logits[:count], logits[count:].chunk(2)
         consistency, used = confident_consistency(weak_logits, strong_logits, self.threshold)
-        losses = whole(
+        losses = whole_batch_losses(
             batch, source=F.cross_entropy(source, pair.source.labels), consistency=self.trade_off * consistency
         )
         hits = (source.detach().argmax(dim=1) == pair.source.labels).float().mean()
-        return Terms(losses, told(batch, source_accuracy=hits, share_used=used))
+        return Terms(losses, whole_batch_metrics(batch, source_accuracy=hits, share_used=used))
 
 
 def confident_consistency(weak: Tensor, strong: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """(B, C) logits of both views -> mean cross-entropy, zero where the weak one is unsure; the share that is sure."""
+    """Returns the mean cross-entropy between both views, zero where the weak one is unsure, and the sure share."""
     highest, labels = weak.detach().softmax(dim=1).max(dim=1)
     used = (highest >= threshold).float()
     return (F.cross_entropy(strong, labels, reduction="none") * used).mean(), used.mean()

@@ -1,4 +1,4 @@
-"""SHOT: adaptation without the source: the head stays, the features move under it."""
+"""SHOT: adapts without source images: the head stays fixed, the features train."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from vlmdefend.defenses.adaptation.base import (
     domains_of,
     features_of,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.adaptation.source_only import SourceOnly
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
@@ -50,7 +50,7 @@ class Shot(Adaptation):
 
     @property
     def phases(self) -> tuple[Adaptation, ...]:
-        """The source first."""
+        """The source stage, then the target stage."""
         return (SourceOnly(smoothing=self.smoothing), self)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
@@ -60,22 +60,24 @@ class Shot(Adaptation):
         fixed = {name: weight.detach() for name, weight in trained.classifier.head.named_parameters()}
         logits = functional_call(trained.classifier.head, fixed, (features,))
         labels = centroid_labels(features.detach(), logits.detach())
-        losses = whole(
+        losses = whole_batch_losses(
             batch, information=-mutual_information(logits), pseudo=self.pseudo * F.cross_entropy(logits, labels)
         )
         agreed = (logits.detach().argmax(dim=1) == labels).float().mean()
-        return Terms(losses, told(batch, pseudo_agreement=agreed))
+        return Terms(losses, whole_batch_metrics(batch, pseudo_agreement=agreed))
 
 
 def mutual_information(logits: Tensor) -> Tensor:
-    """Entropy of the mean prediction minus mean entropy of the predictions: sure ones, of all classes (eq. 3)."""
+    """Returns the entropy of the mean prediction minus the mean entropy of the predictions (eq. 3)."""
     log_p = logits.log_softmax(dim=1)
     mean = log_p.exp().mean(dim=0)
     return -(mean * mean.clamp_min(1e-12).log()).sum() + (log_p.exp() * log_p).sum(dim=1).mean()
 
 
 def centroid_labels(features: Tensor, logits: Tensor) -> Tensor:
-    """(B,) the class whose centroid is nearest by cosine; two rounds, as eqs. 4 to 6. Absent classes get no label."""
+    """Returns (B,) the class of the nearest centroid by cosine after two rounds (eqs. 4 to 6); absent classes are left
+    out.
+    """
     weights = logits.softmax(dim=1)  # (B, C)
     unit = F.normalize(features, dim=1)
     labels = weights.argmax(dim=1)

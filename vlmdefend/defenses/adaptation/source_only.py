@@ -1,4 +1,4 @@
-"""Source only: no adaptation, the line that every method must beat."""
+"""Source only: trains on the labelled source without adaptation, the baseline of every method."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from typing import ClassVar
 import torch.nn.functional as F
 
 from vlmdefend.defenses.adaptation import ADAPTATIONS
-from vlmdefend.defenses.adaptation.base import Adaptation, Domains, Role, domains_of, student_of, told, whole
+from vlmdefend.defenses.adaptation.base import (
+    Adaptation,
+    Domains,
+    Role,
+    domains_of,
+    student_of,
+    whole_batch_metrics,
+    whole_batch_losses,
+)
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
@@ -17,7 +25,7 @@ from vlmdefend.types import Batch
 @ADAPTATIONS.register
 @dataclass(frozen=True, kw_only=True)
 class SourceOnly(Adaptation):
-    """Cross-entropy on the labelled source; no target image is looked at (tllib's ERM).
+    """Cross-entropy on the labelled source; target images are not used (tllib's ERM).
 
     Options:
         smoothing: of the labels.
@@ -37,4 +45,4 @@ class SourceOnly(Adaptation):
         logits = student_of(student)(source.images).logits
         loss = F.cross_entropy(logits, source.labels, label_smoothing=self.smoothing)
         hits = (logits.detach().argmax(dim=1) == source.labels).float().mean()
-        return Terms(whole(batch, source=loss), told(batch, source_accuracy=hits))
+        return Terms(whole_batch_losses(batch, source=loss), whole_batch_metrics(batch, source_accuracy=hits))

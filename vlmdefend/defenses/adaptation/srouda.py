@@ -1,4 +1,4 @@
-"""SRoUDA: the student trains on the teacher's classes, the teacher on what that does to the student."""
+"""SRoUDA: the student trains on the teacher's classes, the teacher on the student's resulting source error."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     Shape,
     domains_of,
     student_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.adaptation.self_training import confident_consistency
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
@@ -63,20 +63,20 @@ class Srouda(Adaptation):
 
     @property
     def cost(self) -> StepCost:
-        """The attack, the student's step, its source error twice, and the teacher's three forwards."""
+        """Returns the attack, the student's step, its source error twice, and the teacher's three forwards."""
         return StepCost(forward_backwards=self.steps + 5, teacher_forwards=0)
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The teacher, which begins as the student does."""
+        """Returns the teacher, initialised as the student."""
         return {"teacher": shape.copy()}
 
     @property
     def rates(self) -> dict[str, float]:
-        """The teacher's."""
+        """Returns the teacher's factor of the learning rate."""
         return {"teacher": self.teacher_rate}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The student's loss and the teacher's, of disjoint weights."""
+        """Returns the losses of student and teacher, which train disjoint weights."""
         trained, (source, target) = student_of(student), domains_of(batch)
         draws = rng.select(list(range(len(source.ids), len(batch.ids))))
         tutor = cast("ImageClassifier", trained.auxiliary["teacher"])
@@ -90,7 +90,7 @@ class Srouda(Adaptation):
         robust = F.cross_entropy(moved, labels)
         feedback = self._feedback(trained, robust, source)
         consistency, used = confident_consistency(plain, of_hidden, self.threshold)
-        losses = whole(
+        losses = whole_batch_losses(
             batch,
             target=robust,
             teacher_source=F.cross_entropy(of_source, source.labels),
@@ -98,10 +98,12 @@ class Srouda(Adaptation):
             teacher_feedback=feedback * F.cross_entropy(of_hidden, own),
         )
         agreed = (moved.detach().argmax(dim=1) == labels).float().mean()
-        return Terms(losses, told(batch, teacher_agreement_adversarial=agreed, share_used=used, feedback=feedback))
+        return Terms(
+            losses, whole_batch_metrics(batch, teacher_agreement_adversarial=agreed, share_used=used, feedback=feedback)
+        )
 
     def _feedback(self, trained: AdaptedStudent, robust: Tensor, source: Batch) -> Tensor:
-        """How much worse the student is on the source after its step, a number."""
+        """Returns by how much the student's source loss rose with its step, a number."""
         weights = dict(trained.classifier.named_parameters())
         gradients = torch.autograd.grad(robust, list(weights.values()), retain_graph=True, allow_unused=True)
         ahead = {

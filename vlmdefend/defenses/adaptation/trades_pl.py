@@ -1,4 +1,4 @@
-"""TRADES with pseudo-labels: accuracy by the teacher's classes, robustness by the student's own prediction."""
+"""TRADES with pseudo-labels: cross-entropy of the teacher's class, and KL between clean and adversarial prediction."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from vlmdefend.defenses.adaptation.base import (
     domains_of,
     student_of,
     teacher_of,
-    told,
-    whole,
+    whole_batch_metrics,
+    whole_batch_losses,
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng
@@ -59,6 +59,6 @@ class TradesPl(Adaptation):
         adversarial = ascend(loss, target.images, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=rng)
         clean, moved = trained(target.images).logits, trained(adversarial).logits
         apart = F.kl_div(moved.log_softmax(dim=1), clean.log_softmax(dim=1), reduction="batchmean", log_target=True)
-        losses = whole(batch, target=F.cross_entropy(clean, labels), robustness=self.beta * apart)
+        losses = whole_batch_losses(batch, target=F.cross_entropy(clean, labels), robustness=self.beta * apart)
         agreed = (moved.detach().argmax(dim=1) == labels).float().mean()
-        return Terms(losses, told(batch, teacher_agreement_adversarial=agreed))
+        return Terms(losses, whole_batch_metrics(batch, teacher_agreement_adversarial=agreed))

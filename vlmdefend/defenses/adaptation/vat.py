@@ -9,7 +9,15 @@ import torch.nn.functional as F
 
 from vlmdefend.defenses.adaptation import ADAPTATIONS
 from vlmdefend.defenses.adaptation._attack import ascend, away_from
-from vlmdefend.defenses.adaptation.base import Adaptation, Domains, Role, domains_of, student_of, told, whole
+from vlmdefend.defenses.adaptation.base import (
+    Adaptation,
+    Domains,
+    Role,
+    domains_of,
+    student_of,
+    whole_batch_metrics,
+    whole_batch_losses,
+)
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Amplitude, Batch
@@ -18,7 +26,7 @@ from vlmdefend.types import Amplitude, Batch
 @ADAPTATIONS.register
 @dataclass(frozen=True, kw_only=True)
 class Vat(Adaptation):
-    """Cross-entropy at PGD images of the source (Madry et al. 2018); the target is never looked at.
+    """Cross-entropy at PGD images of the source (Madry et al. 2018); the target is not used.
 
     Options:
         eps: radius of the attack; alpha: its step; steps: how many.
@@ -47,5 +55,6 @@ class Vat(Adaptation):
         logits = trained(adversarial).logits
         hits = (logits.detach().argmax(dim=1) == source.labels).float().mean()
         return Terms(
-            whole(batch, source=F.cross_entropy(logits, source.labels)), told(batch, source_accuracy_adversarial=hits)
+            whole_batch_losses(batch, source=F.cross_entropy(logits, source.labels)),
+            whole_batch_metrics(batch, source_accuracy_adversarial=hits),
         )

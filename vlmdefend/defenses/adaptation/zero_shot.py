@@ -1,4 +1,4 @@
-"""Zero-shot: a CLIP that was never trained on either domain is the teacher."""
+"""Zero-shot: an untrained CLIP serves as the teacher."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmdefend.types import Batch
 @ADAPTATIONS.register
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot(Adaptation):
-    """The backbone with the class names as text, untrained; what adapts is its pre-training."""
+    """The backbone with class names as text; nothing is trained."""
 
     name: ClassVar[str] = "zero-shot"
     summary: ClassVar[str] = "a vision-language model as it is; nothing trains"
@@ -26,9 +26,9 @@ class ZeroShot(Adaptation):
 
     @property
     def phases(self) -> tuple[Adaptation, ...]:
-        """None."""
+        """Empty: there is no stage."""
         return ()
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Nothing: there is no stage in which this could be called."""
+        """Raises: there is no stage in which it could be called."""
         raise NotImplementedError("zero-shot trains nothing")

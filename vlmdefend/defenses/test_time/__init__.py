@@ -1,1 +1,1 @@
-"""Prompts or weights are adapted to each sample, then restored."""
+"""Test-time adaptation: prompts or tokens are tuned for each sample, then restored."""

@@ -1,4 +1,4 @@
-"""A classifier in whose towers each image of a batch has tokens of its own, tuned on its views and then forgotten."""
+"""A classifier that tunes deep tokens of both towers for each image of a batch, and restores them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ _MEASURED: WeakKeyDictionary[ZeroShotClassifier, dict[TokenTuning, TokenStatisti
 
 
 class DeepTuned:
-    """``defense`` says what is minimised; ``unrolled``: autograd sees how the tokens follow the image."""
+    """Tunes tokens by the loss of ``defense``; ``unrolled``: autograd follows the tuning steps."""
 
     def __init__(self, model: Pipeline, defense: TokenTuning, *, unrolled: bool = False) -> None:
         self.model, self.defense, self.unrolled = model, defense, unrolled
@@ -80,7 +80,7 @@ class DeepTuned:
         self.known = self._statistics() if defense.statistics is not None and defense.steps else None
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Views, tuning, prediction; opens its own graph inside ``no_grad``."""
+        """Makes views, tunes, predicts; opens its own graph inside ``no_grad``."""
         defense = self.defense
         if not defense.steps:
             return self.model(images, rng)
@@ -123,11 +123,11 @@ class DeepTuned:
         return self._classifier.clip
 
     def _start(self, count: int) -> Tensor | None:
-        """(B, D, N, V) image tokens, the same for all."""
+        """Returns the (B, D, N, V) initial image tokens, the same for all."""
         return None if self.visual is None else self.visual.expand(count, *self.visual.shape)
 
     def _seen(self, views: Tensor, visual: Tensor | None, rng: ImageRng, kept: list[Tensor] | None = None) -> Outputs:
-        """(B, k, 3, H, W) views with the (B, D, N, V) tokens of their images -> outputs, as of ``predict_views``.
+        """Predicts (B, k, 3, H, W) views with the (B, D, N, V) tokens of their images.
 
         Args:
             kept: gets what each of the D blocks reads, (B, k, L, V).
@@ -146,7 +146,7 @@ class DeepTuned:
         return by_view(found, views.shape[:2])
 
     def _tuned(self, chosen: Tensor, rng: ImageRng, *, unrolled: bool) -> tuple[Tensor | None, Tensor]:
-        """(B, k, 3, H, W) confident views -> each image's (B, D, N, V) tokens and (B, C, F) class features."""
+        """Returns each image's tuned (B, D, N, V) tokens and (B, C, F) class features."""
         defense, tower = self.defense, self.tower
         visual, text, classes = (
             self._start(len(chosen)),
@@ -181,7 +181,7 @@ class DeepTuned:
         return values * (1 - self.defense.lr * WEIGHT_DECAY) - self.defense.lr * direction
 
     def _statistics(self) -> TokenStatistics:
-        """Those that the options name; of a data set they are measured once for a classifier.
+        """Returns the token statistics that the options name; those of a data set are measured once per classifier.
 
         Raises:
             UserError: there are none, or they are of other tokens than this model has.
@@ -210,7 +210,7 @@ class DeepTuned:
 
 
 def _leaf(values: Tensor, *, unrolled: bool) -> Tensor:
-    """What a gradient is taken with respect to; ``unrolled`` keeps the graph that it comes with."""
+    """Returns a tensor to differentiate with respect to; ``unrolled`` keeps the graph that it comes with."""
     if unrolled and values.requires_grad:
         return values
     return values.detach().clone().requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What prompt tuning shares: views, the confident among them, and a few AdamW steps on each image's own context."""
+"""The engine of prompt tuning: confident views, and a few AdamW steps on each image's own context."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BETA1, BETA2, EPSILON, WEIGHT_DECAY = 0.9, 0.999, 1e-8, 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(Defense):
-    """A defense that tunes the words before the class name on the views of one image, and forgets them after it.
+    """A defense that tunes the context before the class name on views of one image, and restores it.
 
     Deployed, as in the official codes, autograd sees the tuned class features as constants. The adaptive attacker
     tunes anew on fresh views at every step and tries two surrogates, best per image: those constants, and the unrolled
@@ -70,27 +70,27 @@ class PromptTuning(Defense):
 
     @abstractmethod
     def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """(B, k, C) logits of the confident views and the (B, C, D) unit class features they come from -> (B,)."""
+        """Returns (B,) losses of the (B, k, C) logits of confident views and their (B, C, D) unit class features."""
 
     @abstractmethod
     def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
-        """(B, V, C) tuned logits and the (B, V, D) features of the views that are read -> (B, C)."""
+        """Returns (B, C) logits from (B, V, C) tuned logits and (B, V, D) features of the views."""
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Tune, predict."""
+        """Tunes, then predicts."""
         return Tuned(model, self, "cut")
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The tuned class features as constants."""
+        """Treats the tuned class features as constants."""
         return Tuned(model, self, "constant")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Constant, unrolled."""
+        """Returns the constant and the unrolled surrogate."""
         return self.surrogate(model), Tuned(model, self, "unrolled")
 
 
 class Tuned:
-    """A classifier whose prompts follow the image."""
+    """A classifier that tunes its prompts for each image."""
 
     def __init__(self, model: Pipeline, defense: PromptTuning, sight: Sight) -> None:
         self.model, self.defense, self.sight = model, defense, sight
@@ -98,7 +98,7 @@ class Tuned:
         self.tower = PromptTower(_text_side(model, defense.name))
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Views, tuning, prediction; opens its own graph inside ``no_grad``."""
+        """Makes views, tunes, predicts; opens its own graph inside ``no_grad``."""
         defense = self.defense
         read = defense.views if defense.reads_all_views else 1
         if not defense.steps and read == 1:
@@ -121,7 +121,7 @@ class Tuned:
         return self.tower.side.classifier
 
     def _confident(self, views: Tensor, seen: Outputs, rng: ImageRng, *, unrolled: bool) -> Tensor:
-        """(B, k, D) features of the confident views; only those that were not read before are predicted here."""
+        """Returns (B, k, D) features of the confident views; predicts only those not predicted before."""
         read, features = seen.logits.shape[1], features_of(seen)
         if read == views.shape[1]:
             return pick(features, most_confident(seen.logits, self.defense.keep))
@@ -134,7 +134,7 @@ class Tuned:
         return pick(torch.cat([features.detach(), features_of(others)], dim=1), chosen)
 
     def _tuned(self, confident: Tensor, *, unrolled: bool) -> Tensor:
-        """(B, k, D) -> (B, C, D) class features after ``steps`` of AdamW on each image's context."""
+        """Returns (B, C, D) class features after ``steps`` of AdamW on each image's context."""
         defense, tower = self.defense, self.tower
         context = tower.context.expand(len(confident), *tower.context.shape)
         attacked = self._classifier.text_features - tower.classes
@@ -158,13 +158,13 @@ class Tuned:
 
     @staticmethod
     def _shifted(classes: Tensor, attacked: Tensor) -> Tensor:
-        """Class features moved by what an attack on the prompts did to the untuned ones."""
+        """Adds to class features the shift that an attack on the prompts gave the untuned ones."""
         moved: Tensor = torch.nn.functional.normalize(classes + attacked, dim=-1)
         return moved
 
 
 class Adam:
-    """The direction of each step of Adam (Kingma & Ba 2015), elementwise, with a slope for those who unroll it.
+    """The direction of each step of Adam (Kingma & Ba 2015), elementwise, with a slope for unrolling.
 
     The slope is that of g / (|g| + mean |g|), g the first moment: Adam's own is zero but for g of about 1e-8.
     """

@@ -1,4 +1,4 @@
-"""Mean and variance of each token that the blocks of an image tower read, over clean and over adversarial images."""
+"""Mean and variance of each token in the blocks of an image tower, over clean and adversarial images."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from vlmdefend.types import Threat
 
 
 class Moments(NamedTuple):
-    """Of D blocks with L tokens of width V."""
+    """Mean and variance of D blocks with L tokens of width V."""
 
     mean: Tensor  # (D, L, V)
     variance: Tensor  # (D, L, V)
 
     def distance(self, blocks: Sequence[Tensor]) -> Tensor:
-        """D (B, k, L, V) tokens of k views of B images -> (B,) how far the views' moments are from these.
+        """Returns (B,) distances of the moments of k views, D (B, k, L, V) tokens, from these moments.
 
         Summed over the blocks: half the mean absolute difference of the means, half that of the variances (divided by
         k), as TAPT's code has them.
@@ -44,18 +44,18 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor]) -> Moments:
-        """D (N, L, V) tokens of N > 1 images; the variance is divided by N - 1."""
+        """Returns the moments of D (N, L, V) tokens of N > 1 images; the variance is divided by N - 1."""
         return cls(torch.stack([b.mean(dim=0) for b in blocks]), torch.stack([b.var(dim=0) for b in blocks]))
 
 
 class TokenStatistics(NamedTuple):
-    """What TAPT aligns with."""
+    """The clean and adversarial moments that TAPT aligns with."""
 
     clean: Moments
     adversarial: Moments
 
     def save(self, file: str | Path) -> None:
-        """Write a .safetensors file, as ``tapt:statistics=FILE`` reads it."""
+        """Writes a .safetensors file, as ``tapt:statistics=FILE`` reads it."""
         save_file(
             {
                 f"{kind}_{name}": tensor.contiguous().cpu()
@@ -67,7 +67,7 @@ class TokenStatistics(NamedTuple):
 
     @classmethod
     def load(cls, file: str | Path) -> TokenStatistics:
-        """Read what :meth:`save` wrote.
+        """Reads what :meth:`save` wrote.
 
         Raises:
             UserError: no such file, damaged, or of something else.
@@ -82,12 +82,12 @@ class TokenStatistics(NamedTuple):
             ) from None
 
     def on(self, device: torch.device) -> TokenStatistics:
-        """The same there."""
+        """Returns the statistics on another device."""
         return TokenStatistics(*(Moments(*(tensor.to(device) for tensor in moments)) for moments in self))
 
 
 def known_images(name: str, classifier: ZeroShotClassifier, count: int, eps: float) -> tuple[Tensor, Tensor]:
-    """(N, 3, S, S) images of a data set's training split, and the same after PGD against the classifier's own answers.
+    """Returns (N, 3, S, S) images of a training split, and the same after PGD against the classifier's predictions.
 
     No label is read: what the classifier says of an image is what the attack leads away from.
 

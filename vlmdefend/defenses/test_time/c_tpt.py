@@ -1,4 +1,4 @@
-"""C-TPT: TPT that keeps the class features apart, for the sake of calibration."""
+"""C-TPT: test-time prompt tuning that keeps class features dispersed, for calibration."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class CTpt(Tpt):
             raise UserError(f"c_tpt: dispersion={self.dispersion} must be zero or more.")
 
     def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Entropy of the mean probabilities, less the spread of the classes."""
+        """Returns the entropy of the mean probabilities minus the spread of the class features."""
         return marginal_entropy(logits) - self.dispersion * spread(classes)
 
 
 def spread(classes: Tensor) -> Tensor:
-    """(B, C, D) -> (B,) mean distance to the mean."""
+    """Returns (B,) the mean distance of (B, C, D) class features to their mean."""
     distances: Tensor = (classes - classes.mean(dim=1, keepdim=True)).norm(dim=-1)
     return distances.mean(dim=1)

@@ -1,4 +1,4 @@
-"""Ensemble: the mean over augmented views, the control that prompt tuning has to beat."""
+"""Ensemble: the mean over augmented views, the control of prompt tuning."""
 
 from __future__ import annotations
 
@@ -60,15 +60,15 @@ class Ensemble(Defense):
             raise UserError(f"ensemble: smallest={self.smallest} must be in (0, 1].")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Predict the views, average."""
+        """Predicts the views and averages."""
         return _Averaged(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The same; probabilities in place of votes, which have no gradient."""
+        """The same, with probabilities in place of votes, which have no gradient."""
         return replace(self, average="probabilities").wrap(model) if self.average == "votes" else self.wrap(model)
 
     def combine(self, logits: Tensor) -> Tensor:
-        """(B, V, C) logits of the views that count -> (B, C)."""
+        """Combines (B, V, C) logits of the chosen views into (B, C)."""
         if self.average == "logits":
             return logits.mean(dim=1)
         mean = logits.softmax(dim=-1).mean(dim=1)

@@ -1,4 +1,4 @@
-"""MTA: the mode of the augmented views' embeddings, found by a mean shift that learns which views to trust."""
+"""MTA: the mode of the augmented views' embeddings, by a mean shift that also learns view weights."""
 
 from __future__ import annotations
 
@@ -79,19 +79,19 @@ class Mta(Defense):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Predict the views, find their mode."""
+        """Predicts the views and finds their mode."""
         return _Mode(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The deployed values; where a gradient is asked for, the plain mean over large crops."""
+        """The deployed values, with the gradient of the plain mean over large crops."""
         return _Mode(model, self, "large")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """The mean over large crops; constant proportions."""
+        """Returns two surrogates: the mean over large crops, and constant proportions."""
         return self.surrogate(model), _Mode(model, self, "constant")
 
     def shares(self, features: Tensor, logits: Tensor) -> Tensor:
-        """(B, V, D) embeddings and (B, V, C) logits -> (B, V) how much of each unit embedding the mode holds."""
+        """Returns (B, V) the weight of each view's unit embedding in the mode."""
         units = F.normalize(features, dim=-1)
         count = units.shape[1]
         if count == 1:

@@ -1,4 +1,4 @@
-"""R-TPT: tune the prompt on each confident view by itself, trust the views that others resemble."""
+"""R-TPT: tunes the prompt on each confident view separately, weights views by their similarity to others."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ class RTpt(PromptTuning):
             )
 
     def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Mean entropy of the views."""
+        """Returns the mean entropy of the views."""
         return entropy(logits).mean(dim=1)
 
     def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
-        """Weighted mean over the views; for an attacker who knows the defense with the gradient of milder weights."""
+        """Returns the weighted mean over the views; for the adaptive attacker with the gradient of milder weights."""
         exact = (self.weights(features)[:, None] @ logits)[:, 0]
         if sight == "cut" or not exact.requires_grad:
             return exact
@@ -71,7 +71,7 @@ class RTpt(PromptTuning):
         return mild + (exact - mild).detach()
 
     def weights(self, features: Tensor) -> Tensor:
-        """(B, V, D) -> (B, V), sum 1."""
+        """Returns (B, V) weights of sum 1 from (B, V, D) features."""
         count = features.shape[1]
         if count == 1:
             return torch.ones_like(features[..., 0])

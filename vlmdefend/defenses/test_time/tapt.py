@@ -1,4 +1,4 @@
-"""TAPT: tune tokens inside of both towers until the views agree, and look like images that are known."""
+"""TAPT: tunes tokens in both towers for agreement of the views and for known token statistics."""
 
 from __future__ import annotations
 
@@ -88,32 +88,32 @@ class Tapt(PromptTuning):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Tune, predict."""
+        """Tunes, then predicts."""
         return DeepTuned(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The tuned tokens as constants, which is how they are deployed."""
+        """Treats the tuned tokens as constants, as they are deployed."""
         return self.wrap(model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Constant, unrolled."""
+        """Returns the constant and the unrolled surrogate."""
         return self.surrogate(model), DeepTuned(model, self, unrolled=True)
 
     def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Entropy of the mean probabilities."""
+        """Returns the entropy of the mean probabilities."""
         return marginal_entropy(logits)
 
     def alignment(self, blocks: Sequence[Tensor], known: TokenStatistics) -> Tensor:
-        """D (B, k, L, V) tokens -> (B,) weighted distance to the known ones."""
+        """Returns (B,) the weighted distance of D (B, k, L, V) tokens to the known statistics."""
         apart = self.gamma * known.adversarial.distance(blocks) + (1 - self.gamma) * known.clean.distance(blocks)
         return self.weight / len(blocks) * apart
 
     def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
-        """Those of the image itself."""
+        """Returns the logits of the image itself."""
         return logits[:, 0]
 
     def measure(self, model: Pipeline, clean: Tensor, adversarial: Tensor) -> TokenStatistics:
-        """The statistics of two sets of (N, 3, H, W) images in [0, 1], with the tokens that tuning starts from.
+        """Returns the statistics of two sets of (N, 3, H, W) images in [0, 1], with the initial tokens.
 
         Raises:
             UserError: the model has no vision transformer.

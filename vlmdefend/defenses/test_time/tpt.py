@@ -1,4 +1,4 @@
-"""TPT: tune the prompt until the confident views agree on one class."""
+"""TPT: tunes the prompt to minimise the entropy of the confident views' mean prediction."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class Tpt(PromptTuning):
     reads_all_views: ClassVar[bool] = False
 
     def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Entropy of the mean probabilities."""
+        """Returns the entropy of the mean probabilities."""
         return marginal_entropy(logits)
 
     def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
-        """Those of the image itself."""
+        """Returns the logits of the image itself."""
         return logits[:, 0]

@@ -1,4 +1,4 @@
-"""TTP: where a border moves the embedding, tune the border and average over framed crops (test-time padding)."""
+"""TTP: detects by the effect of a fixed border, tunes a border, averages over framed crops (test-time padding)."""
 
 from __future__ import annotations
 
@@ -94,19 +94,19 @@ class Ttp(Defense):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Detect, adapt what is detected."""
+        """Detects, and adapts to the detected images."""
         return _Padded(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The tuned border as a constant, which is how it is deployed."""
+        """Treats the tuned border as a constant, as it is deployed."""
         return self.wrap(model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Constant, unrolled."""
+        """Returns the constant and the unrolled surrogate."""
         return self.surrogate(model), _Padded(model, self, unrolled=True)
 
     def weights(self, padded: Tensor, own: Tensor) -> Tensor:
-        """(B, V, D) features of padded views, the image first, and (B, D) of the bare image -> (B, V), sum 1."""
+        """Returns (B, V) view weights of sum 1 from features of padded views and of the bare image."""
         units = F.normalize(padded, dim=-1)
         away = units[:, 0] - F.normalize(own, dim=-1)
         return (units @ away[..., None])[..., 0].softmax(dim=-1)
@@ -133,7 +133,7 @@ class _Padded:
         return Outputs(logits, features, defense.threshold - agreement)
 
     def _adapted(self, images: Tensor, own: Tensor, rng: ImageRng) -> Outputs:
-        """What framed crops of the images say, with the border tuned for each image."""
+        """Predicts framed crops of the images with the border tuned for each image."""
         defense = self.defense
         views = augmented_views(images, rng, defense.views)
         border = rng.uniform(images.shape[1:], 0.0, defense.brightest).to(images)
@@ -152,7 +152,7 @@ class _Padded:
         return Outputs((weights[:, None] @ logits)[:, 0], (weights[:, None] @ features)[:, 0])
 
     def _tuned(self, chosen: Tensor, border: Tensor, rng: ImageRng) -> Tensor:
-        """The (B, 3, H, W) border after ``steps`` on the (B, k, 3, H, W) confident views."""
+        """Returns the (B, 3, H, W) border after ``steps`` on the (B, k, 3, H, W) confident views."""
         defense, adam = self.defense, Adam()
         unrolled = self.unrolled and torch.is_grad_enabled() and chosen.requires_grad
         chosen, border = (chosen, border.requires_grad_(True)) if unrolled else (chosen.detach(), border)
@@ -165,5 +165,5 @@ class _Padded:
         return border
 
     def _seen(self, views: Tensor, border: Tensor, rng: ImageRng) -> Outputs:
-        """(B, V, 3, H, W) views in their (B, 3, H, W) border, predicted."""
+        """Predicts (B, V, 3, H, W) views in their (B, 3, H, W) border."""
         return predict_views(self.model, framed(views, border[:, None], self.defense.border), rng)

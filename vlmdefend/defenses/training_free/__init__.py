@@ -1,1 +1,1 @@
-"""The model is untouched; its input or its embedding is changed."""
+"""Training-free defenses: the model is untouched, its input or its embedding is changed."""

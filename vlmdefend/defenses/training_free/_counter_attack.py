@@ -1,4 +1,4 @@
-"""What counter-attacks share: a perturbation of their own, found with the model's gradient and added to the image."""
+"""The base of counter-attacks: a perturbation found with the model's own gradient and added to the image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Sight = Literal["cut", "constant", "unrolled"]
 
 
 class Countered(NamedTuple):
-    """What the model is shown in place of the images."""
+    """The changed images of a counter-attack, with its detector's scores."""
 
     images: Tensor  # (B, 3, H, W)
     detector_score: Tensor | None = None  # (B,) more than zero: taken for adversarial
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 class CounterAttack(Defense):
-    """A defense that moves the image along the model's own gradient before it predicts.
+    """A defense that moves the image along the model's gradient before the prediction.
 
     Deployed, as in the official code of all of them, autograd sees the perturbation as a constant. Adaptive attackers
     recompute it at every step and try two surrogates, best per image: that constant (BPDA), and the unrolled
@@ -49,18 +49,18 @@ class CounterAttack(Defense):
 
     @abstractmethod
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """(B, 3, H, W) in [0, 1] -> what the model is shown; never changes ``images``."""
+        """Returns what the model is given in place of (B, 3, H, W) images in [0, 1]; never changes ``images``."""
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Counter-attack, predict."""
+        """Counter-attacks, then predicts."""
         return CounterAttacked(self, model, "cut")
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The perturbation as a constant, recomputed at every call."""
+        """Treats the perturbation as a constant that is recomputed at every call."""
         return CounterAttacked(self, model, "constant")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Constant, unrolled."""
+        """Returns the constant and the unrolled surrogate."""
         return self.surrogate(model), CounterAttacked(self, model, "unrolled")
 
 
@@ -72,7 +72,7 @@ class CounterAttacked(ChangedImage):
         self.defense, self.sight = defense, sight
 
     def __call__(self, images: Tensor, rng: ImageRng) -> Outputs:
-        """Counter-attack, predict."""
+        """Counter-attacks, then predicts."""
         seen = self.defense.counter(self.model, images, rng, self.sight)
         outputs = self.model(seen.images, rng)
         return outputs if seen.detector_score is None else outputs._replace(detector_score=seen.detector_score)
@@ -81,7 +81,7 @@ class CounterAttacked(ChangedImage):
 def pixel_gradient(
     objective: Callable[[Tensor], Tensor], images: Tensor, *, unrolled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of the summed objective at (B, ...) images, and its (B,) values.
+    """Returns the gradient of the summed objective at (B, ...) images, and its (B,) values.
 
     Works inside ``no_grad``. ``unrolled``: gradient and values are differentiable functions of the images, if these
     want a gradient; attention then runs in plain products, since the fused kernels have no second derivative.
@@ -104,7 +104,7 @@ def sign_ascent(
     steps: int,
     unrolled: bool,
 ) -> Iterator[Step]:
-    """Sign steps from ``first`` up the objective, inside [0, 1] and the L-infinity ball around the images ``around``.
+    """Takes sign steps from ``first`` up the objective, inside [0, 1] and the L-infinity ball around ``around``.
 
     Args:
         objective: (B, 3, H, W) -> (B,).
@@ -119,7 +119,7 @@ def sign_ascent(
 
 
 def noisy(images: Tensor, rng: ImageRng, eps: float) -> Tensor:
-    """The images moved by uniform noise of the L-infinity ball's size, inside [0, 1]."""
+    """Adds uniform noise of the L-infinity ball's size, inside [0, 1]."""
     noise = rng.uniform(images.shape[1:], -eps, eps).to(images)
     return (images + noise).clamp(0.0, 1.0)
 
@@ -127,7 +127,7 @@ def noisy(images: Tensor, rng: ImageRng, eps: float) -> Tensor:
 def departure(
     model: Pipeline, images: Tensor, rng: ImageRng, *, graph: bool
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """The (B, D) features f(x) of (B, 3, H, W) images, and (B,) ||f(y) - f(x)||^2 as a function of others.
+    """Returns (B, D) features f(x) and the function y -> (B,) ||f(y) - f(x)||^2.
 
     ``graph``: f(x) may have a gradient.
     """
@@ -137,19 +137,19 @@ def departure(
 
 
 def relative(squared_distances: Tensor, reference: Tensor) -> Tensor:
-    """(B,) distances as a share of the length of the (B, D) reference."""
+    """Returns (B,) distances divided by the length of the (B, D) reference."""
     share: Tensor = squared_distances.clamp_min(1e-24).sqrt() / reference.norm(dim=1)
     return share
 
 
 def ascent_sign(gradient: Tensor) -> Tensor:
-    """The sign, with the slope of g / (|g| + mean |g|) for an attacker who unrolls it."""
+    """Returns the sign, with the slope of g / (|g| + mean |g|) for an attacker who unrolls it."""
     signed: Tensor = _SIGN(gradient)
     return signed
 
 
 def shown(images: Tensor, moved: Tensor, sight: Sight) -> Tensor:
-    """``moved`` as the attacker sees it: a constant step away from ``images``, or whatever made it."""
+    """Returns ``moved`` as the attacker differentiates it: a constant step, or the unrolled ascent."""
     return moved if sight == "unrolled" else images + (moved - images).detach()
 
 

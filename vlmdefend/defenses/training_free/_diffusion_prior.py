@@ -1,4 +1,4 @@
-"""Diffusion models of image embeddings given a text: what CLIPure-Diff asks of one, and where it gets one."""
+"""Diffusion models of image embeddings given a text, for CLIPure-Diff: the interface, and how one is loaded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = 1000
 
 
 class TextCondition(NamedTuple):
-    """What a prior is told: a text that names no class."""
+    """The text embedding that conditions a prior: a text that names no class."""
 
     features: Tensor  # (D,) unit: the mean text embedding of blank templates, or of classes
     pooled: Tensor | None = None  # (D,) the embedding of BLANK as the tower gives it, not normalised
@@ -35,18 +35,18 @@ class DiffusionPrior(Protocol):
     reads_states: bool  # True if it needs more of the condition than ``features``
 
     def prepared(self, embeddings: Tensor) -> Tensor:
-        """(B, D) image embeddings of the model's length -> (B, D) as the prior was trained on them."""
+        """Scales (B, D) image embeddings to those that the prior was trained on."""
         ...
 
     def noise(self, noisy: Tensor, time: Tensor, condition: TextCondition) -> Tensor:
-        """(B, D) sqrt(signal) x + sqrt(1 - signal) n and (B,) int64 steps -> (B, D) what it takes for n."""
+        """Predicts the noise in (B, D) noisy embeddings at (B,) steps."""
         ...
 
 
 def denoising_loss(
     prior: DiffusionPrior, embeddings: Tensor, time: Tensor, noise: Tensor, condition: TextCondition
 ) -> Tensor:
-    """(B, D) embeddings -> (B,) mean squared error of the noise that the prior sees in them.
+    """Returns (B,) mean squared errors of the predicted noise for (B, D) embeddings.
 
     Priors that predict the embedding, as DALL-E 2's, have this loss times a constant of the step.
     """
@@ -64,7 +64,7 @@ def cosine_signal() -> Tensor:
 
 
 class Gaussian:
-    """Image embeddings as if they were normal around the text's, with unit variance: no weights, the exact answer.
+    """A prior of normal embeddings around the text's, with unit variance: no weights, the exact noise.
 
     On embeddings of length sqrt(D), as in DALL-E 2, x = mu + standard normal; E[n | noisy] in closed form.
     """
@@ -75,11 +75,11 @@ class Gaussian:
         self.signal = cosine_signal()
 
     def prepared(self, embeddings: Tensor) -> Tensor:
-        """Unit vectors times sqrt(D)."""
+        """Returns unit vectors times sqrt(D)."""
         return F.normalize(embeddings, dim=1) * math.sqrt(embeddings.shape[1])
 
     def noise(self, noisy: Tensor, time: Tensor, condition: TextCondition) -> Tensor:
-        """What is not the mean's, in the noise's share."""
+        """Returns the exact expected noise."""
         left = self.signal.to(noisy)[time][:, None]
         return (1 - left).sqrt() * (noisy - left.sqrt() * math.sqrt(noisy.shape[1]) * condition.features)
 
@@ -96,7 +96,7 @@ class PriorTransformer:
         self.reads_states = network.encoder_hidden_states_proj is not None
 
     def prepared(self, embeddings: Tensor) -> Tensor:
-        """By the mean and deviation that come with the weights.
+        """Normalises by the mean and deviation that come with the weights.
 
         Raises:
             UserError: a prior for embeddings of another size.
@@ -111,7 +111,7 @@ class PriorTransformer:
         return scaled
 
     def noise(self, noisy: Tensor, time: Tensor, condition: TextCondition) -> Tensor:
-        """The noise that the predicted embedding leaves."""
+        """Returns the noise that the predicted embedding implies."""
         text = condition.features if condition.pooled is None else condition.pooled
         each: dict[str, Tensor] = {"proj_embedding": text.expand(len(noisy), -1)}
         if self.reads_states and condition.states is not None and condition.mask is not None:
@@ -125,7 +125,7 @@ class PriorTransformer:
 
 @lru_cache(maxsize=2)  # weights of gigabytes, which every surrogate shares
 def load_prior(text: str, device: torch.device) -> DiffusionPrior:
-    """``gaussian``, ``python:MODULE:FUNCTION`` (called with the device), or a folder that diffusers wrote.
+    """Loads ``gaussian``, ``python:MODULE:FUNCTION`` (called with the device), or a folder that diffusers wrote.
 
     Raises:
         UserError: what is missing, and what to do next.
@@ -156,7 +156,7 @@ def load_prior(text: str, device: torch.device) -> DiffusionPrior:
 
 
 def condition_of(model: EmbeddingPipeline, *, states: bool, classes: bool = False) -> TextCondition:
-    """The text that names no class, as the model's own tower reads it.
+    """Returns the embedding of the text that names no class, from the model's own text tower.
 
     Args:
         states: also token by token.

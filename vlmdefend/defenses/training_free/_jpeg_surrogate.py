@@ -1,4 +1,4 @@
-"""A JPEG round trip that autograd can see: the surrogate through which the adaptive attacker differentiates `jpeg`.
+"""A differentiable JPEG round trip, the surrogate of `jpeg` for the adaptive attacker.
 
 Colour transform, 2x2 chroma averaging, 8x8 DCT, quantisation with the standard's tables (ITU-T T.81, annex K) at
 libjpeg's quality scaling, and the way back. Rounding keeps its values; its gradient is that of the cubic
@@ -48,7 +48,7 @@ class _Round(torch.autograd.Function):
         return gradients[0] * slope
 
 
-def jpeg_stand_in(images: Tensor, quality: int) -> Tensor:
+def jpeg_surrogate(images: Tensor, quality: int) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> nearly what the codec gives, differentiable; any H and W."""
     height, width = images.shape[-2:]
     padded = F.pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate")

@@ -1,4 +1,4 @@
-"""Agreement: a detector that compares the image's embedding with that of harmless changes of it."""
+"""Agreement: a detector that compares the image's embedding with embeddings of mildly changed copies."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlmdefend.types import Outputs, Pipeline
 @DEFENSES.register
 @dataclass(frozen=True, kw_only=True)
 class Agreement(Defense):
-    """Score 1 - mean cos(z(x), z(x')) over changed images x'; a high score is reason to turn the image away.
+    """Score 1 - mean cos(z(x), z(x')) over changed images x'; images of high score are rejected.
 
     ``low_pass``: x' is the filtered image, as in the first stage of CSR. ``shifts``: x' are the flip and shifted crops
     of TTE, a deterministic view set. The prediction is the bare model's: what the detector is worth is read from
@@ -58,11 +58,11 @@ class Agreement(Defense):
             raise UserError(f"agreement: radius={self.radius} must be more than zero, crops={self.crops} zero or more.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Predict the image, score it."""
+        """Predicts the image and computes its score."""
         return _Scored(self, model)
 
     def views(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, V, 3, H, W), the image first."""
+        """Returns (B, V, 3, H, W) views of (B, 3, H, W), the image first."""
         if self.other == "shifts":
             return Tte(crops=self.crops).views(images)
         return torch.stack([images, LowPass(radius=self.radius).filter(images)], dim=1)

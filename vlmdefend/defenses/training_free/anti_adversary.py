@@ -1,4 +1,4 @@
-"""Anti-adversary: move the image to where the model is surer of what it already says."""
+"""Anti-adversary: moves the image to where the model is more confident of its prediction."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class AntiAdversary(CounterAttack):
             )
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """``steps`` gradients; the first one's forward also says what the model thinks of the image."""
+        """Takes ``steps`` gradients; the first forward also gives the predicted class."""
         said: list[Tensor] = []
 
         def agreement(at: Tensor) -> Tensor:

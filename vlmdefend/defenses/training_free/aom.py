@@ -1,4 +1,4 @@
-"""AOM-like: a step of the embedding from the image towards, and past, the mean of noisy copies."""
+"""AOM-like: a step of the embedding from the image past the mean of noisy copies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Aom(Defense):
             raise UserError(f"aom: copies={self.copies} must be at least 1, sigma={self.sigma} zero or more.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Embed image and noisy copies, step, compare with the classes."""
+        """Embeds image and noisy copies, takes the step, compares with the classes."""
         return _Stepped(self, model)
 
     def step(self, features: Tensor, noisy: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Bit depth: keep few levels per colour channel."""
+"""Bit depth: rounds each colour channel to few levels."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class BitDepth(Defense):
             raise UserError(f"bit_depth: bits={self.bits} must be 1 to 16.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Round, predict."""
+        """Rounds, then predicts."""
         return TransformedInput(model, lambda images, rng: self.quantize(images))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The rounded values, the gradient of the identity."""
+        """The rounded values, with the gradient of the identity."""
         transform = bpda(self.quantize)
         return TransformedInput(model, lambda images, rng: transform(images))
 

@@ -1,4 +1,4 @@
-"""Blur: convolve the image with a Gaussian."""
+"""Gaussian blur of the image."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmdefend.types import Pipeline
 @DEFENSES.register
 @dataclass(frozen=True, kw_only=True)
 class Blur(Defense):
-    """Gaussian blur, cut off at three sigma, edges mirrored (a control in most training-free papers).
+    """Gaussian blur, cut off at three sigma, edges mirrored; a control in most training-free papers.
 
     ``sigma`` counts pixels of the image that the defense is given, whatever its size: the same sigma removes the same
     share of the frequencies an image of that size can hold, but at 32 pixels more of what it shows than at 224, where
@@ -42,16 +42,16 @@ class Blur(Defense):
             raise UserError(f"blur: sigma={self.sigma} must be 0 to 100 pixels.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Blur, predict."""
+        """Returns the model behind the blur."""
         return TransformedInput(model, lambda images, rng: self.blur(images))
 
     def blur(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same, blurred along both axes in turn."""
+        """Blurs (B, 3, H, W) images along both axes in turn."""
         height, width = images.shape[-2:]
         return self._kernel(height, images) @ images @ self._kernel(width, images).mT
 
     def _kernel(self, size: int, like: Tensor) -> Tensor:
-        """(size, size): row i holds what pixel i collects; mirrored places fold back, again where sigma is large."""
+        """Returns the (size, size) blur matrix of one axis, with the mass beyond the edges mirrored back."""
         reach = math.ceil(3 * self.sigma)
         offsets = torch.arange(-reach, reach + 1)
         weights = torch.exp(-0.5 * (offsets / max(self.sigma, 1e-6)) ** 2)

@@ -1,4 +1,4 @@
-"""CLIPure-Cos: turn the image embedding towards the text embedding of no class in particular."""
+"""CLIPure-Cos: turns the image embedding towards the embedding of texts without a class."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class ClipureCos(Defense):
             raise UserError(f"clipure_cos: steps={self.steps} and eta={self.eta} must be zero or more.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Embed, purify, compare with the classes."""
+        """Embeds, purifies, compares with the classes."""
         return _Purified(self, model)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
@@ -78,7 +78,7 @@ class ClipureCos(Defense):
 
 
 class _Purified:
-    """A model whose image embedding is purified before it meets the classes."""
+    """A model whose image embedding is purified before the comparison with the classes."""
 
     def __init__(self, defense: ClipureCos, model: Pipeline) -> None:
         self.defense, self.model = defense, embedding_pipeline(model, defense.name)
@@ -93,7 +93,7 @@ class _Purified:
         return Outputs(length * self.model.logits(features), features, seen.detector_score)
 
     def _anchor(self) -> Tensor:
-        """(D,) unit: where embeddings are turned to."""
+        """Returns the (D,) unit embedding that images are turned towards."""
         if self.defense.anchor == "classes":
             return F.normalize(self.model.text_features.mean(dim=0), dim=0)
         blank = self.model.blank_features

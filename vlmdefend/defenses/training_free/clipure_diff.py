@@ -1,4 +1,4 @@
-"""CLIPure-Diff: move the image embedding to where a diffusion model of embeddings finds it likelier."""
+"""CLIPure-Diff: moves the image embedding to where a diffusion model of embeddings gives a higher likelihood."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class ClipureDiff(Defense):
             raise UserError(f"clipure_diff: earliest={self.earliest} must lie between 0 and latest={self.latest}.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Embed, purify, compare with the classes."""
+        """Embeds, purifies, compares with the classes."""
         return _Purified(self, model, "cut")
 
     def surrogate(self, model: Pipeline) -> Pipeline:
@@ -94,7 +94,7 @@ class ClipureDiff(Defense):
         return _Purified(self, model, "unrolled")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """The true gradient; the identity's."""
+        """Returns two surrogates: the true gradient, and that of the identity."""
         return self.surrogate(model), _Purified(self, model, "identity")
 
     def purify(
@@ -124,7 +124,7 @@ class ClipureDiff(Defense):
 
 
 class _Purified:
-    """A model whose image embedding is purified before it meets the classes."""
+    """A model whose image embedding is purified before the comparison with the classes."""
 
     def __init__(self, defense: ClipureDiff, model: Pipeline, sight: Sight) -> None:
         self.defense, self.model, self.sight = defense, embedding_pipeline(model, defense.name), sight

@@ -1,4 +1,4 @@
-"""COLA-like: project the views' embeddings onto the span of the class embeddings, and match them by transport."""
+"""COLA-like: projects the views' embeddings onto the span of the class embeddings and matches by optimal transport."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Cola(Defense):
             raise UserError(f"cola: views={self.views} must be at least 1, rank={self.rank} zero or more.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Embed the views, project, compare with the classes."""
+        """Embeds the views, projects, compares with the classes."""
         return _Projected(self, model)
 
     def basis(self, text_features: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""CSR: where the image and its low-pass version disagree, move the image towards the latter."""
+"""CSR: detects images that disagree with their low-pass version, and moves them towards it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Csr(CounterAttack):
             )
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """Two forwards; for what is taken for adversarial ``steps`` gradients and a forward more."""
+        """Takes two forwards; for detected images ``steps`` gradients and one more forward."""
         filtered = LowPass(radius=self.radius).filter(images)
         own, smooth = (F.normalize(features_of(model(x, rng)), dim=1) for x in (images, filtered))
         agreement = (own * smooth).sum(dim=1)
@@ -79,7 +79,7 @@ class Csr(CounterAttack):
     def _rectify(
         self, model: Pipeline, start: Tensor, own: Tensor, smooth: Tensor, rng: ImageRng, sight: Sight
     ) -> Tensor:
-        """The best image on the way from ``start``."""
+        """Returns the best image on the path from ``start``."""
 
         def gain(at: Tensor) -> Tensor:
             z = F.normalize(features_of(model(at, rng)), dim=1)

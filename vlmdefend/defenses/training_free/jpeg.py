@@ -12,7 +12,7 @@ from torchvision.io import ImageReadMode, decode_jpeg, encode_jpeg
 from vlmdefend.attacks.bpda import bpda
 from vlmdefend.defenses import DEFENSES
 from vlmdefend.defenses.base import Defense, Paradigm, Recipe, TransformedInput
-from vlmdefend.defenses.training_free._jpeg_surrogate import jpeg_stand_in
+from vlmdefend.defenses.training_free._jpeg_surrogate import jpeg_surrogate
 from vlmdefend.errors import UserError
 from vlmdefend.types import Pipeline
 
@@ -47,7 +47,7 @@ class Jpeg(Defense):
 
     def surrogate(self, model: Pipeline) -> Pipeline:
         """The codec's values, the surrogate's gradient."""
-        transform = bpda(self.compress, lambda images: jpeg_stand_in(images, self.quality))
+        transform = bpda(self.compress, lambda images: jpeg_surrogate(images, self.quality))
         return TransformedInput(model, lambda images, rng: transform(images))
 
     def compress(self, images: Tensor) -> Tensor:
