@@ -1,4 +1,4 @@
-"""``vlmdefend attack``: craft a set of adversarial images, save it losslessly, show it."""
+"""``vlmdefend attack``: crafts a set of adversarial images, saves it losslessly, draws a contact sheet."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def _run(plan: Plan, out: Path, *, png: bool) -> None:
 
 
 def _print_verdict(crafted: CraftedSet, sheet: Path) -> None:
-    """A few lines; names of people's own are wrapped, never cut."""
+    """Prints what the set holds; names from data are wrapped, never cut."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

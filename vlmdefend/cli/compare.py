@@ -1,4 +1,4 @@
-"""``vlmdefend compare``: the gate of a pipeline: is the second set of records worse than the first?"""
+"""``vlmdefend compare``: compares two run folders; a gate for CI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class ComparisonFormat(StrEnum):
-    """How the comparison is written."""
+    """The output format of a comparison."""
 
     TERMINAL = "terminal"
     MARKDOWN = "markdown"

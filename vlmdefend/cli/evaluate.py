@@ -1,4 +1,4 @@
-"""``vlmdefend evaluate``: the grid, its progress, its table."""
+"""``vlmdefend evaluate``: evaluates a grid, shows its progress, prints its table."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
 
 
 def print_plan(plan: Plan) -> None:
-    """The cells with the most that each may cost, no wider than the terminal: a table for each model and data set."""
+    """Prints the cells with the most that each may cost, one table per model and data set."""
     from itertools import groupby
 
     from rich.console import Console

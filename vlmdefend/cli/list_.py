@@ -1,4 +1,4 @@
-"""``vlmdefend list``: what there is to choose from, one line each; ``list KIND NAME``: the whole of one."""
+"""``vlmdefend list``: names to choose from, one line each; ``list KIND NAME``: the page of one."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _show_all(kind: str, listed: Listed, as_json: bool) -> None:
 
 
 def show(kind: str, listed: Listed) -> None:
-    """Print a table no wider than the terminal; only the last column wraps, names are never cut."""
+    """Prints a table no wider than the terminal; only the last column wraps, names are never cut."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -51,7 +51,7 @@ def main(
 
 
 def run() -> None:
-    """Entry point: what the user can mend is one sentence and exit code 2; a defect is one line and exit code 1."""
+    """Entry point: a user's error is one sentence and exit code 2; a defect is one line and exit code 1."""
     try:
         # without a command: the help; not standalone: typer's own errors come here too
         code = app(sys.argv[1:] or ["--help"], prog_name="vlmdefend", standalone_mode=False)
@@ -73,7 +73,7 @@ def run() -> None:
 
 
 def _usage(error: Any) -> str:
-    """What typer says of a wrong command line, in one sentence with a next step."""
+    """Turns typer's message on a wrong command line into one sentence with a next step."""
     message = " ".join(str(error.format_message()).split()).rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "vlmdefend"

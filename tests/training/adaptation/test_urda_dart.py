@@ -147,7 +147,7 @@ def test_a_teacher_that_has_seen_the_set_says_the_same_and_is_not_asked_again(na
 
     teacher._outputs = counted
     plain = losses(DartUrda(), student, teacher, batch)
-    teacher.look_at(Images(), torch.device("cpu"))
+    teacher.cache_outputs(Images(), torch.device("cpu"))
     asked.clear()
     again = teacher.of(Batch([batch.ids[2] + "\0" + "1", batch.ids[0]], batch.images[[2, 0]], batch.labels[:2]))
     assert asked == []

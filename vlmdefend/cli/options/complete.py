@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 
 def _starting(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Complete the last of several comma-separated names."""
+    """Completes the last of several comma-separated names."""
 
     def complete(incomplete: str) -> list[str]:
         before, comma, last = incomplete.rpartition(",")

@@ -1,4 +1,4 @@
-"""What ``vlmdefend distill`` prints: its choices, the proxy gap, the cost, and what came out."""
+"""Prints the choices, proxy gap, cost and result of ``vlmdefend distill``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 
 def held_out_text(count: int, asked: int) -> str:
-    """How many images are held out, and why not so many as were asked for."""
+    """Returns how many images are held out, and why fewer than given."""
     return f"{count} held out" + (f" (a fifth of the set, which is fewer than {asked})" if count < asked else "")
 
 
 def print_choices(distillation: DistillationJob) -> None:
-    """Every choice that decides the result, defaults too."""
+    """Prints every choice that decides the result, defaults too."""
     settings, scheduled = distillation.settings, distillation.costs()
     held = held_out_text(len(distillation.held_out), settings.held_out)
     lines = [
-        ("models", f"{settings.target} learns from {settings.proxy}; the {trained(settings)} trains"),
+        ("models", f"{settings.target} learns from {settings.proxy}; the {trained_text(settings)} trains"),
         ("images", f"{settings.dataset} ({settings.split}): {len(distillation.images)} to train on, {held}"),
         ("prompt", " | ".join(settings.templates)),
         (
@@ -68,7 +68,7 @@ def print_choices(distillation: DistillationJob) -> None:
 
 
 def schedule_warnings(distillation: DistillationJob) -> list[str]:
-    """A stage that never reaches its rate, a warm-up that was shortened."""
+    """Returns warnings on a stage that never reaches its rate, or a shortened warm-up."""
     found = []
     for cost in distillation.costs():
         if cost.warm_up >= cost.steps:
@@ -85,7 +85,7 @@ def schedule_warnings(distillation: DistillationJob) -> list[str]:
 
 
 def print_cost(distillation: DistillationJob) -> None:
-    """``--dry-run``: what the choices cost."""
+    """Prints what the choices cost (``--dry-run``)."""
     from tabulate import tabulate
 
     rows = [
@@ -107,7 +107,7 @@ def print_cost(distillation: DistillationJob) -> None:
 
 
 def print_gap(gap: ProxyGap, eps: str, target: str, proxy: str) -> None:
-    """The proxy gap of the vanilla pair, before training."""
+    """Prints the proxy gap of the vanilla pair, before training."""
     typer.echo(f"\nproxy gap, n = {gap.clean['proxy'].n}, PGD-10 on {target} at {eps}", err=True)
     for name, model in (("target", target), ("proxy", proxy)):
         clean, adversarial = gap.clean[name], gap.adversarial[name]
@@ -117,13 +117,13 @@ def print_gap(gap: ProxyGap, eps: str, target: str, proxy: str) -> None:
 
 
 def print_result(distillation: DistillationJob, found: Distilled) -> None:
-    """Vanilla, pivot and result on the held-out images, and what to do next."""
+    """Prints vanilla, pivot and result on the held-out images, and the next command."""
     settings = distillation.settings
     print_held_out(settings.target, settings, found, "open_clip reads")
 
 
 def print_held_out(model: str, settings: ClipSettings, found: Distilled | Trained, reader: str) -> None:
-    """One row per model that was measured, and what the figures are worth."""
+    """Prints one row per measured model, with intervals."""
     from vlmdefend.reporting.training.trained import held_out_text, verdict_command
 
     if found.summary:
@@ -136,20 +136,20 @@ def print_held_out(model: str, settings: ClipSettings, found: Distilled | Traine
 
 
 def interval(count: HitCount) -> str:
-    """``85.2 [81.8, 88.0]``."""
+    """Formats an accuracy as ``85.2 [81.8, 88.0]``."""
     from vlmdefend.reporting.training.adaptation import interval as of_counts
 
     return of_counts(count.hits, count.n)
 
 
-def trained(settings: DistillSettings) -> str:
-    """What trains, in words."""
+def trained_text(settings: DistillSettings) -> str:
+    """Returns what trains, in words."""
     kind, _, count = settings.trains.partition(":")
     return {"image": "image tower", "all": "whole model"}.get(kind, f"last {count} tensors of the image tower")
 
 
 def pull_text(settings: DistillSettings) -> str:
-    """What happens between epochs of stage b."""
+    """Returns what happens between epochs of stage b, in words."""
     if settings.pull == 1:
         return "no pull"
     first = "every epoch" if settings.pull_first else "every epoch but the first"

@@ -37,13 +37,13 @@ class Entry:
 
     @property
     def about(self) -> str:
-        """What it does and where it is from (a dash says that there is no source), then a line for each fact."""
+        """Summary and source, then a line for each fact."""
         source = self.citation.strip(" -–")
         first = f"{self.summary} ({source})" if source else self.summary
         return "\n".join([f"{first}; {self.note}" if self.note else first, *map(": ".join, self.facts.items())])
 
     def fields(self, headers: tuple[str, ...]) -> dict[str, Any]:
-        """For ``--json``; what is empty is left out."""
+        """Returns the entry for ``--json``; empty values are left out."""
         told = {"name": self.name, **dict(zip(headers, self.columns, strict=True)), "summary": self.summary}
         told |= {"citation": self.citation.strip(" -–"), "note": self.note, **self.facts}
         return {key.replace(" ", "_"): value for key, value in told.items() if value}
@@ -53,7 +53,7 @@ Listed = tuple[tuple[str, ...], list[Entry]]  # the headers of the columns, and 
 
 
 def of_paradigm(paradigm: str) -> Listed:
-    """The defenses of one paradigm, each with what makes it a member: the survey names it, or its definition fits.
+    """Returns the defenses of one paradigm, each with the reason for its membership.
 
     Raises:
         UnknownName: no such paradigm.
@@ -76,7 +76,7 @@ def of_paradigm(paradigm: str) -> Listed:
 
 
 def attacks() -> Listed:
-    """Every attack: the norms it is defined for, what it does, where it is from."""
+    """Lists every attack with its norms."""
     from vlmdefend.attacks import ATTACKS
 
     return ("norms",), [
@@ -96,7 +96,7 @@ def attacks() -> Listed:
 
 
 def methods() -> Listed:
-    """Every training-time defense: the command that trains it, what it does, what trains, and what an image costs."""
+    """Lists every training-time defense: its command, what it trains, its cost per image."""
     from vlmdefend.cli.output.train_report import trained_part
     from vlmdefend.defenses.training_time import OBJECTIVES
 
@@ -114,7 +114,7 @@ def methods() -> Listed:
 
 
 def adaptations() -> Listed:
-    """What `urda-train` knows: step 1 (adaptation) and step 2 (robustification), what each does, what it costs."""
+    """Lists the methods of `urda-train`: step 1 (adaptation) and step 2 (robustification), with their cost."""
     from vlmdefend.defenses.adaptation import ADAPTATIONS
 
     entries = []
@@ -125,7 +125,7 @@ def adaptations() -> Listed:
 
 
 def defenses() -> Listed:
-    """Every defense: paradigm, what it changes, worst-case accuracy measured here, how its gradient is reached."""
+    """Lists every defense: paradigm, what it changes, worst-case accuracy measured here, kind of gradient."""
     from vlmdefend.defenses import DEFENSES
     from vlmdefend.published.evidence import evidence_on
 
@@ -147,7 +147,7 @@ def defenses() -> Listed:
 
 
 def _gradient(cls: type[Any] | None, *, masked: bool) -> str:
-    """How an adaptive attacker gets a gradient: ``masked`` where plain autograd was found to give a hidden one."""
+    """Returns ``exact``, ``surrogate`` or ``masked``: how an adaptive attacker gets a gradient."""
     if cls is None or getattr(cls, "paradigm", "none") == "none":
         return ""
     if masked:
@@ -159,7 +159,7 @@ def _gradient(cls: type[Any] | None, *, masked: bool) -> str:
 
 
 def datasets() -> Listed:
-    """Every data set: its number of classes and where its images come from."""
+    """Lists every data set: its number of classes and where its images come from."""
     from vlmdefend.data.open import listed_datasets
 
     return ("classes", "where"), [
@@ -168,21 +168,21 @@ def datasets() -> Listed:
 
 
 def models(everything: bool) -> Listed:
-    """Every model name and form of a name; ``everything`` spells out each ``ARCH:TAG`` of open_clip (seconds)."""
+    """Lists every model name; ``everything`` spells out each ``ARCH:TAG`` of open_clip (seconds)."""
     from vlmdefend.models.names import listed_models
 
     return ("where",), [Entry(line.name, line.summary, (line.where,)) for line in listed_models(every_pair=everything)]
 
 
 def protocols() -> Listed:
-    """Every protocol."""
+    """Lists every protocol."""
     from vlmdefend.evaluation.grid.protocol import listed_protocols
 
     return (), [Entry(line.name, line.summary, citation=line.citation) for line in listed_protocols()]
 
 
 def _classes(registry: Registry[Any]) -> Iterable[tuple[str, type[Any] | None, str]]:
-    """Every name with its class; one that cannot be imported is listed with the reason and hides no other."""
+    """Yields every name with its class; one that cannot be imported comes with the reason."""
     from vlmdefend.errors import UserError
 
     for name in registry.names():
@@ -200,7 +200,7 @@ def _entry(
     facts: Mapping[str, Any] | None = None,
     note: str = "",
 ) -> Entry:
-    """A class by what it says of itself, or why there is none."""
+    """Returns the entry of a class, or of the reason why it cannot be loaded."""
     if cls is None:
         return Entry(name, trouble, ("",) * len(columns))
     summary = getattr(cls, "summary", "") or (cls.__doc__ or "").strip().partition("\n")[0]
@@ -208,7 +208,7 @@ def _entry(
 
 
 def _cost(cost: StepCost) -> str:
-    """Of one image in one step, at the method's own options."""
+    """Returns the cost of one image in one step, in words."""
     teacher = f" and {cost.teacher_forwards} of a frozen model" if cost.teacher_forwards else ""
     first = f", and {cost.once} an image before the first" if cost.once else ""
     return f"{cost.forward_backwards} forward+backwards{teacher} an image and step{first}"

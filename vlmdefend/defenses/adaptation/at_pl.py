@@ -16,8 +16,8 @@ from vlmdefend.defenses.adaptation.base import (
     domains_of,
     student_of,
     teacher_of,
-    whole_batch_metrics,
     whole_batch_losses,
+    whole_batch_metrics,
 )
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, TeacherKind, Terms
 from vlmdefend.rng import ImageRng

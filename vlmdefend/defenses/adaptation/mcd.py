@@ -18,8 +18,8 @@ from vlmdefend.defenses.adaptation.base import (
     features_of,
     split,
     student_of,
-    whole_batch_metrics,
     whole_batch_losses,
+    whole_batch_metrics,
 )
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms
 from vlmdefend.rng import ImageRng

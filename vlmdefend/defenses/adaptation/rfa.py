@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     split,
     student_of,
     teacher_of,
-    whole_batch_metrics,
     whole_batch_losses,
+    whole_batch_metrics,
 )
 from vlmdefend.defenses.adaptation.mdd import Mdd, disparity_loss
 from vlmdefend.defenses.training_time.base import Student, Teacher, TeacherKind, Terms

@@ -18,8 +18,8 @@ from vlmdefend.defenses.adaptation.base import (
     domains_of,
     features_of,
     student_of,
-    whole_batch_metrics,
     whole_batch_losses,
+    whole_batch_metrics,
 )
 from vlmdefend.defenses.adaptation.source_only import SourceOnly
 from vlmdefend.defenses.training_time.base import Student, Teacher, Terms

@@ -20,8 +20,8 @@ from vlmdefend.defenses.adaptation.base import (
     Shape,
     domains_of,
     student_of,
-    whole_batch_metrics,
     whole_batch_losses,
+    whole_batch_metrics,
 )
 from vlmdefend.defenses.adaptation.self_training import confident_consistency
 from vlmdefend.defenses.training_time.base import StepCost, Student, Teacher, Terms

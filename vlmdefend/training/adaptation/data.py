@@ -1,4 +1,4 @@
-"""The images of two domains: labelled source, target without labels, in step; and the class lists that must agree."""
+"""The images of two domains: labelled source and unlabelled target, drawn together; and their class lists."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ AGAIN = "\0"  # what follows in an id is the number of the pass in which the ima
 
 
 class ImageRef(NamedTuple):
-    """One image of an epoch: the how manieth of its set, in the how manieth pass over it."""
+    """One image of an epoch: its index in the set, and the number of the pass over the set."""
 
     at: int
     turn: int
 
 
 class ImageRefs(NamedTuple):
-    """One image of each domain; None where the domain is not asked for."""
+    """One image of each domain; None for a domain that is not used."""
 
     source: ImageRef | None
     target: ImageRef | None
@@ -54,13 +54,13 @@ class DomainImages:
         return self.epoch
 
     def order(self, seed: int, purpose: str) -> list[ImageRefs]:
-        """A function of seed and purpose."""
+        """Returns the order of an epoch, a function of seed and purpose."""
         source = [None] * self.epoch if self.source is None else self._turns(len(self.source), seed, f"{purpose}/s")
         target = [None] * self.epoch if self.target is None else self._turns(len(self.target), seed, f"{purpose}/t")
         return [ImageRefs(*pair) for pair in zip(source, target, strict=True)]
 
     def batch(self, places: Sequence[ImageRefs]) -> Batch:
-        """The images of both domains, on the CPU."""
+        """Returns the images of both domains, on the CPU."""
         parts = []
         if self.source is not None:
             parts.append(_read(self.source, [p.source for p in places if p.source is not None], SOURCE))
@@ -71,7 +71,7 @@ class DomainImages:
         return Batch(ids, torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
 
     def stream(self, parts: Sequence[Sequence[ImageRefs]]) -> Iterator[Batch]:
-        """One batch after the other, the next one read while the last one is used."""
+        """Yields batches; the next one is read while the last one is used."""
         with ThreadPoolExecutor(1) as reader:
             ahead = [reader.submit(self.batch, part) for part in parts[:1]]
             for following in [*parts[1:], None][: len(parts)]:
@@ -98,17 +98,17 @@ def _read(images: TrainingImages, places: Sequence[ImageRef], prefix: str) -> Ba
 
 
 def image_id(written: str) -> str:
-    """The id of a target image in its set, from its id in a batch."""
+    """Returns the id of a target image in its set, from its id in a batch."""
     return written.removeprefix(TARGET).partition(AGAIN)[0]
 
 
 def unlabelled(images: ImageSet) -> ImageSet:
-    """The same images with one label for all: nothing that is chosen from them can depend on their classes."""
+    """Returns the images with one label for all, so that nothing can depend on their classes."""
     return replace(images, labels=(0,) * len(images))
 
 
 def same_classes(source: ImageSet, target: ImageSet) -> ImageSet:
-    """The target with its classes in the source's order.
+    """Returns the target with its classes in the source's order.
 
     Raises:
         UserError: the two sets do not have the same class names.

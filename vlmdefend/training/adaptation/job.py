@@ -115,7 +115,7 @@ class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
         classifier = self._initial_student(teacher).to(self.processes.device)
         before = "" if teacher is None else teacher.weights_hash
         if teacher is not None and method.teacher != "none" and getattr(method, "augment", "off") == "off":
-            teacher.look_at(self.sets.reader(self.sets.target, classifier), self.processes.device)
+            teacher.cache_outputs(self.sets.reader(self.sets.target, classifier), self.processes.device)
         step = AdaptationStep(STUDENT, method.phases, self.settings, self.sets)
         step.train(classifier, teacher, self, progress)
         if teacher is not None and teacher.weights_hash != before:

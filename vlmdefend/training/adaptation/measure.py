@@ -1,4 +1,4 @@
-"""What is said of a model on held-out target images, and the terms of the error bound that can be estimated."""
+"""Accuracies on held-out target images, and the terms of the error bound that can be estimated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEPS = 20
 
 
 class TargetNumbers(NamedTuple):
-    """A model on target images that it was not trained on, labels known to the judge alone."""
+    """Clean and robust accuracies of a model on held-out target images."""
 
     clean: HitCount
     true_labels: HitCount  # right after PGD against the true labels
@@ -32,17 +32,17 @@ class TargetNumbers(NamedTuple):
     disagreement: HitCount  # other class than the teacher's after PGD against that class: A_T, from below
 
     def spec(self) -> dict[str, list[int]]:
-        """As JSON."""
+        """Returns the numbers as JSON."""
         return {name: list(value) for name, value in self._asdict().items()}
 
     @classmethod
     def read(cls, written: dict[str, Sequence[int]]) -> TargetNumbers:
-        """From :meth:`spec`."""
+        """Reads what :meth:`spec` returned."""
         return cls(**{name: HitCount(*value) for name, value in written.items()})
 
 
 class DomainDistance(NamedTuple):
-    """How well a linear classifier tells the domains apart, on held-out images."""
+    """The error of a linear classifier between the domains, on held-out images."""
 
     errors: int
     n: int

@@ -1,4 +1,4 @@
-"""The classifier in training and the networks beside it, as the loop and the adaptation objectives see them."""
+"""The classifier in training with its auxiliary networks, as loop and adaptation objectives use them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vlmdefend.types import Outputs
 
 
 class AdaptedStudent(TrainedStudent):
-    """Satisfies :class:`~vlmdefend.defenses.adaptation.base.AdaptedStudent`.
+    """A classifier in training; satisfies :class:`~vlmdefend.defenses.adaptation.base.AdaptedStudent`.
 
     Args:
         classifier: what trains, on its device.
@@ -59,22 +59,22 @@ class AdaptedStudent(TrainedStudent):
             self.rate_factors |= {name: factor for name in beside if name.startswith(f"{network}.")}
 
     def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
-        """(B, 3, S, S) -> (B, C) float32 logits in evaluation mode; a head has no other classes than its own."""
+        """Returns (B, C) float32 logits of (B, 3, S, S) images in evaluation mode."""
         return self.evaluated(images).logits
 
     def evaluated(self, images: Tensor) -> Outputs:
-        """(B, 3, S, S) -> float32 outputs in evaluation mode."""
+        """Returns float32 outputs of (B, 3, S, S) images in evaluation mode."""
         found: Outputs = self.classifier(images)
         return found
 
     def refresh(self) -> None:
-        """Nothing is computed from weights ahead of time."""
+        """Does nothing: no value is computed from weights ahead of time."""
 
     def forget(self) -> None:
-        """A forward keeps nothing."""
+        """Does nothing: a forward keeps nothing."""
 
     def weights(self) -> dict[str, Tensor]:
-        """What training changes: parameters, and BatchNorm's running statistics where they train."""
+        """Returns parameters, and BatchNorm's running statistics if they train."""
         found: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters.items()}
         if self.classifier.batch_norm == "train":
             found |= {f"classifier.{n}": b for n, b in self.classifier.running_statistics().items()}
@@ -82,7 +82,7 @@ class AdaptedStudent(TrainedStudent):
 
 
 def copy_of(classifier: ImageClassifier) -> ImageClassifier:
-    """An independent copy, frozen."""
+    """Returns an independent, frozen copy."""
     from copy import deepcopy
 
     return deepcopy(classifier).requires_grad_(False)

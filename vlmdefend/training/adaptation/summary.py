@@ -1,4 +1,4 @@
-"""What a run says of its two models at its end, as it is kept in the folder."""
+"""The summary of a run: accuracies of teacher and student, and the terms of the bound, as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def summary_of(
     student: ClassifierModel | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The three numbers of either model, and the terms of the bound, as JSON; one of the two models is given.
+    """Returns three accuracies of either model and the terms of the bound, as JSON.
 
     Raises:
         UserError: memory does not suffice.

@@ -28,7 +28,7 @@ PYTHON = "python:"
 
 
 class FrozenTeacher:
-    """Satisfies :class:`~vlmdefend.defenses.adaptation.base.BatchTeacher`.
+    """A frozen model; satisfies :class:`~vlmdefend.defenses.adaptation.base.BatchTeacher`.
 
     Args:
         name: for messages.
@@ -51,17 +51,17 @@ class FrozenTeacher:
 
     @property
     def weights_hash(self) -> str:
-        """Of its weights as they are now; empty where they cannot be reached."""
+        """Returns a hash of its present weights; empty where they cannot be reached."""
         return "" if self._hash is None else self._hash()
 
     def __call__(self, images: Tensor) -> Outputs:
-        """Without gradient, in float32."""
+        """Predicts without gradient, in float32."""
         with torch.no_grad():
             found = self._outputs(images)
         return Outputs(found.logits.float(), None if found.features is None else found.features.float())
 
     def of(self, batch: Batch) -> Outputs:
-        """Outputs at images of the set: looked up where :meth:`look_at` has seen them."""
+        """Returns the outputs at images of the set, from the cache where there is one."""
         names = [image_id(name) for name in batch.ids]
         if not self._seen or any(name not in self._seen for name in names):
             return self(batch.images)
@@ -70,7 +70,7 @@ class FrozenTeacher:
         logits = torch.stack([row[0] for row in rows])
         return Outputs(logits, torch.stack(features) if len(features) == len(rows) else None)
 
-    def look_at(self, images: TrainingImages, device: torch.device) -> None:
+    def cache_outputs(self, images: TrainingImages, device: torch.device) -> None:
         """Keep the outputs at every image, in batches of the set's order: a resumed run gets the same bits."""
         for part in chunks(len(images), WIDTH):
             batch = images.batch(part.tolist())
@@ -80,7 +80,7 @@ class FrozenTeacher:
 
 
 def as_teacher(model: ClassifierModel, class_names: Sequence[str], name: str = "") -> FrozenTeacher:
-    """A classifier with a head as a teacher."""
+    """Returns a classifier with a head as a teacher."""
     pipeline: HeadPipeline = model.zero_shot(class_names, (), resize_inside=True)
     return FrozenTeacher(name or model.name, pipeline, lambda: model.weights_hash, model)
 
@@ -88,7 +88,7 @@ def as_teacher(model: ClassifierModel, class_names: Sequence[str], name: str = "
 def load_teacher(
     name: str, class_names: Sequence[str], templates: Sequence[str], device: torch.device
 ) -> FrozenTeacher:
-    """The teacher that ``name`` stands for.
+    """Loads the teacher that ``name`` stands for.
 
     Args:
         name: ``local-dir:PATH`` of a classifier or a CLIP; any other CLIP's name (its classes are then text);
@@ -135,7 +135,7 @@ def _timm_classifier(name: str, class_names: Sequence[str], device: torch.device
 
 
 def _order(name: str, found: TimmNetwork, class_names: Sequence[str]) -> list[int]:
-    """The network's logit for each class of the data."""
+    """Returns the index of the network's logit for each class of the data."""
     own, count = found.class_names, int(found.network.num_classes)
     advice = f"adapt it first: --backbone {name}."
     if count != len(class_names):
@@ -188,13 +188,13 @@ def _hash(state: dict[str, Tensor]) -> str:
 
 
 def predictions(teacher: FrozenTeacher, batch: Batch) -> Tensor:
-    """(B,) classes that the teacher gives to the images of a batch."""
+    """Returns (B,) classes that the teacher predicts for the images of a batch."""
     parts = [teacher(batch.images[part]).logits.argmax(dim=1) for part in chunks(len(batch.ids), WIDTH)]
     return torch.cat(parts)
 
 
 class TeacherPipeline:
-    """Satisfies :class:`vlmdefend.types.Pipeline`, gradients to the pixels included."""
+    """A teacher as a :class:`vlmdefend.types.Pipeline`, with gradients to the pixels."""
 
     stochastic: bool = False
 

@@ -1,4 +1,4 @@
-"""What a run will cost, told before it starts."""
+"""Estimates the cost of a training run before it starts: passes, and memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COPIES = 5  # of the trained weights beside themselves: vanilla, average, pivot,
 
 
 class StageCost(NamedTuple):
-    """One stage."""
+    """Epochs, steps, images, warm-up and passes of one stage."""
 
     stage: str
     epochs: int
@@ -33,12 +33,12 @@ class MemoryCost(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts, in bytes."""
         return sum(self)
 
 
 def stage_cost(stage: Stage, options: Optimization, images: int) -> StageCost:
-    """From counts alone."""
+    """Computes the cost of a stage from counts alone."""
     steps = stage.epochs * -(-images // options.batch_size)
     seen, cost = stage.epochs * images, stage.objective.cost
     warm_up = options.warm_up_of(steps)
@@ -53,7 +53,7 @@ def stage_cost(stage: Stage, options: Optimization, images: int) -> StageCost:
 
 
 def memory_cost(student: TrainedStudent, other: torch.nn.Module, options: Optimization, side: int) -> MemoryCost:
-    """Measured with one image, whose saved activations are counted, and multiplied.
+    """Estimates memory from one image: its saved activations are counted and multiplied by the batch.
 
     Args:
         side: of the square images.

@@ -1,4 +1,4 @@
-"""The images of a run: what is held out, the order of every epoch, and batches that are decoded ahead of time."""
+"""The images of a training run: the held-out part, the order of each epoch, and batches decoded ahead of time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CACHE_BYTES = 2 * 2**30
 
 
 def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
-    """A training set as (what is trained on, ``count`` images, class-balanced, that are not).
+    """Splits a training set into images to train on and ``count`` held-out images, class-balanced.
 
     The choice depends on ids and ``seed`` alone.
 
@@ -41,7 +41,7 @@ def hold_out(images: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSe
 
 
 def epoch_order(count: int, seed: int, purpose: str) -> list[int]:
-    """A permutation of ``count`` images: a function of (seed, purpose), so that a run can go on at any step."""
+    """Returns a permutation of ``count`` images, a function of (seed, purpose); a run can resume at any step."""
     digest = hashlib.sha256(f"{seed}\0order\0{purpose}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     order: list[int] = torch.randperm(count, generator=generator).tolist()
@@ -49,23 +49,23 @@ def epoch_order(count: int, seed: int, purpose: str) -> list[int]:
 
 
 def batches(order: Sequence[int], size: int) -> list[list[int]]:
-    """The global batches of an epoch; the last may be smaller, and is trained on too."""
+    """Returns the global batches of an epoch; the last may be smaller and is trained on too."""
     return [list(order[first : first + size]) for first in range(0, len(order), size)]
 
 
 class Images(Protocol):
-    """What the loop reads from: the parts of an epoch are lists of what ``order`` gives."""
+    """The interface through which the loop reads images."""
 
     def __len__(self) -> int:
-        """Images (or pairs) of an epoch."""
+        """Returns the number of images (or pairs) of an epoch."""
         ...
 
     def order(self, seed: int, purpose: str) -> list[Any]:
-        """The epoch ``purpose`` as a list of that length: a function of seed and purpose."""
+        """Returns the order of the epoch ``purpose``, a function of seed and purpose."""
         ...
 
     def stream(self, parts: Sequence[Sequence[Any]]) -> Iterator[Batch]:
-        """One batch after the other."""
+        """Yields one batch after the other."""
         ...
 
 
@@ -98,11 +98,11 @@ class TrainingImages:
         return len(self.images)
 
     def order(self, seed: int, purpose: str) -> list[int]:
-        """Every image once."""
+        """Returns every image once."""
         return epoch_order(len(self), seed, purpose)
 
     def batch(self, index: Sequence[int]) -> Batch:
-        """The images at ``index``, on the CPU.
+        """Returns the images at ``index``, on the CPU.
 
         Raises:
             BadImage: one cannot be read, unless ``skip_bad``.
@@ -119,7 +119,7 @@ class TrainingImages:
         return batch
 
     def stream(self, parts: Sequence[Sequence[int]]) -> Iterator[Batch]:
-        """One batch after the other, the next one read while the last one is used."""
+        """Yields batches; the next one is read while the last one is used."""
         with ThreadPoolExecutor(1) as reader:
             ahead = reader.submit(self.batch, parts[0]) if parts else None
             for following in [*parts[1:], None] if parts else []:

@@ -1,4 +1,4 @@
-"""The folder of a run: one writer, settings that stay the same, the models that come out of it.
+"""The folder of a training run: its lock, its settings, its summary, the models written into it.
 
 ``OUT`` is the result, a model folder in open_clip's format once the run is done; ``OUT/pivot`` is one from the end of
 stage a. ``OUT/training`` holds ``settings.json``, ``log.jsonl``, ``state.safetensors`` and ``summary.json``.
@@ -22,7 +22,7 @@ SETTINGS, SUMMARY = "settings.json", "summary.json"
 
 
 class RunFolder:
-    """Where a run lives.
+    """The output folder of one training run.
 
     Raises:
         UserError: the path is a file, or a folder that holds something else than a run.
@@ -39,7 +39,7 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the folder's lock; it dies with the process.
+        """Holds the folder's lock; it ends with the process.
 
         Raises:
             Busy: another process trains into it.
@@ -62,7 +62,7 @@ class RunFolder:
             yield
 
     def check_settings(self, settings: dict[str, Any]) -> None:
-        """Write the settings, or hold them against those that the run was begun with.
+        """Writes the settings, or compares them with those that the run was begun with.
 
         Raises:
             UserError: names the first that differs.
@@ -80,12 +80,12 @@ class RunFolder:
                 )
 
     def summary(self) -> dict[str, Any]:
-        """What was measured so far; empty if nothing."""
+        """Returns what was measured so far; empty if nothing."""
         file = self.training / SUMMARY
         return self._read(file) if file.exists() else {}
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Keep what was measured."""
+        """Writes what was measured."""
         write_whole(self.training / SUMMARY, (json.dumps(summary, indent=1, allow_nan=False) + "\n").encode())
 
     def _read(self, file: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The log of a run: one JSON object a line, and any tracker that accelerate knows beside it."""
+"""The log of a training run: one JSON object per line, and any tracker that accelerate supports."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Log:
             write_whole(self.file, b"".join(kept))
 
     def write(self, values: dict[str, Any], *, flush: bool = False) -> None:
-        """Add a line; ``flush`` sees it onto the disk, as before a state that counts on it is saved."""
+        """Appends a line; ``flush`` forces it onto the disk, before a state that relies on it is saved."""
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
             if flush:
@@ -39,14 +39,14 @@ class Log:
                 os.fsync(stream.fileno())
 
     def read(self) -> list[dict[str, Any]]:
-        """All lines."""
+        """Returns all lines."""
         if not self.file.exists():
             return []
         return [json.loads(line) for line in self.file.read_bytes().splitlines()]
 
 
 class Tracking:
-    """Numbers to TensorBoard, trackio or Weights & Biases, through accelerate; nothing for None."""
+    """Sends numbers to TensorBoard, trackio or Weights & Biases through accelerate; nothing for None."""
 
     def __init__(self, tracker: Tracker | None, processes: Processes, folder: Path, settings: dict[str, Any]) -> None:
         self.accelerator = processes.accelerator if tracker and processes.is_main else None
@@ -60,19 +60,19 @@ class Tracking:
             accelerator.init_trackers("vlmdefend", config=flat)
 
     def log(self, values: dict[str, Any]) -> None:
-        """The numbers of one line of the log."""
+        """Sends the numbers of one line of the log."""
         if self.accelerator is not None:
             numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and k != "step"}
             self.accelerator.log({f"{values['stage']}/{k}": v for k, v in numbers.items()}, step=values["step"])
 
     def close(self) -> None:
-        """Let the tracker finish."""
+        """Ends the tracker."""
         if self.accelerator is not None:
             self.accelerator.end_training()
 
 
 def check_tracker(tracker: Tracker | None) -> None:
-    """Refuse a tracker whose package is not installed.
+    """Refuses a tracker whose package is not installed.
 
     Raises:
         UserError: with the line that installs it.
@@ -83,7 +83,7 @@ def check_tracker(tracker: Tracker | None) -> None:
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line; beyond all steps if a kill cut it."""
+    """Returns the step of a line; infinity if a kill cut the line."""
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):

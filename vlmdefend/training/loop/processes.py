@@ -28,7 +28,7 @@ BUCKET_BYTES = 64 * 2**20
 
 
 class Processes:
-    """This process among those of the run.
+    """This process and the others of the run: rank, device, precision, sums over all.
 
     Args:
         device: of a single process; several are placed by accelerate. None: the GPU if there is one.
@@ -55,19 +55,19 @@ class Processes:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The precision of the training forward."""
+        """Context with the precision of the training forward."""
         dtype = AUTOCAST[self.precision]
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             yield
 
     def share(self, index: list[int]) -> list[int]:
-        """This process's part of a global batch: neighbours, sizes differing by at most one."""
+        """Returns this process's part of a global batch: neighbours, sizes differing by at most one."""
         size, more = divmod(len(index), self.count)
         first = self.rank * size + min(self.rank, more)
         return index[first : first + size + (self.rank < more)]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Add up the gradients of all processes, in place; a parameter without one counts as zero."""
+        """Adds up the gradients of all processes, in place; a missing one counts as zero."""
         if self.count == 1:
             return
         bucket: list[Tensor] = []
@@ -82,7 +82,7 @@ class Processes:
             self._sum(bucket)
 
     def sum_numbers(self, numbers: dict[str, float]) -> dict[str, float]:
-        """Add up numbers by name over all processes; a process may lack some."""
+        """Adds up numbers by name over all processes; a process may lack some."""
         if self.count == 1:
             return numbers
         from accelerate.utils import gather_object
@@ -94,7 +94,7 @@ class Processes:
         return total
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes are here."""
         if self.count > 1:
             self.accelerator.wait_for_everyone()
 
@@ -116,7 +116,7 @@ def _one_device(name: str | None) -> torch.device:
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """The same bits from the same state: deterministic kernels, no TF32, whatever was set before restored."""
+    """Context with deterministic kernels and no TF32; the former settings are restored."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it starts
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     memory: Any = torch.utils.deterministic
@@ -138,6 +138,6 @@ def deterministic() -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a smaller batch may help."""
+    """Returns whether an error means that memory ran out, so that a smaller batch may help."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text or "out of memory" in text

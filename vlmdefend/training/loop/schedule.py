@@ -10,18 +10,18 @@ WARM_UP_SHARE = 0.1
 
 
 class Decay(NamedTuple):
-    """rate x (1 + gamma k)^-power at step k: tllib's, and so that of DART; it depends on no length of the run."""
+    """rate x (1 + gamma k)^-power at step k, as tllib and DART; does not depend on the length of the run."""
 
     gamma: float = 0.001
     power: float = 0.75
 
     def factor(self, step: int) -> float:
-        """What the base rate is multiplied with."""
+        """Returns the factor of the base rate at a step."""
         return float((1.0 + self.gamma * step) ** -self.power)
 
 
 def learning_rate(step: int, steps: int, base: float, warm_up: int) -> float:
-    """The rate of ``step`` (0, 1, ... ``steps`` - 1): CLIP's schedule, which the HPT-GPD code shares.
+    """Returns the rate of ``step`` (0, 1, ... ``steps`` - 1) under CLIP's schedule, as the HPT-GPD code uses it.
 
     A run no longer than its warm-up never reaches ``base``; :func:`warm_up_steps` keeps that from happening unasked.
     """
@@ -31,5 +31,5 @@ def learning_rate(step: int, steps: int, base: float, warm_up: int) -> float:
 
 
 def warm_up_steps(steps: int) -> int:
-    """1,000 steps as published, but at most a tenth of the run."""
+    """Returns 1,000 steps as published, but at most a tenth of the run."""
     return min(LONGEST_WARM_UP, int(WARM_UP_SHARE * steps))

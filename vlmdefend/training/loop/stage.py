@@ -14,7 +14,7 @@ ONLY = "train"  # the name of the stage of a run that has one
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What one stage does.
+    """Objective, epochs, rate and averaging of one stage.
 
     Args:
         name: ``a``, ``b``: part of the purpose of every random draw, so that stages are independent.
@@ -41,15 +41,15 @@ class Stage:
 
     @property
     def rate_option(self) -> str:
-        """What sets the rate, for messages: ``--lr-a``; ``--lr`` where there is one stage only."""
+        """The option that sets the rate, for messages: ``--lr-a``; ``--lr`` where there is one stage only."""
         return "--lr" if self.name == ONLY else f"--lr-{self.name}"
 
     def pulls_at(self, epoch: int) -> bool:
-        """Whether epoch (0, 1, ...) begins with a pull."""
+        """Returns whether epoch (0, 1, ...) begins with a pull towards the pivot."""
         return self.pull is not None and (epoch > 0 or self.pull_first)
 
     def rate_at(self, step: int, steps: int, warm_up: int) -> float:
-        """The learning rate of ``step`` (0, 1, ... ``steps`` - 1) of this stage."""
+        """Returns the learning rate of ``step`` (0, 1, ... ``steps`` - 1) of this stage."""
         if self.decay is not None:
             return self.rate * self.decay.factor(step)
         return learning_rate(step, steps, self.rate, warm_up)
@@ -57,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How the weights move, the same in all stages.
+    """Optimizer, warm-up, clipping and batch size, the same in all stages.
 
     Args:
         optimizer: ``sgd`` (with momentum, as published) or ``adamw``.
@@ -84,5 +84,5 @@ class Optimization:
     seed: int = 0
 
     def warm_up_of(self, steps: int) -> int:
-        """Steps of warm-up in a stage of so many."""
+        """Returns the steps of warm-up in a stage of so many steps."""
         return warm_up_steps(steps) if self.warm_up is None else self.warm_up

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on, in one file that is whole or not there: tensors, and numbers in its header."""
+"""The state of a training run in one file, written whole or not at all: tensors, and JSON in the header."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 def save_state(file: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: dict[str, Any]) -> None:
-    """Write tensors by group and name, and ``facts`` (JSON); flushed to the disk, then moved into place.
+    """Writes tensors by group and name, and ``facts`` (JSON); flushed to the disk, then moved into place.
 
     Raises:
         StorageError: the disk is full or cannot be written.
@@ -34,7 +34,7 @@ def save_state(file: Path, groups: Mapping[str, Mapping[str, Tensor]], facts: di
 
 
 def load_state(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """What :func:`save_state` wrote.
+    """Reads what :func:`save_state` wrote.
 
     Raises:
         UserError: not such a file, cut short, or of a newer vlmdefend.
@@ -55,7 +55,7 @@ def load_state(file: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a whole file or none.
+    """Writes a whole file or none.
 
     Raises:
         StorageError: the disk is full or cannot be written.
@@ -76,7 +76,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
-    """The optimizer's memory (momentum ...) as ``key|parameter name`` -> tensor."""
+    """Returns the optimizer's state (momentum ...) as ``key|parameter name`` -> tensor."""
     state = optimizer.state_dict()["state"]
     return {
         f"{key}|{names[number]}": value
@@ -87,7 +87,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dic
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-    """Give an optimizer back what :func:`optimizer_tensors` took."""
+    """Restores an optimizer from what :func:`optimizer_tensors` returned."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("|")

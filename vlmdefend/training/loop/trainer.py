@@ -30,7 +30,7 @@ SECONDS_BETWEEN_STATES = 300
 
 @dataclass
 class Trainer:
-    """All stages, resumed from ``folder`` if it holds a state.
+    """Runs all stages, resumed from ``folder`` if it holds a state.
 
     Args:
         student: begins with the vanilla weights; ends with those of the last epoch.
@@ -72,7 +72,7 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def run(self) -> TrainerState:
-        """Train what is left to train; the returned state holds pivot, best weights and all epochs.
+        """Trains what is left to train; the returned state holds pivot, best weights and all epochs.
 
         Raises:
             UserError: a loss or gradient that is not finite; the last saved state is kept.
@@ -213,5 +213,5 @@ class Trainer:
 
 
 def _score(line: dict[str, Any]) -> tuple[int, int]:
-    """Robust, then clean, of the held-out images."""
+    """Returns the robust and the clean hits of an epoch, by which epochs are compared."""
     return line["robust"][0], line["clean"][0]

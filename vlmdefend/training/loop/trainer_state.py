@@ -1,4 +1,4 @@
-"""What a run remembers between steps, and how it is saved and found again."""
+"""The state of the training loop between steps: position, averages, best weights; saved and loaded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TrainerState:
     sums: dict[str, float] = field(default_factory=dict)  # over the images of the epoch that runs
 
     def save(self, folder: Path, student: TrainedStudent, optimizer: torch.optim.Optimizer) -> None:
-        """Write all that is needed to go on, as one file."""
+        """Writes all that is needed to resume, as one file."""
         groups = {
             "weights": student.weights(),
             "optimizer": optimizer_tensors(optimizer, list(student.parameters)),
@@ -50,7 +50,7 @@ class TrainerState:
         save_state(folder / STATE, groups, {**facts, "scaler": student.processes.scaler.state_dict()})
 
     def load(self, folder: Path, student: TrainedStudent, optimizer: torch.optim.Optimizer) -> bool:
-        """Become what was saved, weights and optimizer too; False if nothing was."""
+        """Restores a saved state, weights and optimizer too; returns False if there is none."""
         if not (folder / STATE).exists():
             return False
         groups, facts = load_state(folder / STATE)

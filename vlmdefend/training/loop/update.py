@@ -20,7 +20,7 @@ from vlmdefend.types import Batch
 
 
 class Accumulator:
-    """Gradients of a global batch, micro-batch by micro-batch, process by process."""
+    """Accumulates the gradients of a global batch over micro-batches and processes."""
 
     def __init__(self, student: TrainedStudent, teacher: Teacher | None, options: Optimization) -> None:
         self.student, self.teacher, self.options = student, teacher, options
@@ -28,7 +28,7 @@ class Accumulator:
         self.halved: list[int] = []  # micro-batches that memory forced
 
     def gradients(self, objective: Objective, batch: Batch, rng: ImageRng) -> dict[str, float]:
-        """Leave the reduced gradient of the global batch in ``.grad``; the means of losses and metrics over it.
+        """Leaves the reduced gradient of the global batch in ``.grad`` and returns the mean losses and metrics.
 
         Args:
             objective: what is minimised.
@@ -101,7 +101,7 @@ class Accumulator:
 def make_optimizer(
     parameters: Mapping[str, nn.Parameter], options: Optimization, factors: Mapping[str, float] | None = None
 ) -> torch.optim.Optimizer:
-    """A fresh one; its rate is set at every step, times the factor of each parameter (1 where none is given)."""
+    """Returns a new optimizer; its rate is set at every step, times the factor of each parameter."""
     factor_of = factors or {}
     groups: list[dict[str, Any]] = [  # neighbours of one factor, so that the order of parameters stays
         {"params": [parameters[name] for name in names], "factor": factor}
@@ -115,7 +115,7 @@ def make_optimizer(
 
 
 def update(student: TrainedStudent, optimizer: torch.optim.Optimizer, rate: float, clip: float | None) -> float:
-    """One step of the weights along the gradients that are there; the gradient's norm before clipping.
+    """Takes one step along the gradients; returns the gradient's norm before clipping.
 
     Weights are left as they are, and not-a-number or infinity returned, if the gradient is not finite.
     """

@@ -1,4 +1,4 @@
-"""Averages of weights by name: the moving average that makes the pivot, and the pull towards it."""
+"""Averages of weights by name: the moving average that gives the pivot, and the pull towards it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Weights = dict[str, Tensor]
 
 
 def copied(weights: Mapping[str, Tensor]) -> Weights:
-    """The values, apart from the model."""
+    """Returns copies of the values, apart from the model."""
     return {name: tensor.detach().clone() for name, tensor in weights.items()}
 
 
 def weights_hash(weights: Mapping[str, Tensor]) -> str:
-    """16 hex digits over names and bits."""
+    """Returns 16 hex digits over names and bits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -26,7 +26,7 @@ def weights_hash(weights: Mapping[str, Tensor]) -> str:
 
 @torch.no_grad()
 def put_(into: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Overwrite a model's weights."""
+    """Overwrites a model's weights."""
     for name, tensor in into.items():
         tensor.copy_(values[name])
 

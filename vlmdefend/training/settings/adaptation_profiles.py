@@ -56,5 +56,5 @@ EMBEDDED: dict[str, Any] = {
 
 
 def profile_defaults(profile: UrdaProfile, *, embedded: bool) -> dict[str, Any]:
-    """The value of every option that a profile decides."""
+    """Returns the value of every option that a profile decides."""
     return COMMON | PROFILES[profile] | (EMBEDDED if embedded and profile == "scaled" else {})

@@ -1,4 +1,4 @@
-"""What the user of ``vlmdefend urda-train`` asked for, checked and filled in from the profile. Torch-free."""
+"""Options of ``vlmdefend urda-train``, checked and completed from the profile. Imports no torch."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class UrdaSettings(RunSettings):
     clip: Annotated[Positive | None, Option("Longest norm of a step's gradient.  \\[default: as it is]", TRAIN)] = None
 
     def check(self) -> None:
-        """As of every run; and two domains, images to choose by, and enough of them for BatchNorm.
+        """Checks two different domains, images to select by, and batches that BatchNorm can use.
 
         Raises:
             UserError: names what to give.
@@ -200,7 +200,7 @@ class UrdaSettings(RunSettings):
 
 
 def make_urda_settings(given: Mapping[str, Any]) -> UrdaSettings:
-    """Fill in what was not given (None), from the profile and the sets.
+    """Completes the given options from the profile and the sets.
 
     Raises:
         UserError: names the option, what it was and what it takes.

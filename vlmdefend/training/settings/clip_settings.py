@@ -1,4 +1,4 @@
-"""The options that ``distill`` and ``train`` have in common: a CLIP, its prompts and its images. Torch-free."""
+"""Options that ``distill`` and ``train`` share: a CLIP, its prompts and its images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEST_SPLITS = frozenset(("test", "val", "valid", "validation"))
 
 
 class ClipSettings(RunSettings):
-    """One run on a CLIP."""
+    """Options of one run on a CLIP."""
 
     anyway = RunSettings.anyway | {"micro_batch", "weights"}  # the weights are known by the hash of what they hold
 
@@ -83,7 +83,7 @@ class ClipSettings(RunSettings):
     @field_validator("templates", mode="before")
     @classmethod
     def _braces(cls, value: Any) -> Any:
-        """``{}`` means ``{c}``, as elsewhere."""
+        """Reads ``{}`` as ``{c}``."""
         texts = (value,) if isinstance(value, str) else value
         return tuple(str(text).replace("{}", "{c}") for text in texts)
 
@@ -105,7 +105,7 @@ class ClipSettings(RunSettings):
         return value
 
     def check(self) -> None:
-        """As of every run; and an attack, a split for training, and templates with a place for the class.
+        """Checks the attack, a split for training, and templates with a place for the class.
 
         Raises:
             UserError: names what to give.

@@ -89,5 +89,5 @@ EMBEDDED: dict[str, Any] = {"eps": "8/255", "epochs_a": 2, "epochs_b": 4, "lr_a"
 
 
 def profile_defaults(profile: Profile, *, embedded: bool) -> dict[str, Any]:
-    """The value of every option that a profile decides."""
+    """Returns the value of every option that a profile decides."""
     return PROFILES[profile] | (EMBEDDED if embedded and profile == "scaled" else {})

@@ -1,4 +1,4 @@
-"""What the user of ``vlmdefend distill`` asked for, checked and filled in from the profile. Torch-free."""
+"""Options of ``vlmdefend distill``, checked and completed from the profile. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmdefend.training.settings.run_settings import METHOD, RUN, TRAIN, WHAT, a
 
 
 class DistillSettings(ClipSettings):
-    """One run of HPT-GPD."""
+    """Options of one run of HPT-GPD."""
 
     anyway = ClipSettings.anyway | {"proxy_weights", "pivot", "gap_images", "force"}  # the first two: as the weights
 
@@ -174,7 +174,7 @@ class DistillSettings(ClipSettings):
         return ("a", "b") if self.stage == "both" else (self.stage,)
 
     def check(self) -> None:
-        """As of every run; and two models that differ, and a pivot where one is needed.
+        """Checks that the two models differ, and that there is a pivot where one is needed.
 
         Raises:
             UserError: names what to give.
@@ -197,7 +197,7 @@ class DistillSettings(ClipSettings):
 
 
 def make_distill_settings(given: Mapping[str, Any]) -> DistillSettings:
-    """Fill in what was not given (None), from the profile.
+    """Completes the given options from the profile.
 
     Raises:
         UserError: names the option, what it was and what it takes.

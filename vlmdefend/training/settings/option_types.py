@@ -1,4 +1,4 @@
-"""Numbers as an option may hold them: each type says its range, and how a number outside of it is refused."""
+"""Number types of options with their ranges, each with its own refusal."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Number = TypeVar("Number", int, float)
 
 
 def option(name: str) -> str:
-    """A setting's name as the command line has it."""
+    """Returns a setting's name as it is written on the command line."""
     return name.replace("_", "-").replace("templates", "template")
 
 

@@ -1,4 +1,4 @@
-"""The options that ``distill``, ``train`` and ``urda-train`` have in common, and how each is read. Torch-free."""
+"""Options that all training commands share, and how each is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WHAT, METHOD, TRAIN, RUN = "Models and images", "The method", "How to train", "H
 
 
 class RunSettings(BaseModel):
-    """One run, every choice made. The names are those of the options."""
+    """Options of one training run; the names are those of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
     anyway: ClassVar[frozenset[str]] = frozenset(("out", "device", "threads", "track", "save_every", "root"))
@@ -86,11 +86,11 @@ class RunSettings(BaseModel):
             raise UserError(f"--alpha {self.alpha}: write eps, eps/2, or a number such as 1/255.") from None
 
     def decisive(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
+        """Returns the settings that must be the same for a run to be resumed."""
         return {k: v for k, v in self.model_dump(mode="json").items() if k not in self.anyway}
 
     def check(self) -> None:
-        """What no single option says.
+        """Checks what involves several options.
 
         Raises:
             UserError: --eps or --alpha is no number.
@@ -99,19 +99,19 @@ class RunSettings(BaseModel):
 
 
 def refusal(error: ValidationError, command: str) -> UserError:
-    """What pydantic says of the first option that it does not take, as a sentence with a next step."""
+    """Turns pydantic's first error into a sentence with a next step."""
     first = error.errors()[0]
     message, name = first["msg"][0].lower() + first["msg"][1:], option(str(first["loc"][0]))
     return UserError(f"--{name} {first['input']}: {message}; `vlmdefend {command} --help` says what it takes.")
 
 
 def as_name(text: str) -> str:
-    """The name of a model, data set or method as part of a folder's."""
+    """Returns the name of a model, data set or method as part of a folder's name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "model"
 
 
 def lines_of(file: Path) -> list[str]:
-    """Class names from a file, one a line.
+    """Reads class names, one per line.
 
     Raises:
         UserError: it cannot be read.

@@ -31,7 +31,7 @@ TOY = {"eps": "8/255", "batch_size": 64, "epochs": 2}
 
 
 class TrainSettings(ClipSettings):
-    """One run of a training-time defense."""
+    """Options of one run of a training-time defense."""
 
     anyway = ClipSettings.anyway | {"mix"}
 
@@ -97,7 +97,7 @@ class TrainSettings(ClipSettings):
         return Optimization(**{name: getattr(self, name) for name in names})
 
     def check(self) -> None:
-        """As of every run; a method that takes its options; prompts where the method learns prompts, nowhere else."""
+        """Checks the method's options, and that prompts are trained by methods that learn prompts."""
         super().check()
         method, kind = self.objective, self.trains.partition(":")[0]
         if method.learns and kind not in method.learns:
@@ -112,7 +112,7 @@ class TrainSettings(ClipSettings):
 
 
 def make_train_settings(given: Mapping[str, Any]) -> TrainSettings:
-    """Fill in what was not given (None), from the method's schedule and the profile.
+    """Completes the given options from the method's schedule and the profile.
 
     Raises:
         UserError: names the option, what it was and what it takes; an unknown method, or one of another command.
@@ -180,13 +180,13 @@ def _published(cls: type[Objective]) -> dict[str, Any]:
 
 
 def _share(cls: type[Objective]) -> str:
-    """The step of the attack as the published share of its radius: ``eps``, ``0.25eps``."""
+    """Returns the attack's step as the published share of its radius: ``eps``, ``0.25eps``."""
     of = _published(cls)
     return f"{of['alpha'] / of['eps']:.4g}eps"
 
 
 def _own(method: str, settings: TrainSettings) -> dict[str, Any]:
-    """The objective's options that are the command's."""
+    """Returns the objective's options that are options of the command."""
     takes = {f.name for f in fields(OBJECTIVES.get(parse_spec(method)[0]))}  # type: ignore[arg-type]
     values = {
         "eps": settings.radius,
