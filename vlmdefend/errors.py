@@ -1,4 +1,4 @@
-"""Errors that a person caused and can mend: one sentence that says what to do next."""
+"""Errors that a user caused and can correct, each one sentence with a next step."""
 
 
 class UserError(Exception):

@@ -19,7 +19,7 @@ from vlmdefend.moved_names import MODULES, NAMES
 
 
 class MovedFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the modules of version 0.1 that have moved; asked only where no module of that name exists."""
+    """Finds the modules of version 0.1 that have moved; used only where no module of that name exists."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

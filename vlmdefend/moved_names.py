@@ -159,6 +159,9 @@ NAMES: dict[str, dict[str, str]] = {
     "attacks.view": {
         "Ledger": "attacks.view.QueryCount",
     },
+    "cli.distill_report": {
+        "trained": "cli.output.distill_report.trained_text",
+    },
     "data.base": {
         "Listed": "data.base.ListedDataset",
     },
@@ -171,6 +174,10 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "data.sources.torchvision_sets": {
         "Row": "data.sources.torchvision_sets.TorchvisionSet",
+    },
+    "defenses.adaptation.base": {
+        "told": "defenses.adaptation.base.whole_batch_metrics",
+        "whole": "defenses.adaptation.base.whole_batch_losses",
     },
     "evaluation.attackers": {
         "Crafted": "evaluation.cell.attackers.CraftedBatch",
@@ -196,7 +203,7 @@ NAMES: dict[str, dict[str, str]] = {
     "evaluation.lesson": {
         "Lesson": "evaluation.cell.fitted_attacks.FittedAttack",
         "learn": "evaluation.cell.fitted_attacks.fit_attack",
-        "untaught": "evaluation.cell.fitted_attacks.needs_fit",
+        "untaught": "evaluation.cell.fitted_attacks.unfitted",
     },
     "evaluation.listener": {
         "Failure": "progress.Failure",
@@ -226,6 +233,9 @@ NAMES: dict[str, dict[str, str]] = {
     },
     "evaluation.set_format": {
         "File": "evaluation.adversarial_sets.set_format.ImageFile",
+    },
+    "evaluation.stand_ins": {
+        "spared": "evaluation.cell.surrogates.fooled_surrogates_only",
     },
     "evaluation.store": {
         "Shard": "evaluation.store.run_folder.StoredShard",

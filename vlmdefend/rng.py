@@ -3,7 +3,7 @@
 A stream is derived from (seed, purpose, image id) and drawn on the CPU, so what an image gets does not depend on
 the batch it is in, its place there, the number of workers, or the device.
 
-Who is given streams is not told the ids: an id may be a path with the class in it, and no defense may read a label.
+Whoever gets streams does not get the ids: an id may be a path with the class in it, and no defense may read a label.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ImageRng:
 
     @property
     def names(self) -> list[str]:
-        """B texts that tell the images apart and say nothing of them, :func:`opaque` of each id."""
+        """B texts that differ between images and reveal nothing of them, :func:`opaque` of each id."""
         return [opaque(name) for name in self._ids]
 
     def child(self, purpose: str) -> ImageRng:

@@ -1,4 +1,4 @@
-"""The nouns of the house: batches, threats, model outputs. Importing this file imports no torch."""
+"""The types of the whole package: batches, threats, model outputs, pipelines. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ABSTAINED = -1  # the class of a prediction that was not made
 
 
 class Batch(NamedTuple):
-    """B labelled images on their way through the house."""
+    """B labelled images with their ids."""
 
     ids: list[str]
     images: Tensor  # (B, 3, H, W) float32 in [0, 1]
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What a pipeline says of B images, by name."""
+    """The outputs of a pipeline for B images, by name."""
 
     logits: Tensor  # (B, C), scaled by the model's logit scale
     features: Tensor | None = None  # (B, D) image features, not normalised

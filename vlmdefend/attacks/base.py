@@ -34,7 +34,7 @@ class Attack(ABC):
     """One attack. A subclass is a frozen, keyword-only dataclass: its fields are its configuration and its repr.
 
     Class attributes: ``name`` (the file's name), ``summary`` and ``citation`` (one line each, for ``list``),
-    ``norms`` it is defined for, ``gradient_free`` if it never asks for a gradient, ``changes_prompts`` if its findings
+    ``norms`` it is defined for, ``gradient_free`` if it never queries a gradient, ``changes_prompts`` if its findings
     count under other prompts (:meth:`conditions`), ``quick`` options under which the contract tests run it, where its
     default budget is large.
     """

@@ -43,8 +43,8 @@ class ReplayedGradient:
 
     Args:
         loss: what is raised.
-        batches: how many full batches the run will ask for at most.
-        capture: records work and says how to repeat it.
+        batches: how many full batches the run will query at most.
+        capture: records work and returns how to repeat it.
     """
 
     def __init__(self, loss: Loss, batches: int, capture: Capture = cuda_capture) -> None:

@@ -154,15 +154,17 @@ class _Logits(nn.Module):
 
     def __init__(self, view: View, device: torch.device, *, positive: bool) -> None:
         super().__init__()
-        self.anchor = nn.Parameter(torch.zeros((), device=device), requires_grad=False)  # tells them the device
-        self.ask, self.positive = _Ask(view), positive
+        self.anchor = nn.Parameter(
+            torch.zeros((), device=device), requires_grad=False
+        )  # torchattacks reads the device from it
+        self.hidden, self.positive = _HiddenView(view), positive
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = _PixelsOnly.apply(images, self.ask)  # type: ignore[no-untyped-call]
+        logits: Tensor = _PixelsOnly.apply(images, self.hidden)  # type: ignore[no-untyped-call]
         return logits - logits.detach().amin(dim=1, keepdim=True) if self.positive else logits
 
 
-class _Ask:
+class _HiddenView:
     """Hides the view from ``nn.Module``, which would register the model in it as a child."""
 
     def __init__(self, view: View) -> None:
@@ -173,14 +175,14 @@ class _PixelsOnly(torch.autograd.Function):
     """Logits whose ``backward()`` reaches the pixels and no parameter, and is counted."""
 
     @staticmethod
-    def forward(ctx: Any, images: Tensor, ask: _Ask) -> Tensor:
-        ctx.ask = ask
+    def forward(ctx: Any, images: Tensor, hidden: _HiddenView) -> Tensor:
+        ctx.hidden = hidden
         if not images.requires_grad:
             with torch.no_grad():
-                return ask.view.logits(images)
+                return hidden.view.logits(images)
         with torch.enable_grad():
             ctx.pixels = images.detach().requires_grad_(True)
-            ctx.logits = ask.view.logits(ctx.pixels)
+            ctx.logits = hidden.view.logits(ctx.pixels)
         values: Tensor = ctx.logits.detach()
         return values
 
@@ -190,7 +192,7 @@ class _PixelsOnly(torch.autograd.Function):
         if ctx.logits.requires_grad:
             found = torch.autograd.grad(ctx.logits, ctx.pixels, gradients[0], retain_graph=True, allow_unused=True)[0]
         found = torch.zeros_like(ctx.pixels) if found is None else found
-        ctx.ask.view.count_backwards(found)
+        ctx.hidden.view.count_backwards(found)
         return found, None
 
 

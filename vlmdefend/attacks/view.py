@@ -48,7 +48,7 @@ class View:
         width: how many images go through the pipeline at once.
         samples: draws per query of a random pipeline; logits and gradients are means over them (EOT, Athalye et
             al. 2018).
-        stop: an image that the view says is fooled may leave the attack. False where fooling the view proves
+        stop: an image that is fooled on the view may leave the attack. False where fooling the view proves
             nothing: a transfer attack, or a pipeline that draws anew when it is scored.
         detector_weight: what the loss gains per unit of quiet in the pipeline's detector; infinite: a fooled image
             climbs the quiet alone, any other the loss alone (selective descent, Bryniarski et al. 2022, section 3.1).
@@ -167,7 +167,7 @@ class View:
     def logits(self, images: Tensor) -> Tensor:
         """Returns (n, C) logits of (n, ...) images with a graph, for external code (attacks/external.py).
 
-        Such code does not say which of the view's images it asks about, so the queries are counted in equal parts,
+        Such code does not tell which of the view's images it queries, so the queries are counted in equal parts,
         rounded up, and a random pipeline draws from the first n streams, over again where n is larger.
         """
         places = torch.arange(len(images)) % len(self)

@@ -70,8 +70,8 @@ def compare(
     else:
         typer.echo(text)
     bad = sum(verdict(comparison, *limits) != "ok" for comparison in found)
-    said = f"{bad} of {len(found)} failed" if bad else "nothing fell"
+    outcome = f"{bad} of {len(found)} failed" if bad else "nothing fell"
     total = f"{len(found)} comparison{'s' if len(found) > 1 else ''}"
-    typer.echo(f"{total}: {said}; {least} images lost of {n}, and none won, would count as a fall.", err=True)
+    typer.echo(f"{total}: {outcome}; {least} images lost of {n}, and none won, would count as a fall.", err=True)
     if bad:
         raise typer.Exit(1)

@@ -42,7 +42,7 @@ def proxy_gap(
     ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Measure proxy robustness (Fu et al. 2026): images crafted on one vanilla model, asked of the others.
+    """Measure proxy robustness (Fu et al. 2026): images crafted on one vanilla model, predicted by the others.
 
     Where a CLIP keeps three quarters of its clean accuracy on another one's adversarial images, it can teach that one
     with `vlmdefend distill`.
@@ -116,7 +116,7 @@ def _measure(
 
 
 def print_matrix(gaps: list[ProxyGap], models: list[str], title: str) -> None:
-    """Rows: attacked; columns: asked; on top how they do on clean images."""
+    """Prints one row per attacked model, one column per predicting model, and the clean accuracy on top."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -127,7 +127,7 @@ def print_matrix(gaps: list[ProxyGap], models: list[str], title: str) -> None:
     console.print()
     console.print(Text(title, style="bold"))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("crafted on \\ asked", overflow="fold")
+    table.add_column("crafted on \\ scored on", overflow="fold")
     for name in models:
         table.add_column(Text(name), overflow="fold", min_width=17)
     table.add_row("clean", *(interval(gaps[0].clean[name]) for name in models))
@@ -144,7 +144,9 @@ def _draw(out: Path, eps: str, gaps: list[ProxyGap], models: list[str], images: 
         for gap in gaps
     ]
     title = f"Accuracy on adversarial images of another model: {images.name}, n = {len(images)}, {eps}"
-    picture = heat_map(title, f"rows: crafted on ({attack}); columns: asked", [g.target for g in gaps], models, values)
+    picture = heat_map(
+        title, f"rows: crafted on ({attack}); columns: scored on", [g.target for g in gaps], models, values
+    )
     (out / f"heat-map-{eps.replace('/', '-')}.png").write_bytes(picture)
 
 

@@ -100,7 +100,7 @@ class ImageSet:
         for i in range(len(self)):
             try:
                 digest.update(hashlib.sha256(self.encoded(i)).digest())
-            except OSError:  # reading it again will say why, or skip it
+            except OSError:  # reading it again raises the reason, or skips it
                 digest.update(b"unreadable")
         return digest.hexdigest()[:16]
 

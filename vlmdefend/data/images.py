@@ -18,7 +18,7 @@ def decode(source: bytes | Path, label_for_errors: str, *, upright: bool = True)
     Args:
         source: the encoded bytes, or the file that holds them.
         label_for_errors: the file name or id an error message starts with.
-        upright: turn the picture as its EXIF orientation says (what a viewer shows). torchvision's loaders do
+        upright: turn the picture by its EXIF orientation (what a viewer shows). torchvision's loaders do
             not, so its sets are read with False.
 
     Raises:
@@ -56,7 +56,7 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError("32-bit pixels have no stated range, save it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; says nothing on the terminal, unlike P to RGB
+        image = image.convert("RGBA")  # the same colours; prints nothing, unlike P to RGB
     return image.convert("RGB")
 
 

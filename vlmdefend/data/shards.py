@@ -8,7 +8,7 @@
     <split>/0.tar, 1.tar ...                (or .tar.gz) KEY.webp|png|jpg|jpeg + KEY.cls, and KEY.txt for a caption
 
 A member's name is a label in messages and ids and never becomes a path. Opening reads headers and labels; pictures
-are decoded when asked for. A ``.tar`` stays on disk; a ``.tar.gz`` is held in memory, unpacked.
+are decoded on demand. A ``.tar`` stays on disk; a ``.tar.gz`` is held in memory, unpacked.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def open_layout(name: str, folder: Path, split: str) -> ImageSet:
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """Returns the shards of a split by number: as many as ``nshards.txt`` says, or all.
+    """Returns the shards of a split by number: as many as ``nshards.txt`` gives, or all.
 
     Raises:
         UserError: ``nshards.txt`` is no number, or one of the shards it counts is missing.

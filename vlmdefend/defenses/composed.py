@@ -55,7 +55,7 @@ class Composed(Defense):
     that
     needs most, since each draw is anew for all of them. The detector is that of the first defense that has one.
 
-    Made by :func:`compose`, which gives every combination a class of its own for what a class says of itself.
+    Made by :func:`compose`, which gives every combination a class of its own for its class attributes.
 
     Options:
         parts: at least two defenses, the outermost first.
@@ -113,7 +113,7 @@ def compose(parts: tuple[Defense, ...]) -> Defense:
     for part in parts[1:]:
         if part.certifies or part.rejects:
             raise UserError(
-                f"defense {together}: {part.name} judges the image that it is given; write it first, "
+                f"defense {together}: {part.name} scores the image that it is given; write it first, "
                 f"{'+'.join([part.name, *(name for name in names if name != part.name)])}."
             )
     return cast(Callable[..., Defense], _class_of(parts))(parts=parts)
@@ -127,7 +127,7 @@ def _class_of(parts: tuple[Defense, ...]) -> type[Composed]:
     surrogates = prod(part.recipe.surrogates for part in parts)
     texts = [f"{part.name}: {part.recipe.text}" for part in parts]
     test_time = any(part.paradigm == "test-time adaptation" for part in parts)
-    said = {
+    attributes = {
         "name": "+".join(part.name for part in parts),
         "paradigm": "test-time adaptation" if test_time else "training-free",
         "summary": ", then ".join(part.summary for part in parts),
@@ -145,4 +145,4 @@ def _class_of(parts: tuple[Defense, ...]) -> type[Composed]:
             bare=any(part.recipe.bare for part in parts),
         ),
     }
-    return cast(type[Composed], type("Composed", (Composed,), said | {"__module__": __name__}))
+    return cast(type[Composed], type("Composed", (Composed,), attributes | {"__module__": __name__}))

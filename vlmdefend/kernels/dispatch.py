@@ -27,14 +27,16 @@ def uses_triton(tensor: Tensor) -> bool:
         UserError: ``VLMDEFEND_KERNELS`` is neither ``reference`` nor ``triton``; or it is ``triton``, and Triton is not
             installed or the tensor is not on a GPU.
     """
-    asked = os.environ.get(VARIABLE, "")
-    if asked not in ("", "reference", "triton"):
-        raise UserError(f"{VARIABLE}={asked!r}: write reference or triton, or leave it unset to let the device decide.")
-    if asked == "reference" or (not asked and not tensor.is_cuda):
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in ("", "reference", "triton"):
+        raise UserError(
+            f"{VARIABLE}={wanted!r}: write reference or triton, or leave it unset to let the device decide."
+        )
+    if wanted == "reference" or (not wanted and not tensor.is_cuda):
         return False
-    if asked and not _installed():
+    if wanted and not _installed():
         raise UserError(f"{VARIABLE}=triton, but triton is not installed; `pip install triton` or leave it unset.")
-    if asked and not (tensor.is_cuda or _interpreted()):
+    if wanted and not (tensor.is_cuda or _interpreted()):
         raise UserError(
             f"{VARIABLE}=triton, but the tensors are on the {tensor.device.type}; run on a CUDA device, leave it "
             "unset, or set TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter."

@@ -1,1 +1,1 @@
-"""The training room: one loop for every objective."""
+"""Training: one loop for every objective, one job per command."""

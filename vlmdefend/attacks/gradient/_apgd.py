@@ -60,7 +60,7 @@ def climb(
     """
     criterion, away = Criterion(labels, targets), Criterion(labels)
     iterates = BestIterates(images)
-    ask = ReplayedGradient(loss, len(images) // view.width * steps)
+    query_gradient = ReplayedGradient(loss, len(images) // view.width * steps)
     at = checkpoints(steps)
     gaps = torch.zeros(steps + 1, dtype=torch.int64, device=images.device)  # iterations a checkpoint looks back on
     gaps[at] = torch.tensor(at, device=images.device).diff(prepend=gaps[:1])
@@ -89,7 +89,7 @@ def climb(
         }
 
     def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
-        query = ask(part.view, s["x"], part.criterion)
+        query = query_gradient(part.view, s["x"], part.criterion)
         first = s["taken"] == 0
         margin = away.select(index).margin(query.logits)
         if not view.stochastic:  # there the best draw would only be the luckiest, and the last iterate counts

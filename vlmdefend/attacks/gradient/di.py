@@ -46,7 +46,7 @@ class Di(Transfer):
             )
 
     def vary(self, images: Tensor, draws: Tensor) -> Tensor:
-        """(B, C, H, W); the draws say whether, at which size, and how far from the top and the left."""
+        """(B, C, H, W); the draws decide whether, at which size, and how far from the top and the left."""
         if images.dim() != 4:
             raise UserError(f"attack di needs images (B, C, H, W), it was given {tuple(images.shape)}.")
         rows = placement(images.shape[-2], self.smallest, draws[:, 1], draws[:, 2])

@@ -110,11 +110,11 @@ class Pgd(Attack):
         counts every wrong prediction.
         """
         last, away = self._last(view), Criterion(criterion.labels)
-        ask = ReplayedGradient(LOSSES[self.loss], len(images) // view.width * self.steps)
+        query_gradient = ReplayedGradient(LOSSES[self.loss], len(images) // view.width * self.steps)
         step_ = linf_step_ if threat.norm == "linf" else l2_step_
         result = torch.empty_like(images)
         margins = torch.full((len(images),), -torch.inf, device=images.device)
-        unseen: list[tuple[Tensor, Tensor]] = []  # last iterates, which no gradient query has looked at
+        unseen: list[tuple[Tensor, Tensor]] = []  # last iterates, which no gradient query has evaluated
 
         def start(index: Tensor) -> State:
             origin = images[index]
@@ -125,7 +125,7 @@ class Pgd(Attack):
             return state
 
         def step(part: _Part, index: Tensor, state: State) -> Tensor:
-            query = ask(part.view, state["x"], part.criterion)
+            query = query_gradient(part.view, state["x"], part.criterion)
             fooled = torch.zeros(len(index), dtype=torch.bool)
             if not last:
                 margin = away.select(index).margin(query.logits)

@@ -13,7 +13,7 @@ from vlmdefend.types import Outputs, Threat, per_image
 
 INSIDE = 1.0 - 1e-6  # pixels at exactly 0 or 1 would lie at infinity in tanh space and never move
 BETAS, TINY = (0.9, 0.999), 1e-8  # Adam's
-SHARE = 10  # a tenth of a search without a lower objective ends it (the authors' rule), and its last tenth judges c
+SHARE = 10  # a tenth of a search without a lower objective ends it (the authors' rule), and its last tenth decides on c
 PATIENCE, WINDOW = 50, 10  # the fewest steps of the one and of the other; Adam needs some to turn around
 
 
@@ -73,7 +73,7 @@ def descend(
         if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
             keep_(s, inside & (margin > s["margin"]), margin=margin, best=x)
             keep_(s, (margin > 0) & (distance < s["distance"]), distance=distance, near=x)
-        # Adam's first steps are as long for any c, and overshoot a near boundary: only the last ones judge c.
+        # Adam's first steps are as long for any c, and overshoot a near boundary: only the last ones decide on c.
         s["success"] &= s["taken"] % window != 0
         s["success"] |= (won > 0) & (won >= kappa)
         s["lowest"] = s["lowest"].minimum(distance.square() - s["c"] * query.loss.float())

@@ -154,7 +154,7 @@ def onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tenso
     """Returns the shortest d with ``<normal, d> = gap`` and ``points + d`` in [0, 1]; without a solution, the d that
     comes nearest.
 
-    Each coordinate moves by ``min(t g_i, room_i)`` with g = 1 (L_inf) or |normal| (L2), so the gap that is closed is
+    Each coordinate moves by ``min(t g_i, space_i)`` with g = 1 (L_inf) or |normal| (L2), so the gap that is closed is
     piecewise linear and rising in t: sort its breakpoints, find the piece, solve. In float64.
 
     Args:
@@ -164,17 +164,17 @@ def onto_plane(points: Tensor, normal: Tensor, gap: Tensor, norm: Norm) -> Tenso
     """
     t, w, open_ = points.double(), normal.double(), gap.double()
     direction = w.sign() * open_.sign()[:, None]
-    room = torch.where(direction > 0, 1.0 - t, t)
+    space = torch.where(direction > 0, 1.0 - t, t)
     rate = torch.ones_like(w) if norm == "linf" else w.abs()
-    breaks, order = (room / rate.clamp_min(1e-30)).sort(dim=1)
+    breaks, order = (space / rate.clamp_min(1e-30)).sort(dim=1)
     slope = (w.abs() * rate).gather(1, order)
-    spent = (w.abs() * room).gather(1, order).cumsum(1)  # closed by coordinates that have no room left
+    spent = (w.abs() * space).gather(1, order).cumsum(1)  # closed by coordinates that have no space left
     left = slope.flip(1).cumsum(1).flip(1)  # slope of those that still have, this one included
     before = torch.cat([torch.zeros_like(spent[:, :1]), spent[:, :-1]], 1)
     closed = before + breaks * left  # at each breakpoint; rises along the row
     piece = torch.searchsorted(closed, open_.abs()[:, None]).clamp_max(w.shape[1] - 1)
     length = (open_.abs()[:, None] - before.gather(1, piece)) / left.gather(1, piece).clamp_min(1e-30)
-    return (direction * torch.minimum(length.clamp_min(0.0) * rate, room)).to(points.dtype)
+    return (direction * torch.minimum(length.clamp_min(0.0) * rate, space)).to(points.dtype)
 
 
 def _onto_boundary(s: State, plane: BoundaryPlane, steps: FabOptions, norm: Norm) -> Tensor:

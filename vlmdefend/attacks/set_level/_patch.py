@@ -15,11 +15,11 @@ Place = Literal["random", "center", "corner"]
 
 def corners(place: Place, side: int, images: Tensor, rng: ImageRng) -> Tensor:
     """Returns (B, 2) int64 top and left of a square of ``side`` pixels: random, centred, or at the lower right."""
-    room = torch.tensor(images.shape[2:], device=images.device) - side
+    space = torch.tensor(images.shape[2:], device=images.device) - side
     if place == "random":
-        at = (rng.uniform((2,)).to(images.device) * (room + 1)).long()
-        return at.minimum(room)
-    return (room // 2 if place == "center" else room).expand(len(images), 2)
+        at = (rng.uniform((2,)).to(images.device) * (space + 1)).long()
+        return at.minimum(space)
+    return (space // 2 if place == "center" else space).expand(len(images), 2)
 
 
 def window(at: Tensor, side: int, images: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vlmdefend.types import Threat, per_image
 class SetLevel(Attack):
     """One perturbation fitted by stochastic gradient ascent over mini-batches, then applied to every image.
 
-    It is learned from images of the very set that is judged, right or wrong, so it is at its strongest there. Only
+    It is fitted to images of the very set that is evaluated, right or wrong, so it is at its strongest there. Only
     the sign (L2: the direction) of the batch's summed gradient counts, and the steps shrink linearly to nothing, for
     the last iterate is the one used. An image whose loss exceeds ``ceiling`` adds nothing: it is lost already, and
     would drown the others. That is the clipped loss of Shafahi et al. 2020; they clip the cross-entropy at 9, which

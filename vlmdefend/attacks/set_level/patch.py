@@ -33,7 +33,7 @@ class Patch(SetLevel):
 
     Options as of :class:`~vlmdefend.attacks.set_level._set_level.SetLevel`, and:
         learn: ``set`` (default): one patch for all images. ``image``: one per image, the best of its steps; the
-            options ``images``, ``batch`` and ``ceiling`` then say nothing.
+            options ``images``, ``batch`` and ``ceiling`` then have no effect.
         place: ``random``: somewhere else on each image, drawn from its own stream; the set's patch is trained at
             places drawn anew at each gradient (EOT over the location). ``center``, or ``corner``: at the lower right.
         alpha: step size in pixel units; of the set's patch the first one's.

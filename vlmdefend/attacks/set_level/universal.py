@@ -65,7 +65,7 @@ class Universal(SetLevel):
                 delta.mul_((eps / delta.norm().clamp_min(1e-12)).clamp_max(1.0))
 
         def apply(at: Tensor, clean: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            # The gradient is taken behind the clamp: a pixel at 1 still says which way the delta should go.
+            # The gradient is taken behind the clamp: a pixel at 1 still gives a direction for the delta.
             return (clean + delta).clamp_(0.0, 1.0), lambda gradient: gradient
 
         def update(gradient: Tensor, left: float) -> None:

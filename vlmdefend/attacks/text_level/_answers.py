@@ -32,9 +32,9 @@ class PromptScore(NamedTuple):
 class PromptScores:
     """Scores any prompts on the N images that the view classifies correctly with the clean prompts.
 
-    Most pipelines treat the image first and compare its embedding with the classes last: these are asked once per
+    Most pipelines treat the image first and compare its embedding with the classes last: these are queried once per
     image (and draw), and every further question is a matrix product. Where the embedding depends on the prompts, or
-    the logits are more than its cosines, the whole pipeline is asked each time. Which of the two holds is tried.
+    the logits are more than its cosines, the whole pipeline is queried each time. Which of the two holds is tested.
     A random pipeline answers with the mean of ``view.samples`` draws, the same ones for all prompts.
 
     Args:
@@ -52,7 +52,7 @@ class PromptScores:
         self._kept: list[list[Tensor]] | None = None  # by chunk and draw: (n, D)
         if len(right) and self._may_keep():
             with torch.no_grad():
-                self._kept = [[_features(o) for o in self._ask(chunk)] for _, chunk in self._chunks()]
+                self._kept = [[_features(o) for o in self._outputs_per_draw(chunk)] for _, chunk in self._chunks()]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,10 +102,10 @@ class PromptScores:
     def _chunk_logits(self, number: int, chunk: Tensor) -> Tensor:
         """(n, C), with whatever graph the classes have, under the prompts that are in use."""
         if self._kept is None:
-            return torch.stack([outputs.logits for outputs in self._ask(chunk)]).mean(dim=0)
+            return torch.stack([outputs.logits for outputs in self._outputs_per_draw(chunk)]).mean(dim=0)
         return torch.stack([self._side.classifier.logits(kept) for kept in self._kept[number]]).mean(dim=0)
 
-    def _ask(self, chunk: Tensor) -> list[Outputs]:
+    def _outputs_per_draw(self, chunk: Tensor) -> list[Outputs]:
         """Runs the pipeline once per draw, with the same draws at every call."""
         streams = self._streams(chunk)
         at = chunk.to(self.images.device)
@@ -121,7 +121,7 @@ class PromptScores:
         clean = self._side.classifier.text_features
         for classes in (clean, clean.roll(1, dims=1)):
             with torch.no_grad(), self._side.using(classes):
-                (first, *_) = self._ask(few)
+                (first, *_) = self._outputs_per_draw(few)
                 if first.features is None:
                     return False
                 expected = self._side.classifier.logits(first.features)

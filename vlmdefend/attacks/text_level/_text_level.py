@@ -42,7 +42,7 @@ class TextLevel(Attack):
         images: how many images of the set it learns from.
 
     Raises:
-        UserError: a view without a text side that can be reached; prompts that have no room for the tokens.
+        UserError: a view without a text side that can be reached; prompts without a place for the tokens.
     """
 
     changes_prompts: ClassVar[bool] = True

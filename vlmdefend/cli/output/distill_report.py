@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from vlmdefend.training.settings.distill_settings import DistillSettings
 
 
-def held_out_text(count: int, asked: int) -> str:
+def held_out_text(count: int, wanted: int) -> str:
     """Returns how many images are held out, and why fewer than given."""
-    return f"{count} held out" + (f" (a fifth of the set, which is fewer than {asked})" if count < asked else "")
+    return f"{count} held out" + (f" (a fifth of the set, which is fewer than {wanted})" if count < wanted else "")
 
 
 def print_choices(distillation: DistillationJob) -> None:

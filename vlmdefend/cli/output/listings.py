@@ -44,9 +44,9 @@ class Entry:
 
     def fields(self, headers: tuple[str, ...]) -> dict[str, Any]:
         """Returns the entry for ``--json``; empty values are left out."""
-        told = {"name": self.name, **dict(zip(headers, self.columns, strict=True)), "summary": self.summary}
-        told |= {"citation": self.citation.strip(" -–"), "note": self.note, **self.facts}
-        return {key.replace(" ", "_"): value for key, value in told.items() if value}
+        values = {"name": self.name, **dict(zip(headers, self.columns, strict=True)), "summary": self.summary}
+        values |= {"citation": self.citation.strip(" -–"), "note": self.note, **self.facts}
+        return {key.replace(" ", "_"): value for key, value in values.items() if value}
 
 
 Listed = tuple[tuple[str, ...], list[Entry]]  # the headers of the columns, and the entries

@@ -76,7 +76,7 @@ def print_result(training: DefenseTrainingJob, found: Trained) -> None:
 
 
 def trained_part(trains: str) -> str:
-    """What ``--trains`` says, in words."""
+    """Returns the value of ``--trains`` in words."""
     kind, _, count = trains.partition(":")
     lora = " and dropout ".join(count.split(":"))
     return {

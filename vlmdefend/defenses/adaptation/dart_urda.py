@@ -101,24 +101,24 @@ class DartUrda(Adaptation):
         """Returns the three terms; metrics: agreement with the teacher's class on clean and adversarial images."""
         trained, target = student_of(student), domains_of(batch).target
         if self.augment == "off":
-            images, taught = target.images, teacher_of(teacher).of(target)
+            images, targets = target.images, teacher_of(teacher).of(target)
         else:
             images = AUGMENTATIONS[self.augment](target.images, rng.child("augment"))
-            taught = teacher_of(teacher)(images)
-        labels = taught.logits.argmax(dim=1)
-        weights = certainty(taught.logits) if self.entropy_weight else torch.ones_like(taught.logits[:, 0])
+            targets = teacher_of(teacher)(images)
+        labels = targets.logits.argmax(dim=1)
+        weights = certainty(targets.logits) if self.entropy_weight else torch.ones_like(targets.logits[:, 0])
         adversarial = self._attacked(trained, images, labels) if self.defense else None
         clean = trained(images)
         agreed = {"teacher_agreement_clean": (clean.logits.detach().argmax(dim=1) == labels).float()}
         losses: dict[str, Tensor] = {}
         if adversarial is not None:
             moved = trained(adversarial)
-            losses["defense"] = self._distilled(taught.logits, moved.logits, weights)
+            losses["defense"] = self._distilled(targets.logits, moved.logits, weights)
             agreed["teacher_agreement_adversarial"] = (moved.logits.detach().argmax(dim=1) == labels).float()
         if self.prediction:
-            losses["prediction"] = self._distilled(taught.logits, clean.logits, weights)
+            losses["prediction"] = self._distilled(targets.logits, clean.logits, weights)
         if self.features:
-            losses["features"] = feature_loss(clean, taught)
+            losses["features"] = feature_loss(clean, targets)
         return Terms(whole_batch_losses(batch, **losses), {**agreed, "certainty": weights})
 
     def _distilled(self, teacher: Tensor, student: Tensor, weights: Tensor) -> Tensor:

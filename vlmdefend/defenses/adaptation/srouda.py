@@ -81,8 +81,8 @@ class Srouda(Adaptation):
         draws = rng.select(list(range(len(source.ids), len(batch.ids))))
         tutor = cast("ImageClassifier", trained.auxiliary["teacher"])
         hidden = masked(target.images, draws.child("mask"))
-        taught = tutor.training_outputs(torch.cat([source.images, target.images, hidden])).logits
-        of_source, (plain, of_hidden) = taught[: len(source.ids)], taught[len(source.ids) :].chunk(2)
+        tutored = tutor.training_outputs(torch.cat([source.images, target.images, hidden])).logits
+        of_source, (plain, of_hidden) = tutored[: len(source.ids)], tutored[len(source.ids) :].chunk(2)
         labels, own = plain.detach().argmax(dim=1), of_hidden.detach().argmax(dim=1)
         loss = away_from(trained.attacked, labels)
         adversarial = ascend(loss, hidden, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=draws)

@@ -89,7 +89,7 @@ class TokenStatistics(NamedTuple):
 def known_images(name: str, classifier: ZeroShotClassifier, count: int, eps: float) -> tuple[Tensor, Tensor]:
     """Returns (N, 3, S, S) images of a training split, and the same after PGD against the classifier's predictions.
 
-    No label is read: what the classifier says of an image is what the attack leads away from.
+    No label is read: the attack leads away from the classifier's own prediction.
 
     Raises:
         UserError: no such data set, or no training split.
@@ -98,6 +98,6 @@ def known_images(name: str, classifier: ZeroShotClassifier, count: int, eps: flo
     batch, _ = load_batch(images, range(len(images)), PixelTransform(classifier.image_size), skip_bad=True)
     clean = batch.images.to(classifier.text_features.device)
     with torch.no_grad():
-        said = classifier(clean).predictions
+        predicted = classifier(clean).predictions
     view = View(classifier, ImageRng(0, batch.ids, "known"), stop=False)
-    return clean, Pgd()(view, clean, said, Threat("linf", eps)).images
+    return clean, Pgd()(view, clean, predicted, Threat("linf", eps)).images

@@ -45,7 +45,7 @@ class Tapt(PromptTuning):
         contexts: tokens per block.
         depth: blocks with tokens of their own; a shorter tower has them at all of its blocks.
         statistics: a .safetensors file, or a data set of whose training split ``known`` images are measured, clean and
-            after 10 steps of PGD against what the bare model says of them; in brackets where its name has a colon.
+            after 10 steps of PGD against the bare model's predictions; in brackets where its name has a colon.
         known: images measured.
         known_eps: radius of that attack, L-infinity.
         gamma: 1 aligns with adversarial images only, 0 with clean ones.

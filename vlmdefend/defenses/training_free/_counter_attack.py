@@ -41,8 +41,8 @@ class CounterAttack(Defense):
     Deployed, as in the official code of all of them, autograd sees the perturbation as a constant. Adaptive attackers
     recompute it at every step and try two surrogates, best per image: that constant (BPDA), and the unrolled
     counter-attack, where second derivatives flow through the inner gradients and signs take the slope of a soft sign.
-    They also try what fools the bare model: a counter-attack that makes the model surer of what it says flattens the
-    loss where it ends, and follows once the image itself is fooled.
+    They also try what fools the bare model: a counter-attack that makes the model more confident of its prediction
+    flattens the loss where it ends, and follows once the image itself is fooled.
     """
 
     follows_gradient: ClassVar[bool] = True

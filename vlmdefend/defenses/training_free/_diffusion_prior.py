@@ -24,7 +24,7 @@ class TextCondition(NamedTuple):
 
     features: Tensor  # (D,) unit: the mean text embedding of blank templates, or of classes
     pooled: Tensor | None = None  # (D,) the embedding of BLANK as the tower gives it, not normalised
-    states: Tensor | None = None  # (L, W) what the tower says of each token of BLANK
+    states: Tensor | None = None  # (L, W) the tower's state of each token of BLANK
     mask: Tensor | None = None  # (L,) bool: start, words and end
 
 

@@ -26,7 +26,7 @@ from vlmdefend.types import Pipeline, PixelUnits
 @DEFENSES.register
 @dataclass(frozen=True, kw_only=True)
 class AntiAdversary(CounterAttack):
-    """gamma <- gamma - alpha sign(grad CE(f(x + gamma), y)), y what the model says of x (Alfarra et al. 2022, eq. 3).
+    """gamma <- gamma - alpha sign(grad CE(f(x + gamma), y)), y the prediction on x (Alfarra et al. 2022, eq. 3).
 
     As in the official code the image may leave [0, 1] and no ball is kept; ``alpha`` counts in normalised units there,
     so that a step is larger in a channel of larger standard deviation.
@@ -62,13 +62,13 @@ class AntiAdversary(CounterAttack):
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
         """Takes ``steps`` gradients; the first forward also gives the predicted class."""
-        said: list[Tensor] = []
+        predicted: list[Tensor] = []
 
         def agreement(at: Tensor) -> Tensor:
             logits = model(at, rng).logits
-            if not said:
-                said.append(logits.argmax(dim=1))
-            return -F.cross_entropy(logits, said[0], reduction="none")
+            if not predicted:
+                predicted.append(logits.argmax(dim=1))
+            return -F.cross_entropy(logits, predicted[0], reduction="none")
 
         step, moved = self._step(model), images
         for _ in range(self.steps):
@@ -84,7 +84,7 @@ class AntiAdversary(CounterAttack):
         deviation: Tensor | None = getattr(model, "std", None)
         if deviation is None:
             raise UserError(
-                "anti_adversary: the model does not say how its pixels are normalised; use normalized=False and alpha "
+                "anti_adversary: the model gives no mean and deviation of its pixels; use normalized=False and alpha "
                 "in pixels of [0, 1]."
             )
         return self.alpha * deviation

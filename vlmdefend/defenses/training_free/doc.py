@@ -48,7 +48,7 @@ class Doc(CounterAttack):
         aside: lambda, how much of the random direction beside the gradient.
         momentum: mu.
         threshold, sharpness: tau and gamma of the gate.
-        draws: M, of the noise that the gate looks at.
+        draws: M, of the noise in the gate's statistic.
     """
 
     name: ClassVar[str] = "doc"

@@ -64,7 +64,7 @@ class Hedge(CounterAttack):
             raise UserError(f"hedge: eps={self.eps}, alpha={self.alpha} and steps={self.steps} must be zero or more.")
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The deployed values; where a gradient is asked for, the model at the random start."""
+        """The deployed values; where a gradient is needed, the model at the random start."""
         return _Start(self, model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:

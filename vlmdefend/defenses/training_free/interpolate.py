@@ -1,4 +1,4 @@
-"""Interpolate: the mean of what the bare and the defended model say, a control for the trade-off between the two."""
+"""Interpolate: the mean of bare and defended model, a control for the trade-off between the two."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Interpolate(Defense):
 
         logits = logits(z'') + weight (logits' - logits(z')),   z'' = (1 - weight) z + weight z'
 
-    where logits(z) is what the model says of an embedding: the second term is what the defense does beside moving the
+    where logits(z) is the model's logits for an embedding: the second term is what the defense does beside moving the
     embedding (tuned prompts, a mean of logits), in the same proportion. Where either has no features, or the model
     takes none, their logits are mixed.
 
@@ -63,7 +63,7 @@ class Interpolate(Defense):
             )
         if other.certifies or other.rejects:
             raise UserError(
-                f"interpolate: {other.name} certifies or turns away what it judges, and half of that means nothing; "
+                f"interpolate: {other.name} certifies or rejects images, and half of that means nothing; "
                 "choose a defense that only predicts."
             )
         recipe = other.recipe._replace(text=f"{other.recipe.text}; mixed with the bare model", bare=True)
@@ -124,7 +124,7 @@ class _Mixed:
             share = (1 - weight) * bare.logits.softmax(dim=1) + weight * other.logits.softmax(dim=1)
             return (share + TINY).log()
         if self.defense.on == "features" and features is not None and hasattr(self.model, "logits"):
-            says = cast(EmbeddingPipeline, self.model).logits
+            classify = cast(EmbeddingPipeline, self.model).logits
             assert other.features is not None
-            return says(features) + weight * (other.logits - says(other.features))
+            return classify(features) + weight * (other.logits - classify(other.features))
         return (1 - weight) * bare.logits + weight * other.logits

@@ -104,6 +104,6 @@ class _Countered:
         if self.sight == "constant":  # an attacker who wants the slope of the corruption pays for it
             reference, away = departure(self.model, flat, streams, graph=True)
             corruption = relative(away(further), reference)
-        said = predict_views(self.model, seen.view_as(views), rng)
+        found = predict_views(self.model, seen.view_as(views), rng)
         score = corruption.view(len(images), -1).mean(dim=1) - defense.threshold
-        return Outputs(said.logits.mean(dim=1), features_of(said).mean(dim=1), score)
+        return Outputs(found.logits.mean(dim=1), features_of(found).mean(dim=1), score)

@@ -31,7 +31,7 @@ class RandomizedSmoothing(Defense):
 
     As CERTIFY in that paper, per image: ``selection`` draws choose the class; of ``draws`` further ones k are for it;
     p is the lower Clopper-Pearson bound of k/draws at confidence 1 - alpha. Where p <= 1/2 it abstains, which counts
-    as wrong. Else no perturbation of L2 length below sigma Phi^-1(p) changes what the infinite vote says, except with
+    as wrong. Else no perturbation of L2 length below sigma Phi^-1(p) changes the infinite vote, except with
     probability alpha; the vote on the perturbed image is drawn anew, and may abstain. The largest radius that the
     draws can show is sigma Phi^-1(alpha^(1/draws)): 1.50 sigma at the default 100, 3.81 sigma at the paper's 100000.
 

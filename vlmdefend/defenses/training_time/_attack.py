@@ -26,7 +26,7 @@ def train_pgd(
     """Untargeted L_inf PGD on the summed cross-entropy: uniform start, every image gets every step, last iterate.
 
     The attacks of ``vlmdefend.attacks`` look for the verdict: they predict the clean images, leave out what is wrong,
-    keep the best iterate and look at the last one. In training that would be two more forwards on top of ``steps``
+    keep the best iterate and evaluate the last one. In training that would be two more forwards on top of ``steps``
     gradients, and another training distribution than the papers'. What is the same is the step
     (:func:`~vlmdefend.kernels.linf.linf_step_`), float32, and that no parameter's ``.grad`` is touched.
 

@@ -45,7 +45,7 @@ class At(Adversarial):
 
     @property
     def whole_batch(self) -> bool:
-        """The others are what an image is told from."""
+        """True: the loss of an image contrasts it with the others of its batch."""
         return True
 
     @property

@@ -32,7 +32,7 @@ class Student(Protocol):
         ...
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
-        """As a call, and beside it (B, N, D) what the image tower says of each of N = G x G places, not normalised."""
+        """Returns the outputs, and (B, N, D) features of the N = G x G patches, not normalised."""
         ...
 
     @property
@@ -81,7 +81,7 @@ class Teacher(Protocol):
 
 
 class SpatialTeacher(Teacher, Protocol):
-    """A frozen model that also says what it sees where: the student as it was."""
+    """A frozen model with features per patch: the student as it was."""
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
         """As that of the student."""
@@ -89,7 +89,7 @@ class SpatialTeacher(Teacher, Protocol):
 
 
 class Terms(NamedTuple):
-    """What an objective says of B images. A loss of a whole batch is given B times, so that its mean is itself."""
+    """Losses and metrics of B images. A loss of a whole batch is given B times, so that its mean is itself."""
 
     losses: dict[str, Tensor]  # each (B,), with gradients; minimised is their sum, reduced over the global batch
     metrics: dict[str, Tensor]  # each (B,), without gradients; logged as means

@@ -76,7 +76,7 @@ def by_view(parts: Sequence[Outputs], shape: Sequence[int]) -> Outputs:
 
 
 def mean_score(views: Outputs) -> Tensor | None:
-    """(B,) mean over the views of what a detector behind them says, for an attacker who has to quiet it."""
+    """(B,) mean over the views of a detector's score behind them, for an attacker who has to lower it."""
     return None if views.detector_score is None else views.detector_score.mean(dim=1)
 
 

@@ -51,7 +51,7 @@ def attack_batch(
     stop = surrogates.agree(deployed, batch)
     crafted = crafted_at(torch.arange(len(right)), stop=stop)
     if stop and crafted.finite:
-        stopped = surrogates.spared(deployed, fitted, crafted, labels, ids)
+        stopped = surrogates.fooled_surrogates_only(deployed, fitted, crafted, labels, ids)
         crafted = crafted.with_again(stopped, crafted_at(stopped, stop=False)) if len(stopped) else crafted
     if not crafted.finite:
         raise deployed.not_finite()

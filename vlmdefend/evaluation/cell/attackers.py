@@ -16,7 +16,7 @@ from vlmdefend.rng import ImageRng
 from vlmdefend.types import Attacker, Outputs, Pipeline, Threat, per_image
 
 BARE = -1
-JUDGED = 4  # draws of a random pipeline by which the results of several variants are compared, the same for all
+COMPARED_DRAWS = 4  # draws of a random pipeline by which the results of several variants are compared, the same for all
 
 
 class CraftedBatch(NamedTuple):
@@ -214,7 +214,7 @@ def craft(
         # the name "judge" of the random stream must stay: another name would change the results
         reference = view_of(attacker, defense, model, rng.child("judge").select(todo), width)
         if defense.stochastic:
-            reference.samples = max(reference.samples, JUDGED)
+            reference.samples = max(reference.samples, COMPARED_DRAWS)
         with attack.conditions(reference.text_side if attack.changes_prompts else None):
             if variant.surrogate == BARE or (defense.stochastic and len(attacks) > 1):
                 margin = Criterion(labels[todo]).margin(reference(found.images))

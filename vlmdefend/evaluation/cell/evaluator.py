@@ -21,7 +21,7 @@ from vlmdefend.defenses.base import Defense
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.cell.attack_result import BatchResult, attack_batch
 from vlmdefend.evaluation.cell.defended_model import DefendedModel
-from vlmdefend.evaluation.cell.fitted_attacks import fit_attack, needs_fit, sample
+from vlmdefend.evaluation.cell.fitted_attacks import fit_attack, sample, unfitted
 from vlmdefend.evaluation.store.environment import environment, peak_memory_mb, reset_peak_memory
 from vlmdefend.evaluation.store.records import Cell, Checks, Cost, ImageRow, Record, Skipped
 from vlmdefend.evaluation.store.run_folder import CellWriter, StoredShard
@@ -48,7 +48,7 @@ class CellEvaluator:
 
     def __post_init__(self) -> None:
         self.deployed = DefendedModel(self.cell, self.model, self.defense)
-        self.fitted = needs_fit(self.deployed, self.attack)
+        self.fitted = unfitted(self.deployed, self.attack)
 
     def run(self, writer: CellWriter, progress: Progress) -> tuple[Record, list[ImageRow]]:
         """Computes the shards that are missing, then writes rows and record."""

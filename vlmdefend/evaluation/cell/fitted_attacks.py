@@ -39,7 +39,7 @@ class FittedAttack:
         return next(iter(self.attacks.values()))
 
 
-def needs_fit(deployed: DefendedModel, attack: Attack) -> FittedAttack:
+def unfitted(deployed: DefendedModel, attack: Attack) -> FittedAttack:
     """Returns every variant with the unfitted attack, as the evaluator starts with it."""
     return FittedAttack(
         attacks=dict.fromkeys(variants(deployed.cell.attacker, deployed.defense), attack),

@@ -11,7 +11,7 @@ from vlmdefend.evaluation.cell.fitted_attacks import FittedAttack
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch
 
-ASKED = 4  # images on which a surrogate is compared
+COMPARED_IMAGES = 4  # images on which a surrogate is compared
 
 
 def are_used(deployed: DefendedModel) -> bool:
@@ -22,11 +22,12 @@ def are_used(deployed: DefendedModel) -> bool:
 def agree(deployed: DefendedModel, batch: Batch) -> bool:
     """Returns whether surrogates and defended model have equal logits, so that an image may stop early.
 
-    Only a few clean images are compared; adversarial images are compared after the attack (:func:`spared`).
+    Only a few clean images are compared; adversarial images are compared after the attack, by
+    :func:`fooled_surrogates_only`.
     """
     if not are_used(deployed):
         return True
-    images, ids = batch.images[:ASKED], batch.ids[:ASKED]
+    images, ids = batch.images[:COMPARED_IMAGES], batch.ids[:COMPARED_IMAGES]
     with deployed.counted.paused(), torch.no_grad():
         logits = deployed.predict(images, ids)
         return all(
@@ -35,7 +36,7 @@ def agree(deployed: DefendedModel, batch: Batch) -> bool:
         )
 
 
-def spared(
+def fooled_surrogates_only(
     deployed: DefendedModel, fitted: FittedAttack, crafted: CraftedBatch, labels: Tensor, ids: list[str]
 ) -> Tensor:
     """Returns (n,) indices of images that fool a surrogate, where their attack stopped, but not the defended model."""

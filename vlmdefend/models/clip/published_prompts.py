@@ -53,7 +53,7 @@ def add_published_prompts(model: VisionLanguageModel, contents: dict[str, Any], 
     """Adds the prompts of a published file to ``model``.
 
     Raises:
-        UserError: they do not fit, or are of a kind that cannot be told from the file.
+        UserError: they do not fit, or are of a kind that the file does not show.
     """
     if "add_prompter" in contents:
         _add_visual(model, contents, source)

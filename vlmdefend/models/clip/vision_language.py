@@ -30,7 +30,7 @@ class VisionLanguageModel:
 
     Args:
         name: what records and tables call it.
-        clip: an open_clip model with a preprocessing configuration; changed in place as said above.
+        clip: an open_clip model with a preprocessing configuration; changed in place as described above.
         tokenizer: list of texts -> (N, L) int64.
         model_cfg: open_clip's ``model_cfg``, from which the architecture can be built again.
         device: where it lives from now on; None leaves it where it is.

@@ -1,4 +1,4 @@
-"""Learned prompts in a model folder: ``learned_prompts.safetensors``, and a key of ``model_cfg`` that says so.
+"""Learned prompts in a model folder: ``learned_prompts.safetensors``, and a key of ``model_cfg`` that announces it.
 
 The weights beside them are the plain backbone's. Plain open_clip would drop the prompts, and another model would be
 measured. It cannot: it hands ``model_cfg`` to the constructor of CLIP, which stops at the word ``learned_prompts``

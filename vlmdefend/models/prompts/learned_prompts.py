@@ -108,7 +108,7 @@ class LearnedPrompts(nn.Module):
         """Refuses other classes than those that class-wise contexts were learned for.
 
         Raises:
-            UserError: others are asked for.
+            UserError: other classes are given.
         """
         if self.class_names is not None and tuple(class_names) != self.class_names:
             known = ", ".join(self.class_names[:3]) + (" ..." if len(self.class_names) > 3 else "")

@@ -19,7 +19,7 @@ class DownloadError(UserError):
 class Repository(NamedTuple):
     """A model's repository on the hub, with the command by which a user would fetch it."""
 
-    model: str  # the name that was asked for
+    model: str  # the name as the user gave it
     repo: str  # "org/name"
     command: str  # one line of Python that downloads it
 
@@ -84,7 +84,7 @@ def cache_folder(cache_dir: str | Path | None = None) -> Path:
 def _offline() -> str | None:
     """Returns why the hub cannot be reached, within seconds; None if it can.
 
-    Asked once before a download, which by itself retries for most of a minute.
+    Called once before a download, which by itself retries for most of a minute.
     """
     from huggingface_hub import constants, utils
 

@@ -82,7 +82,7 @@ def _read_pickle(file: Path) -> Any:
             f"{file} is not a file of tensors alone, and nothing else is opened, since a pickle can run code; "
             "give the model's state dict alone, best as .safetensors."
         ) from None
-    except MemoryError:  # says nothing of what the file holds
+    except MemoryError:  # no statement on the content of the file
         raise
     except Exception as error:  # zip, tar and pickle readers each have their own for a damaged file
         raise UserError(

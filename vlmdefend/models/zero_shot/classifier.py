@@ -33,8 +33,8 @@ class ZeroShotClassifier(nn.Module):
         std: per channel, divided by.
         image_size: S, the side that the model takes.
         resize_inside: images of any size come in and are resized to S x S, differentiably, before normalisation.
-        blank: (D,) unit text embedding of no class in particular, computed when it is first asked for.
-        text_side: the text tower with the prompts, for attacks on them; made when it is first asked for.
+        blank: (D,) unit text embedding of no class in particular, computed on first use.
+        text_side: the text tower with the prompts, for attacks on them; made on first use.
     """
 
     stochastic: bool = False

@@ -107,7 +107,7 @@ class TextSide:
         """Inserts one more token before the end of (R, L) tokens.
 
         Raises:
-            UserError: no room.
+            UserError: the context has no place left.
         """
         ends = self.ends_of(tokens)
         if int(ends.max()) + 1 >= tokens.shape[-1]:
@@ -132,7 +132,7 @@ class TextSide:
 
         Args:
             embeddings: (P, L, W) what the tower reads in place of the tokens' own embeddings; the features are
-                differentiable in it. The tokens still say where a prompt ends.
+                differentiable in it. The tokens still give the end of a prompt.
         """
         if embeddings is None:
             with torch.no_grad():

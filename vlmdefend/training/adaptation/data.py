@@ -40,8 +40,8 @@ class DomainImages:
     without one. A set that is smaller than the epoch is gone through again, in another order.
 
     Args:
-        source: labelled; None: not asked for.
-        target: its labels are not read; None: not asked for.
+        source: labelled; None: not used.
+        target: its labels are not read; None: not used.
         epoch: images of each domain in an epoch.
     """
 

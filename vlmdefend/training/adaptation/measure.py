@@ -87,7 +87,7 @@ def target_numbers(
 
 
 def check_agreement(robust: int, teacher_clean: int, disagreed: int) -> None:
-    """Who is right at x_adv is at least who the teacher is right about, less who says otherwise than the teacher.
+    """Accuracy at x_adv is at least the teacher's accuracy minus the disagreement with the teacher.
 
     An identity of counts on one batch. It can only fail if attack, score and teacher saw different images or models.
 
@@ -136,7 +136,7 @@ def bound_terms(teacher: Any, source: Batch, target: Batch, disagreement: HitCou
         source: held-out source images.
         target: held-out target images; their labels give R_T(g), which the first three terms bound.
         disagreement: A_T, from below.
-        seed: of the halves that the domain classifier is fitted and judged on.
+        seed: of the halves that the domain classifier is fitted and evaluated on.
     """
     distance = domain_distance(features_at(teacher, source), features_at(teacher, target), seed)
     return {

@@ -1,4 +1,4 @@
-"""The two objectives of a run: what the texts say, and what the flags say of the options that a method has."""
+"""Creates the two objectives of a run from their texts and from the flags that are options of the method."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def open_sets(settings: UrdaSettings) -> AdaptationSets:
     held = blind.subset(settings.held_out, settings.seed + 1) if settings.held_out else blind.select([])
     apart = frozenset(held.ids)
     target = blind.select([i for i, name in enumerate(blind.ids) if name not in apart])
-    if settings.select == "oracle":  # the one place where target labels come in, because they were asked for
+    if settings.select == "oracle":  # the one place where target labels come in, because --oracle was given
         place = {name: i for i, name in enumerate(labelled.ids)}
         held = labelled.select([place[name] for name in held.ids])
     tested = same_classes(source, opened(settings.target, settings.eval_split, settings.eval_limit))

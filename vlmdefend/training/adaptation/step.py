@@ -129,7 +129,7 @@ class AdaptationStep:
         return DomainImages(source, target, self._epoch(method))
 
     def _epoch(self, method: Adaptation) -> int:
-        """Images of each domain in an epoch: whole batches of the larger set, unless steps were asked for.
+        """Images of each domain in an epoch: whole batches of the larger set, unless the number of steps is given.
 
         A last batch of one or two images would have no statistics for BatchNorm; the order decides who is left out.
         """

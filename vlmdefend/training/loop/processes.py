@@ -32,7 +32,7 @@ class Processes:
 
     Args:
         device: of a single process; several are placed by accelerate. None: the GPU if there is one.
-        precision: of the training forward; None: as ``accelerate launch --mixed_precision`` says, else float32.
+        precision: of the training forward; None: as ``accelerate launch --mixed_precision`` gives it, else float32.
 
     Raises:
         UserError: accelerate is not installed, or float16 without a GPU.

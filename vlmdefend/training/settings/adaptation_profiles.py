@@ -3,7 +3,7 @@
 ``released``: step 2 as the authors' code has it, but that it attacks pixels (``--space released`` for the
 code's way). ``scaled``: ours, the default: the student begins as the teacher (the abstract says post-training), weight
 times divergence image by image so that the batch size does not matter, no augmentation on the embedded sets so that the
-teacher looks at each image once.
+teacher predicts each image once.
 """
 
 from __future__ import annotations
