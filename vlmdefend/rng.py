@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def opaque(name: str) -> str:
-    """What stands for an id where its words must not be read."""
+    """Returns a hash of an id, for use where its words must not be read."""
     return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
@@ -46,7 +46,7 @@ class ImageRng:
         return [opaque(name) for name in self._ids]
 
     def child(self, purpose: str) -> ImageRng:
-        """Fresh streams of the same images for another purpose."""
+        """Returns fresh streams of the same images for another purpose."""
         return ImageRng(self.seed, self._ids, f"{self.purpose}/{purpose}")
 
     def select(self, index: Sequence[int] | Tensor) -> ImageRng:

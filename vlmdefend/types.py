@@ -71,7 +71,7 @@ class EmbeddingPipeline(Pipeline, Protocol):
 
 @dataclass(frozen=True)
 class Threat:
-    """What an attacker may do to one image: stay in [0, 1] and within ``eps`` of it.
+    """The threat model of one image: stay in [0, 1] and within ``eps`` in a norm.
 
     ``eps`` is a number, or a (B,) tensor with one per image. What it measures depends on ``norm``:
 
@@ -85,7 +85,7 @@ class Threat:
     eps: float | Tensor
 
     def select(self, index: Tensor) -> Threat:
-        """The threat for some images of the batch."""
+        """Returns the threat for some images of the batch."""
         return self if isinstance(self.eps, (int, float)) else replace(self, eps=self.eps[index])
 
     def radius(self, like: Tensor) -> float | Tensor:
@@ -95,7 +95,7 @@ class Threat:
         return self.eps.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
 
     def project(self, images: Tensor, around: Tensor) -> Tensor:
-        """The nearest point of the ball, then of [0, 1]; a new tensor of the shape of ``images``.
+        """Projects onto the ball, then onto [0, 1]; returns a new tensor of the shape of ``images``.
 
         Where there is no ball, images outside the budget become ``around``.
         """
@@ -112,7 +112,7 @@ class Threat:
         return (around + delta).clamp_(0.0, 1.0)
 
     def random_start(self, images: Tensor, rng: ImageRng) -> Tensor:
-        """A point drawn uniformly from the ball, clamped to [0, 1].
+        """Draws a point uniformly from the ball, clamped to [0, 1].
 
         L2: normal direction, radius ``eps * u^(1/d)``; a radius ``eps * u`` would crowd the centre.
         """
@@ -172,7 +172,7 @@ def patch_side(eps: float, height: int, width: int) -> int:
 
 
 def parse_eps(text: str, norm: Norm = "linf", *, option: str = "") -> float:
-    """Read a perturbation size as people write it: ``4/255``, ``0.03``; a severity or a number of tokens: ``3``.
+    """Parses a perturbation size: ``4/255``, ``0.03``; a severity or a number of tokens: ``3``.
 
     Args:
         option: what is refused in place of ``eps``, ``ttc:alpha``.

@@ -1,4 +1,4 @@
-"""What ``vlmdefend train`` prints: its choices, the cost, and what came out."""
+"""Prints the choices, cost and result of ``vlmdefend train``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def print_choices(training: DefenseTrainingJob) -> None:
-    """Every choice that decides the result, defaults too."""
+    """Prints every choice that decides the result, defaults too."""
     if not training.processes.is_main:
         return
     settings, cost = training.settings, training.cost()
@@ -56,7 +56,7 @@ def print_choices(training: DefenseTrainingJob) -> None:
 
 
 def print_cost(training: DefenseTrainingJob) -> None:
-    """``--dry-run``: what the choices cost."""
+    """Prints what the choices cost (``--dry-run``)."""
     cost, memory, held = training.cost(), training.memory(), len(training.held_out)
     typer.echo(
         f"{cost.steps:,} steps; of one image each, {cost.forward_backwards:,} forward+backwards and "
@@ -69,7 +69,7 @@ def print_cost(training: DefenseTrainingJob) -> None:
 
 
 def print_result(training: DefenseTrainingJob, found: Trained) -> None:
-    """Vanilla, result and mixtures on the held-out images, and what to do next."""
+    """Prints vanilla, result and mixtures on the held-out images, and the next command."""
     settings = training.settings
     reader = "evaluate reads, plain open_clip does not" if settings.objective.learns else "open_clip reads"
     print_held_out(settings.model, settings, found, reader)

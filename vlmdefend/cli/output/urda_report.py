@@ -1,4 +1,4 @@
-"""What ``vlmdefend urda-train`` prints: choices, cost, the three numbers before and after, the terms of the bound."""
+"""Prints the choices, cost and result of ``vlmdefend urda-train``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEEN = {"tiny-vit", "tiny-rn"}
 
 
 def print_choices(adaptation: AdaptationJob) -> None:
-    """Every choice that decides the result, defaults too."""
+    """Prints every choice that decides the result, defaults too."""
     settings, robust = adaptation.settings, adaptation.robust
     step_1 = "not needed"
     if settings.teacher is not None:
@@ -43,14 +43,14 @@ def print_choices(adaptation: AdaptationJob) -> None:
 
 
 def network_text(adaptation: AdaptationJob) -> str:
-    """Backbone, bottleneck and head."""
+    """Returns backbone, bottleneck and head in words."""
     settings = adaptation.settings
     weights = "published weights" if settings.pretrained and settings.backbone != "tiny-cnn" else "random weights"
     return f"{settings.backbone} ({weights}), bottleneck {settings.bottleneck}, {settings.head} head"
 
 
 def update_text(adaptation: AdaptationJob) -> str:
-    """Optimizer and precision."""
+    """Returns optimizer and precision in words."""
     settings = adaptation.settings
     return (
         f"SGD, Nesterov momentum {settings.momentum:g}, weight decay {settings.weight_decay:g}, rate x "
@@ -59,7 +59,7 @@ def update_text(adaptation: AdaptationJob) -> str:
 
 
 def selection_text(select: str) -> str:
-    """How an epoch is chosen, and what that reads."""
+    """Returns how an epoch is chosen, in words."""
     return {
         "last": "the last epoch; no target label is read",
         "agreement": "the epoch that agrees best with the teacher, attacked then clean; no target label is read",
@@ -69,7 +69,7 @@ def selection_text(select: str) -> str:
 
 
 def warnings_of(adaptation: AdaptationJob) -> list[str]:
-    """Choices under which the numbers do not mean what they seem to."""
+    """Returns warnings on choices under which the numbers are misleading."""
     settings, found = adaptation.settings, []
     if settings.backbone in SEEN or settings.teacher in SEEN:
         name = settings.backbone if settings.backbone in SEEN else settings.teacher
@@ -92,7 +92,7 @@ def warnings_of(adaptation: AdaptationJob) -> list[str]:
 
 
 def print_cost(adaptation: AdaptationJob) -> None:
-    """``--dry-run``: steps and passes of each stage."""
+    """Prints steps and passes of each stage (``--dry-run``)."""
     from tabulate import tabulate
 
     rows = [
@@ -106,7 +106,7 @@ def print_cost(adaptation: AdaptationJob) -> None:
 
 
 def print_result(adaptation: AdaptationJob, found: Adapted) -> None:
-    """The table, the bound, and what to do next."""
+    """Prints the table, the bound, and the next command."""
     from vlmdefend.reporting.training.adaptation import result_text
 
     settings = adaptation.settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -140,3 +140,10 @@ def whole_batch_metrics(batch: Batch, **metrics: Tensor | float) -> dict[str, Te
         name: torch.as_tensor(value, dtype=torch.float32, device=batch.images.device).detach().expand(len(batch.ids))
         for name, value in metrics.items()
     }
+
+
+def __getattr__(name: str) -> Any:
+    """Names of version 0.1."""
+    from vlmdefend.moved import old_member
+
+    return old_member(__name__, name)

@@ -1,4 +1,4 @@
-"""DBD: shift the image embedding by the mean bias between augmented views and the image."""
+"""DBD: shifts the image embedding by the mean difference between augmented views and the image."""
 
 from __future__ import annotations
 
@@ -61,19 +61,21 @@ class Dbd(Defense):
             raise UserError(f"dbd: views={self.views} must be zero or more, keep={self.keep} in (0, 1].")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Embed image and views, shift, compare with the classes."""
+        """Embeds image and views, shifts, compares with the classes."""
         return _Shifted(self, model)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The same values; the gradient of the full factor."""
+        """The deployed values, with the gradient of the full factor."""
         return _Shifted(self, model, "factor")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """The gradient of the full factor; of half of the way there, all crops alike; of what is deployed."""
+        """Returns surrogates with the gradient of the full factor, of half of it over all crops, and of what is
+        deployed.
+        """
         return self.surrogate(model), _Shifted(self, model, "half"), _Shifted(self, model, "exact")
 
     def shift(self, features: Tensor, crops: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, D) image and (B, V, D) views -> (B, D) shifted features and the views' (B,) agreement."""
+        """Returns shifted (B, D) features and the (B,) agreement of the (B, V, D) views."""
         biases = crops - features[:, None]
         mean = biases.mean(dim=1)
         agreement = F.cosine_similarity(biases, mean[:, None], dim=-1).mean(dim=1)

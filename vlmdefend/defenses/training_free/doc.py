@@ -1,4 +1,4 @@
-"""DOC: a counter-attack with momentum and a random direction beside the gradient, in proportion to a soft gate."""
+"""DOC: a counter-attack with momentum and a random direction beside the gradient, weighted by a soft gate."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Doc(CounterAttack):
             raise UserError(f"doc: momentum={self.momentum} must be in [0, 1).")
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """1 + ``draws`` forwards and ``steps`` gradients."""
+        """Takes 1 + ``draws`` forwards and ``steps`` gradients."""
         unrolled = sight == "unrolled"
         start = images if unrolled else images.detach()
         noise = rng.uniform((self.draws + 1, *images.shape[1:]), -self.eps, self.eps).to(images)
@@ -101,7 +101,7 @@ class Doc(CounterAttack):
         return Countered(shown(images, seen, sight), self.threshold - tau)
 
     def unrest(self, model: Pipeline, images: Tensor, reference: Tensor, noise: Tensor, rng: ImageRng) -> Tensor:
-        """(B,) how far (B, M, 3, H, W) noise turns the (B, D) features, 1 - the mean cosine."""
+        """Returns (B,) 1 - mean cosine between features with and without (B, M, 3, H, W) noise."""
         cosines = [
             F.cosine_similarity(features_of(model((images + draw).clamp(0.0, 1.0), rng)), reference, dim=1)
             for draw in noise.unbind(dim=1)
@@ -109,7 +109,7 @@ class Doc(CounterAttack):
         return 1 - torch.stack(cosines).mean(dim=0)
 
     def widened(self, gradient: Tensor, rng: ImageRng) -> Tensor:
-        """(B, ...) -> the unit gradient, and ``aside`` of a random unit direction at right angles to it."""
+        """Returns the unit gradient plus ``aside`` times a random unit direction orthogonal to it."""
         along = F.normalize(gradient.flatten(1), dim=1)
         drawn = rng.normal(along.shape[1:]).to(along)
         drawn = F.normalize(drawn - (drawn * along).sum(dim=1, keepdim=True) * along, dim=1)

@@ -1,4 +1,4 @@
-"""ET3: move the image to lower energy, that is, to where the model sees more of some class."""
+"""ET3: moves the image to lower energy, where the model's logits are larger."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Et3(CounterAttack):
             )
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """``steps`` gradients."""
+        """Takes ``steps`` gradients."""
 
         def confidence(at: Tensor) -> Tensor:
             logits = model(at, rng).logits
@@ -73,5 +73,5 @@ class Et3(CounterAttack):
 
 
 def _length(images: Tensor) -> Tensor:
-    """(B,) L2 lengths; never zero, and with a slope of zero at zero."""
+    """Returns (B,) L2 lengths; never zero, with a slope of zero at zero."""
     return images.flatten(1).square().sum(dim=1).clamp_min(1e-24).sqrt()

@@ -1,4 +1,4 @@
-"""Hedge defense: perturb the image away from all classes at once, so that the attack's own edge gives way first."""
+"""Hedge defense: perturbs the image away from all classes at once before the prediction."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ class Hedge(CounterAttack):
         return _Start(self, model)
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """At the random start; constant; unrolled."""
+        """Returns three surrogates: at the random start, constant, unrolled."""
         return self.surrogate(model), CounterAttacked(self, model, "constant"), CounterAttacked(self, model, "unrolled")
 
     def started(self, images: Tensor, rng: ImageRng) -> Tensor:
-        """Images moved by uniform noise of the ball's size."""
+        """Returns images moved by uniform noise of the ball's size."""
         return noisy(images, rng, self.eps)
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """``steps`` gradients."""
+        """Takes ``steps`` gradients."""
 
         def spread(at: Tensor) -> Tensor:
             logits = model(at, rng).logits

@@ -86,19 +86,19 @@ class Interpolate(Defense):
         return (self.other,)
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Predict without and with the other defense, mix."""
+        """Predicts without and with the other defense, mixes the logits."""
         return self.mixed(model, self.other.wrap(model))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The other defense's surrogate, mixed."""
+        """Returns the other defense's surrogate, mixed."""
         return self.mixed(model, self.other.surrogate(model))
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """All surrogates of the other defense, mixed."""
+        """Returns all surrogates of the other defense, mixed."""
         return tuple(self.mixed(model, surrogate) for surrogate in self.other.surrogates(model))
 
     def mixed(self, model: Pipeline, defended: Pipeline) -> Pipeline:
-        """The bare and the defended model in their proportions."""
+        """Mixes the bare and the defended model in their proportions."""
         return defended if self.weight == 1 else _Mixed(model, defended, self)
 
 

@@ -1,4 +1,4 @@
-"""JPEG: compress the image before the model sees it."""
+"""JPEG compression of the image before the model."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ class Jpeg(Defense):
             raise UserError(f"jpeg: quality={self.quality} must be 1 to 100.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Compress, decompress, predict."""
+        """Compresses, decompresses, predicts."""
         return TransformedInput(model, lambda images, rng: self.compress(images))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The codec's values, the surrogate's gradient."""
+        """The codec's values, with the gradient of a differentiable JPEG."""
         transform = bpda(self.compress, lambda images: jpeg_surrogate(images, self.quality))
         return TransformedInput(model, lambda images, rng: transform(images))
 
     def compress(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the same after 8-bit rounding and JPEG; no gradient."""
+        """Rounds (B, 3, H, W) in [0, 1] to 8 bits and compresses them as JPEG; no gradient."""
         levels = (images.detach() * 255).round().to("cpu", torch.uint8)
         files = encode_jpeg(list(levels), quality=self.quality)
         decoded = torch.stack([decode_jpeg(file, mode=ImageReadMode.RGB) for file in files])

@@ -1,4 +1,4 @@
-"""Low-pass: keep the image's low spatial frequencies."""
+"""Low-pass filter: keeps the image's low spatial frequencies."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class LowPass(Defense):
             raise UserError(f"low_pass: radius={self.radius} must be more than zero.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Filter, predict."""
+        """Filters, then predicts."""
         return TransformedInput(model, lambda images, rng: self.filter(images))
 
     def filter(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same, filtered; the mean of each channel is kept."""
+        """Filters (B, 3, H, W) images; the mean of each channel is kept."""
         height, width = images.shape[-2:]
         rows = torch.fft.fftfreq(height, device=images.device) * height  # cycles per image
         columns = torch.fft.rfftfreq(width, device=images.device) * width

@@ -1,4 +1,4 @@
-"""MAC: counter-attack the image and a changed copy, each as much as a further change moves its embedding."""
+"""MAC: counter-attacks the image and a changed copy, each as strongly as its embedding is unstable."""
 
 from __future__ import annotations
 
@@ -69,15 +69,15 @@ class Mac(Defense):
             raise UserError(f"mac: temperature={self.temperature} must be more than zero.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Counter-attack the views, average."""
+        """Counter-attacks the views, averages."""
         return _Countered(self, model, "cut")
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The perturbations as constants, drawn and found anew at every call."""
+        """Treats the perturbations as constants, drawn and computed anew at every call."""
         return _Countered(self, model, "constant")
 
     def surrogates(self, model: Pipeline) -> tuple[Pipeline, ...]:
-        """Constant, unrolled."""
+        """Returns the constant and the unrolled surrogate."""
         return self.surrogate(model), _Countered(self, model, "unrolled")
 
 

@@ -1,4 +1,4 @@
-"""Median: replace each pixel by the median of its neighbourhood."""
+"""Median filter: replaces each pixel by the median of its neighbourhood."""
 
 from __future__ import annotations
 
@@ -44,16 +44,16 @@ class Median(Defense):
             raise UserError(f"median: size={self.size} must be an odd number of pixels, such as 3.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Filter, predict."""
+        """Filters, then predicts."""
         return TransformedInput(model, lambda images, rng: self.filter(images))
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The median's values, the soft median's gradient."""
+        """The median's values, with the gradient of a soft median."""
         transform = bpda(self.filter, self.soft_filter)
         return TransformedInput(model, lambda images, rng: transform(images))
 
     def filter(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same, each pixel the median of its window."""
+        """Returns (B, 3, H, W) with each pixel the median of its window."""
         return self._windows(images).median(dim=-1).values
 
     def soft_filter(self, images: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Median(Defense):
         return (windows * (-apart / self.softness).softmax(dim=-1)).sum(dim=-1)
 
     def _windows(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, H, W, size^2)."""
+        """Returns the (B, 3, H, W, size^2) windows around each pixel."""
         reach = self.size // 2
         if reach >= min(images.shape[-2:]):
             height, width = images.shape[-2:]

@@ -1,4 +1,4 @@
-"""Noise: add a fresh Gaussian draw to the image at every call."""
+"""Noise: adds a fresh Gaussian draw to the image at every call."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Noise(Defense):
             raise UserError(f"noise: sigma={self.sigma} must be zero or more.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Add noise, predict."""
+        """Adds noise, then predicts."""
         return TransformedInput(model, self.add_noise, stochastic=True)
 
     def add_noise(self, images: Tensor, rng: ImageRng) -> Tensor:

@@ -1,4 +1,4 @@
-"""Random pad: shrink the image into a border of random pixels."""
+"""Random padding: shrinks the image into a border of random pixels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RandomPad(Defense):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Shrink, surround, predict."""
+        """Shrinks, pads, predicts."""
         return TransformedInput(model, self.pad, stochastic=True)
 
     def pad(self, images: Tensor, rng: ImageRng) -> Tensor:

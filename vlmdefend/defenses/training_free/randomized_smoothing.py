@@ -1,4 +1,4 @@
-"""Randomized smoothing: the majority over noisy copies, with a radius within which it provably stays."""
+"""Randomized smoothing: majority vote over noisy copies, with a certified L2 radius."""
 
 from __future__ import annotations
 
@@ -73,21 +73,21 @@ class RandomizedSmoothing(Defense):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Vote, bound, abstain."""
+        """Votes over noisy copies, bounds the winner's probability, abstains where it is not above one half."""
         return _Vote(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:
-        """The log of the mean probability."""
+        """The log of the mean probability over noisy copies, which has a gradient."""
         return _MeanProbability(model, self)
 
     def noisy(self, images: Tensor, rng: ImageRng, draws: int) -> Tensor:
-        """(B, 3, H, W) -> (B, draws, 3, H, W); the numbers do not depend on how many are taken at a time."""
+        """Returns (B, draws, 3, H, W) noisy copies; the values do not depend on how many are taken at a time."""
         values = images[0].numel()
         noise = rng.normal((draws, -(-values // BLOCK) * BLOCK))[..., :values].reshape(-1, draws, *images.shape[1:])
         return images[:, None] + self.sigma * noise.to(images.device)
 
     def certify(self, chosen: Tensor, votes: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,) chosen classes, (B, C) counts over ``draws`` -> (B,) abstained, (B,) radius, zero where it abstains."""
+        """Returns (B,) abstained and (B,) certified radius (zero where it abstains) from classes and (B, C) counts."""
         from scipy.stats import norm
 
         count = votes.gather(1, chosen[:, None])[:, 0].cpu().numpy()
@@ -98,7 +98,9 @@ class RandomizedSmoothing(Defense):
 
 
 def lower_bound(count: NDArray[Any], draws: int, alpha: float) -> NDArray[Any]:
-    """Clopper-Pearson: the smallest success probability that ``count`` of ``draws`` leaves possible at level alpha."""
+    """Returns the Clopper-Pearson lower bound at level alpha of a probability of which ``count`` of ``draws`` were
+    seen.
+    """
     from scipy.stats import beta
 
     bound: NDArray[Any] = beta.ppf(alpha, count.clip(1), draws - count + 1) * (count > 0)
@@ -106,7 +108,7 @@ def lower_bound(count: NDArray[Any], draws: int, alpha: float) -> NDArray[Any]:
 
 
 class _Vote:
-    """Deployed: counts of predictions; no gradient."""
+    """The deployed pipeline: counts predictions over noisy copies; has no gradient."""
 
     def __init__(self, model: Pipeline, defense: RandomizedSmoothing) -> None:
         self.model, self.defense = model, defense
@@ -123,7 +125,7 @@ class _Vote:
         return Outputs(logits, abstained=abstained, certified_radius=radius)
 
     def _count(self, images: Tensor, rng: ImageRng, draws: int) -> tuple[Tensor, Tensor]:
-        """(B, C) votes, and the sum of the probabilities, as many draws at a time as the model takes."""
+        """Returns (B, C) votes and the sum of probabilities, as many draws at a time as the model takes."""
         votes = images.new_zeros(len(images), self.num_classes)
         probability = votes.clone()
         at_once = max(1, AT_ONCE // len(images))
@@ -136,7 +138,7 @@ class _Vote:
 
 
 class _MeanProbability:
-    """What the adaptive attacker climbs."""
+    """The surrogate: the log of the mean probability, which the adaptive attacker differentiates."""
 
     def __init__(self, model: Pipeline, defense: RandomizedSmoothing) -> None:
         self.model, self.defense = model, defense

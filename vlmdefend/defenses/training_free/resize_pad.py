@@ -1,4 +1,4 @@
-"""Resize and pad: shrink the image by a random amount and put it at a random place."""
+"""Resize and pad: shrinks the image by a random amount and places it at random."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ResizePad(Defense):
             raise UserError(f"resize_pad: smallest={self.smallest} must be in (0, 1], fill={self.fill} in [0, 1].")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Shrink and place, predict."""
+        """Shrinks and places, then predicts."""
         return TransformedInput(model, self.place, stochastic=True)
 
     def place(self, images: Tensor, rng: ImageRng) -> Tensor:

@@ -1,4 +1,4 @@
-"""Total variation: the smoothest image that is still close to the input."""
+"""Total variation denoising of the image before the model."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class TotalVariation(Defense):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Denoise, predict."""
+        """Denoises, then predicts."""
         return TransformedInput(model, lambda images, rng: self.denoise(images))
 
     def denoise(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the same; the mean of each channel is kept."""
+        """Denoises (B, 3, H, W) images; the mean of each channel is kept."""
         if self.weight == 0:
             return images
         down = torch.zeros_like(images)  # p, at the edge between a pixel and the next one; zero at the last

@@ -1,4 +1,4 @@
-"""TTC: if a little noise hardly moves the embedding, push it away from where it is (test-time counter-attack)."""
+"""TTC: moves the embedding away from its place if a little noise hardly changes it (test-time counter-attack)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Ttc(CounterAttack):
             )
 
     def counter(self, model: Pipeline, images: Tensor, rng: ImageRng, sight: Sight) -> Countered:
-        """One forward and ``steps`` gradients; tau comes with the first of them."""
+        """Takes one forward and ``steps`` gradients; tau comes with the first of them."""
         unrolled = sight == "unrolled"
         start = images if unrolled else images.detach()
         reference, away = departure(model, start, rng, graph=unrolled)

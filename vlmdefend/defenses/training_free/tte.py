@@ -1,4 +1,4 @@
-"""TTE: average the logits over the flipped image and shifted crops."""
+"""TTE: averages the logits over the image, its flip and shifted crops."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Tte(Defense):
             raise UserError(f"tte: crop_seed={self.crop_seed} must be a whole number from 0 to 2**63 - 1.")
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Predict all views, average."""
+        """Predicts all views, averages."""
         return _Averaged(model, self)
 
     def views(self, images: Tensor) -> Tensor:

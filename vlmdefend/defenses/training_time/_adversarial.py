@@ -1,4 +1,4 @@
-"""What adversarial fine-tuning methods share: the options of the training attack, and what is logged."""
+"""The base of adversarial fine-tuning methods: options of the training attack, and logged metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Adversarial(Objective, ABC):
 
     @property
     def attack(self) -> str:
-        """PGD as it is trained with."""
+        """Returns the training attack in words."""
         return (
             f"{self.steps} steps, L_inf {format_eps(self.eps)}, alpha {format_eps(self.alpha)}, last iterate, float32"
         )
@@ -47,26 +47,26 @@ class Adversarial(Objective, ABC):
         return StepCost(forward_backwards=self.steps + 1, teacher_forwards=int(self.teacher != "none"))
 
     def attacked(self, student: Student, batch: Batch, rng: ImageRng) -> Tensor:
-        """PGD on the cross-entropy against the student."""
+        """Returns PGD images that maximise the student's cross-entropy."""
         return train_pgd(
             student.attacked, batch.images, batch.labels, rng, eps=self.eps, steps=self.steps, alpha=self.alpha
         )
 
     def ascended(self, loss: Callable[[Tensor], Tensor], batch: Batch, rng: ImageRng) -> Tensor:
-        """PGD on any loss that is a sum over the images."""
+        """Returns PGD images that maximise any loss that is a sum over the images."""
         return ascend(loss, batch.images, rng, eps=self.eps, steps=self.steps, alpha=self.alpha)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,)."""
+    """Returns (B,) cross-entropies."""
     return F.cross_entropy(logits, labels, reduction="none")
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
-    """(B, C) logits -> (B,) KL(softmax(first) || softmax(second))."""
+    """Returns (B,) KL(softmax(first) || softmax(second)) of (B, C) logits."""
     return F.kl_div(second.log_softmax(dim=1), first.log_softmax(dim=1), reduction="none", log_target=True).sum(dim=1)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) 1 where right; no gradient."""
+    """Returns (B,) 1 where the prediction is right; no gradient."""
     return (logits.detach().argmax(dim=1) == labels).float()

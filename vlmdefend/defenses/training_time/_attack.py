@@ -1,4 +1,4 @@
-"""The attack inside adversarial training: PGD as the papers train with it, at the price of its gradients alone."""
+"""The attack inside adversarial training: PGD as papers train with it, for the cost of its gradients alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def train_pgd(
     steps: int,
     alpha: float,
 ) -> Tensor:
-    """Untargeted L_inf PGD on the summed cross-entropy: uniform start, every image gets every step, last iterate.
+    """Runs untargeted L_inf PGD on the summed cross-entropy: uniform start, all steps, last iterate.
 
     The attacks of ``vlmdefend.attacks`` look for the verdict: they predict the clean images, leave out what is wrong,
     keep the best iterate and evaluate the last one. In training that would be two more forwards on top of ``steps``
@@ -60,7 +60,7 @@ def ascend(
     alpha: float,
     start: float | None = None,
 ) -> Tensor:
-    """As :func:`train_pgd`, of any loss that is a sum over the images.
+    """Runs :func:`train_pgd` for any loss that is a sum over the images.
 
     Args:
         loss: float32, from (B, 3, H, W) to a number.

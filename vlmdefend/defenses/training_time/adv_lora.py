@@ -72,12 +72,12 @@ class AdvLora(Adversarial):
 
     @property
     def whole_batch(self) -> bool:
-        """The universal perturbation is every image's."""
+        """True: one perturbation is shared by all images."""
         return self.perturbation == "universal"
 
     @property
     def attack(self) -> str:
-        """Of all images, or of each."""
+        """Returns the training attack in words: shared or per image."""
         if self.perturbation == "per-image":
             return super().attack
         return (
@@ -86,7 +86,7 @@ class AdvLora(Adversarial):
         )
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The cross-entropy per image."""
+        """Returns the cross-entropy per image."""
         if self.perturbation == "universal":
             adversarial = shifted(batch.images, self._risen(student, batch))
         else:
@@ -98,7 +98,7 @@ class AdvLora(Adversarial):
         )
 
     def _risen(self, student: Student, batch: Batch) -> Tensor:
-        """(3, H, W): the perturbation after the steps of this batch, which the next one begins from."""
+        """Returns the (3, H, W) perturbation after the steps of this batch, from which the next batch starts."""
         delta = student.carried.get(DELTA)
         if delta is None:
             delta = torch.zeros_like(batch.images[0])
@@ -114,7 +114,7 @@ class AdvLora(Adversarial):
 
 
 def shifted(images: Tensor, delta: Tensor) -> Tensor:
-    """(B, 3, H, W) in [0, 1], all moved by (3, H, W)."""
+    """Adds (3, H, W) to all (B, 3, H, W) images, inside [0, 1]."""
     return (images + delta).clamp(0.0, 1.0)
 
 

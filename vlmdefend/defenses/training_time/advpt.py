@@ -59,11 +59,11 @@ class AdvPt(Adversarial):
 
     @property
     def cost(self) -> StepCost:
-        """The image tower runs before the first step alone."""
+        """Returns one pass of the image tower before the first step."""
         return StepCost(forward_backwards=0, teacher_forwards=0, once=self.steps + 1)
 
     def stored(self, student: Student, batch: Batch, rng: ImageRng) -> Tensor:
-        """(B, D) features of the adversarial images: what is trained on in their place."""
+        """Returns (B, D) features of the adversarial images, which are trained on in their place."""
         with torch.no_grad():
             clean = student.attacked_features(batch.images)
 
@@ -75,7 +75,7 @@ class AdvPt(Adversarial):
             return student.attacked_features(adversarial)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The cross-entropy per image.
+        """Returns the cross-entropy per image.
 
         Args:
             batch: its ``images`` are what :meth:`stored` made of them, (B, D), or images still.

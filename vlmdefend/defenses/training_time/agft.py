@@ -1,4 +1,4 @@
-"""AGFT: TeCoA towards the vanilla model's softened answers in the place of labels."""
+"""AGFT: TeCoA with the vanilla model's softened predictions in place of labels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Agft(Adversarial):
             raise UserError(f"agft: softness={self.softness} must be zero or more.")
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The cross-entropy per image."""
+        """Returns the cross-entropy per image."""
         assert teacher is not None
         with torch.no_grad():
             wanted = (self.softness * teacher(batch.images).logits).softmax(dim=1)

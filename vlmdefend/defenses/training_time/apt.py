@@ -72,11 +72,11 @@ class Apt(Adversarial):
 
     @property
     def whole_batch(self) -> bool:
-        """The perturbed prompt is every image's."""
+        """True: one perturbed prompt is shared by all images."""
         return self.prompting == "perturbed"
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The cross-entropy per image."""
+        """Returns the cross-entropy per image."""
         logits = student(self._adversarial(cast(PromptStudent, student), batch, rng)).logits
         return Terms(
             {"cross_entropy": cross_entropy(logits, batch.labels)},

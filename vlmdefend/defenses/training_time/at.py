@@ -1,4 +1,4 @@
-"""AT: the plain baselines of adversarial and clean fine-tuning, with the contrast that CLIP itself was trained with."""
+"""AT: baselines of adversarial and clean fine-tuning with CLIP's own contrastive loss."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ class At(Adversarial):
 
     @property
     def attack(self) -> str:
-        """None for FT-Clean."""
+        """Returns the training attack in words; none for FT-Clean."""
         return "none" if self.images == "clean" else super().attack
 
     @property
     def cost(self) -> StepCost:
-        """FT-Clean has the update alone."""
+        """Returns the cost; FT-Clean has the update alone."""
         return StepCost(forward_backwards=1 + self.steps * (self.images == "adversarial"), teacher_forwards=0)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The mean of the two directions per image."""
+        """Returns the mean of both contrastive directions per image."""
         pixels = batch.images if self.images == "clean" else self.attacked(student, batch, rng)
         logits = student(pixels).logits
         return Terms(

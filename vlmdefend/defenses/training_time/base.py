@@ -1,4 +1,4 @@
-"""The objective contract: what one training step minimises, written without a loop, a device or a process in sight."""
+"""The objective contract: what one training step minimises, without loop, device or processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TeacherKind = Literal["none", "proxy", "original"]
 
 
 class Student(Protocol):
-    """The model in training, as an objective sees it: the same weights, twice."""
+    """The model in training as an objective uses it: its training forward and its attacked forward."""
 
     def __call__(self, images: Tensor) -> Outputs:
         """(B, 3, H, W) in [0, 1] -> float32 outputs that carry gradients to the weights, in training precision."""
@@ -47,7 +47,7 @@ class Student(Protocol):
 
 
 class PromptStudent(Student, Protocol):
-    """A student that learns prompts: its image features stand still, or nearly so, and its class features move."""
+    """A student that learns prompts: its class features change, its image features hardly."""
 
     def attacked(self, images: Tensor, classes: Tensor | None = None) -> Tensor:
         """As that of any student; (C, D) ``classes`` in place of its own class features."""
@@ -96,7 +96,7 @@ class Terms(NamedTuple):
 
 
 class StepCost(NamedTuple):
-    """What one image costs in one step."""
+    """Forwards and backwards of one image in one training step."""
 
     forward_backwards: int  # of the student's image encoder
     teacher_forwards: int
@@ -105,7 +105,7 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a method's authors train with it; what ``vlmdefend train --profile paper`` takes.
+    """The published training schedule of a method; what ``vlmdefend train --profile paper`` takes.
 
     Args:
         warm_up: steps; None: the published run has another kind, and a tenth of the run takes its place.
@@ -161,12 +161,12 @@ class Objective(ABC):
 
     @property
     def reduction(self) -> Reduction:
-        """How the loop makes one number of the global batch."""
+        """How per-image losses of the global batch are reduced: ``mean`` or ``sum``."""
         return "mean"
 
     @abstractmethod
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Losses and metrics per image.
+        """Returns losses and metrics per image.
 
         Unless ``whole_batch``, a batch may be a part of the global one (gradient accumulation, several processes), and
         no value of an image may depend on the others. ``rng`` holds one stream per image, new in each epoch.
@@ -174,12 +174,12 @@ class Objective(ABC):
 
     @property
     def attack(self) -> str:
-        """What images are trained on, for the list of choices."""
+        """Returns the images that are trained on, in words."""
         return "none"
 
     @property
     def cost(self) -> StepCost:
-        """For ``--dry-run``."""
+        """Returns the passes of one step, for ``--dry-run``."""
         return StepCost(forward_backwards=1, teacher_forwards=int(self.teacher != "none"))
 
     def spec(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""FAP: deep prompts of both towers that keep adversarial answers near the clean ones."""
+"""FAP: deep prompts of both towers that keep adversarial predictions near the clean ones."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Fap(Adversarial):
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=0)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Two terms per image."""
+        """Returns two terms per image."""
         clean = student(batch.images)
         reference = clean.logits.detach()
 

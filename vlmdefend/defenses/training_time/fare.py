@@ -1,4 +1,4 @@
-"""FARE: adversarial images keep the features that the clean ones had. No labels, no text."""
+"""FARE: keeps the features of adversarial images at those of the clean images; no labels, no text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Fare(Adversarial):
     alpha: float = 1 / 255
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The squared distance per image."""
+        """Returns the squared distance per image."""
         assert teacher is not None
         with torch.no_grad():
             before = teacher(batch.images).features

@@ -1,4 +1,4 @@
-"""HPT-GPD: robustness taken over from a vanilla proxy CLIP of another architecture."""
+"""HPT-GPD: transfers robustness from a vanilla proxy CLIP of another architecture."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class HptGpd(Objective):
 
     @property
     def reduction(self) -> Reduction:
-        """As chosen."""
+        """The option ``batch_reduction``."""
         return self.batch_reduction
 
     @property
@@ -74,7 +74,7 @@ class HptGpd(Objective):
         return StepCost(forward_backwards=self.steps + 1, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The divergence per image; metrics: accuracy of target and proxy on what each of them saw."""
+        """Returns the divergence per image; metrics: accuracies of target and proxy."""
         assert teacher is not None
         images, labels = batch.images, batch.labels
         adversarial = train_pgd(student.attacked, images, labels, rng, eps=self.eps, steps=self.steps, alpha=self.alpha)
@@ -91,7 +91,7 @@ class HptGpd(Objective):
 
 
 def divergence_of(target: Tensor, proxy: Tensor, direction: Direction) -> Tensor:
-    """(B, C) logits of target and proxy -> (B,) KL divergence of their softmax, at temperature 1."""
+    """Returns (B,) KL divergence of the softmax of (B, C) logits of target and proxy, at temperature 1."""
     log_target, log_proxy = target.log_softmax(dim=1), proxy.log_softmax(dim=1)
     first, second = (log_proxy, log_target) if direction == "proxy-first" else (log_target, log_proxy)
     return F.kl_div(second, first, reduction="none", log_target=True).sum(dim=1)

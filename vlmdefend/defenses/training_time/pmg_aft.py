@@ -1,4 +1,4 @@
-"""PMG-AFT: TeCoA, held near the vanilla model's answers and near its own clean ones."""
+"""PMG-AFT: TeCoA with terms that keep predictions near the vanilla model's and near its own clean ones."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PmgAft(Adversarial):
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Three terms per image."""
+        """Returns three terms per image."""
         assert teacher is not None
         adversarial = self.attacked(student, batch, rng)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Sim-CLIP: FARE with cosines, without a frozen model as its paper has it, with one as its code does."""
+"""Sim-CLIP: FARE with cosines; its paper has no frozen model, its code has one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class SimClip(Adversarial):
         return StepCost(forward_backwards=self.steps + 1 + (self.variant == "paper"), teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The negative cosine per image, with a half."""
+        """Returns half the negative cosine per image."""
         assert teacher is not None
         with torch.no_grad():
             before = teacher(batch.images).features

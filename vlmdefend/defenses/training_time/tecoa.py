@@ -32,7 +32,7 @@ class Tecoa(Adversarial):
     schedule: ClassVar[Schedule | None] = Schedule(rate=1e-5, batch_size=256, epochs=10, dataset="imagenet")
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The cross-entropy per image."""
+        """Returns the cross-entropy per image."""
         logits = student(self.attacked(student, batch, rng)).logits
         return Terms(
             {"cross_entropy": cross_entropy(logits, batch.labels)},

@@ -1,4 +1,4 @@
-"""TGA-ZSR: TeCoA, with the text-guided attention maps kept where they were."""
+"""TGA-ZSR: TeCoA with a term that keeps text-guided attention maps unchanged."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class TgaZsr(Adversarial):
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Three terms per image."""
+        """Returns three terms per image."""
         original = cast(SpatialTeacher, teacher)
         adversarial = self.attacked(student, batch, rng)
         side, classes = batch.images.shape[-1], student.class_features[batch.labels]  # (B, D)
@@ -108,7 +108,7 @@ def attention_map(patches: Tensor, classes: Tensor, side: int, *, token_norm: bo
 
 
 def map_distance(first: Tensor, second: Tensor) -> Tensor:
-    """(B, S, S) twice -> (B,) Euclidean distance, as of maps of 224 x 224."""
+    """Returns (B,) Euclidean distances of two (B, S, S) maps, scaled to maps of 224 x 224."""
     squares = (first - second).square().flatten(1).sum(dim=1)
     # the square root has no gradient at 0, where the two maps are one: as at the first step of every run
     length = torch.where(squares > 0, squares.clamp_min(1e-12).sqrt(), squares)

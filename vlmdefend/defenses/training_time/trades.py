@@ -1,4 +1,4 @@
-"""TRADES: clean cross-entropy, and a price on how far the answer moves in the ball."""
+"""TRADES: clean cross-entropy plus the divergence of the adversarial prediction."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Trades(Adversarial):
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=0)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Two terms per image."""
+        """Returns two terms per image."""
         clean = student(batch.images).logits
         reference = clean.detach()
 

@@ -1,4 +1,4 @@
-"""AugMix: each view mixed with three chains of mild random changes of it, for any number of views at once."""
+"""AugMix: each view mixed with three chains of mild random changes of it."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def slide(images: Tensor, shift: Tensor) -> Tensor:
 
 
 def autocontrast(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Each channel stretched to [0, 1]; a channel of one value stays."""
+    """Stretches each channel to [0, 1]; a channel of one value stays."""
     low, high = images.amin(dim=(-2, -1), keepdim=True), images.amax(dim=(-2, -1), keepdim=True)
     flat = high == low
     return torch.where(flat, images, (images - low) / torch.where(flat, 1.0, high - low))
 
 
 def equalized(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Each channel with an even histogram of its 256 levels."""
+    """Equalises the histogram of each channel over 256 levels."""
     return _EQUALIZE(images)
 
 
@@ -85,7 +85,7 @@ def posterized(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
 
 
 def rotated(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Around the middle, by the whole part of 30 ``level`` degrees; positive is counter-clockwise."""
+    """Rotates about the centre by the whole part of 30 ``level`` degrees, counter-clockwise if positive."""
     angle = torch.deg2rad(sign * (30 * level).floor())
     aside, down = (torch.arange(size, device=images.device) - (size - 1) / 2 for size in images.shape[:-3:-1])
     across = -(angle / 2).tan()[:, None] * down
@@ -95,30 +95,30 @@ def rotated(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
 
 
 def solarized(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """The negative of what is as bright as 256 less the whole part of 256 times ``level``."""
+    """Inverts values above 256 minus the whole part of 256 times ``level``."""
     threshold = per_image(256 - (256 * level).floor(), images)
     return torch.where(255 * images + ROUNDING >= threshold, 1 - images, images)
 
 
 def sheared(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """Each row moved by up to 0.3 of its height in the image."""
+    """Shears rows by up to 0.3 of their height in the image."""
     rows = torch.arange(images.shape[-2], device=images.device) + 0.5
     return slide(images, (0.3 * level * sign)[:, None] * rows)
 
 
 def translated(images: Tensor, level: Tensor, sign: Tensor) -> Tensor:
-    """All rows moved by whole pixels, up to a third of the side."""
+    """Shifts all rows by whole pixels, up to a third of the side."""
     shift = sign * (images.shape[-1] / 3 * level).floor()
     return slide(images, shift[:, None].expand(-1, images.shape[-2]))
 
 
 def upright(operation: Operation) -> Operation:
-    """The operation along the columns in place of the rows."""
+    """Applies the operation along columns in place of rows."""
     return lambda images, level, sign: operation(images.mT, level, sign).mT
 
 
 def _kept(images: Tensor, exact: Tensor) -> Tensor:
-    """The values of ``exact``, the slope of the identity."""
+    """Returns the values of ``exact`` with the slope of the identity."""
     return images + (exact - images).detach()
 
 

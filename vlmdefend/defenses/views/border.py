@@ -1,4 +1,4 @@
-"""The image shrunk into the middle of a frame: padding for a model that takes one size only."""
+"""Shrinks an image into the middle of a frame: padding for a model that takes one size only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmdefend.defenses.views.resample import Span, axis_weights, resample, whol
 
 
 def framed(images: Tensor, frame: Tensor, border: float) -> Tensor:
-    """Image and border together at the image's size.
+    """Returns image and border together at the image's size.
 
     Args:
         images: (..., 3, H, W).

@@ -1,4 +1,4 @@
-"""The augmented views of test-time methods: the image and random resized crops of it, for a whole batch at once."""
+"""Augmented views of test-time methods: the image and random resized crops of it, for a whole batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def augmented_views(
     flip: bool = True,
     mixed: bool = False,
 ) -> Tensor:
-    """(B, 3, H, W) -> (B, count, 3, H, W): the image itself, then ``count - 1`` random crops of it, drawn anew.
+    """Returns (B, count, 3, H, W): the image itself, then ``count - 1`` random crops of it.
 
     The view set of TPT (Shu et al. 2022) and R-TPT (Sheng et al. 2025): RandomResizedCrop with torchvision's defaults
     (share of the area uniform in ``area``, log-uniform aspect ratio in 3/4 to 4/3, bilinear), then a horizontal flip
@@ -51,7 +51,7 @@ def augmented_views(
 
 
 def predict_views(model: Pipeline, views: Tensor, rng: ImageRng) -> Outputs:
-    """(B, V, 3, H, W) -> logits (B, V, C), features (B, V, D) and scores (B, V), ``AT_ONCE`` views at a time."""
+    """Predicts (B, V, 3, H, W) views, ``AT_ONCE`` at a time: logits (B, V, C), features (B, V, D), scores (B, V)."""
     owners = torch.arange(len(views)).repeat_interleave(views.shape[1])
     flat = views.flatten(0, 1)
     parts = [
@@ -62,7 +62,7 @@ def predict_views(model: Pipeline, views: Tensor, rng: ImageRng) -> Outputs:
 
 
 def by_view(parts: Sequence[Outputs], shape: Sequence[int]) -> Outputs:
-    """Outputs of B V images in parts -> one with logits (B, V, C), features (B, V, D) and scores (B, V)."""
+    """Joins outputs of B V images into logits (B, V, C), features (B, V, D) and scores (B, V)."""
 
     def split(flat: Tensor) -> Tensor:
         return flat.view(*shape, *flat.shape[1:])
@@ -93,18 +93,18 @@ def marginal_entropy(logits: Tensor) -> Tensor:
 
 
 def most_confident(logits: Tensor, share: float) -> Tensor:
-    """(B, V, C) -> (B, k) the views of lowest entropy, k = int(share V) but at least one."""
+    """Returns (B, k) indices of the views of lowest entropy, k = int(share V) but at least one."""
     keep = max(1, int(share * logits.shape[1]))
     return entropy(logits.detach()).topk(keep, dim=1, largest=False).indices
 
 
 def pick(values: Tensor, index: Tensor) -> Tensor:
-    """(B, V, ...) and (B, k) -> (B, k, ...)."""
+    """Selects (B, k) of V views: (B, V, ...) to (B, k, ...)."""
     return values[per_image(torch.arange(len(index), device=index.device), index), index]
 
 
 def _boxes(draws: Tensor, height: int, width: int, area: tuple[float, float]) -> tuple[Span, Span]:
-    """(B, V, 2 ATTEMPTS + 3) uniform draws to boxes: the first attempt that fits, else the middle."""
+    """Turns (B, V, 2 ATTEMPTS + 3) uniform draws into boxes: the first attempt that fits, else the middle."""
     shares, ratios = draws[..., :ATTEMPTS], draws[..., ATTEMPTS : 2 * ATTEMPTS]
     pixels = height * width * (area[0] + (area[1] - area[0]) * shares)
     limit = math.log(4 / 3)

@@ -1,4 +1,4 @@
-"""Mild random changes that leave what an image shows: moved, recoloured, blurred, noisy; each image in its own way."""
+"""Mild random changes of an image (shift, rotation, colour, blur, noise), drawn for each image separately."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def mildly_changed(images: Tensor, rng: ImageRng) -> Tensor:
 
 
 def _moved(images: Tensor, scale: Tensor, down: Tensor, across: Tensor) -> Tensor:
-    """Resized about the middle by (B,) ``scale``, then moved by (B,) shares of the side; black comes in."""
+    """Resizes about the centre by (B,) ``scale``, then shifts by (B,) shares of the side; black fills in."""
     axes = []
     for size, shift in zip(images.shape[-2:], (down, across), strict=True):
         length = size / scale
@@ -50,7 +50,7 @@ def _moved(images: Tensor, scale: Tensor, down: Tensor, across: Tensor) -> Tenso
 
 
 def _turned(images: Tensor, angle: Tensor) -> Tensor:
-    """About the middle, as three shears."""
+    """Rotates about the centre, as three shears."""
     down, aside = (torch.arange(size, device=images.device) - (size - 1) / 2 for size in images.shape[-2:])
     across = -(angle / 2).tan()[:, None] * down
     turned = slide(slide(images, across).mT, angle.sin()[:, None] * aside).mT
@@ -58,7 +58,7 @@ def _turned(images: Tensor, angle: Tensor) -> Tensor:
 
 
 def _recoloured(images: Tensor, signed: Tensor) -> Tensor:
-    """Brightness, contrast, saturation, each by a factor of (B, 3) ``signed`` times its range around 1."""
+    """Changes brightness, contrast and saturation by factors of (B, 3) ``signed`` times their ranges around 1."""
     factors = [1 + reach * signed[:, place] for place, reach in enumerate((BRIGHTNESS, CONTRAST, SATURATION))]
     bright = (images * per_image(factors[0], images)).clamp(0.0, 1.0)
     grey = _grey(bright).mean(dim=(-2, -1), keepdim=True)
@@ -72,7 +72,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of (B,) ``sigma`` pixels, cut off after two, edges mirrored."""
+    """Blurs with a Gaussian of (B,) ``sigma`` pixels, cut off after two, edges mirrored."""
     offsets = torch.arange(-BLUR_REACH, BLUR_REACH + 1, device=images.device)
     taps = (-offsets.square() / (2 * sigma[:, None].square())).exp()
     taps = taps / taps.sum(dim=1, keepdim=True)  # (B, 5)
@@ -81,7 +81,7 @@ def _blurred(images: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _mirrored(taps: Tensor, offsets: Tensor, size: int) -> Tensor:
-    """(B, 5) weights of neighbours -> (B, size, size): row i holds what pixel i collects."""
+    """Turns (B, 5) neighbour weights into a (B, size, size) matrix with mirrored edges."""
     place = torch.arange(size, device=taps.device)
     source = (place[:, None] + offsets).abs()
     source = torch.where(source >= size, 2 * (size - 1) - source, source)

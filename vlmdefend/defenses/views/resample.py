@@ -1,4 +1,4 @@
-"""Crop, enlarge, shrink and place images, each in its own way, as two matrix products per image.
+"""Crops, enlarges, shrinks and places images, each differently, as two matrix products per image.
 
 A product of matrices is differentiable, the same on every run of a GPU (the gradient of a gather is not), and takes
 any number of boxes at once.
@@ -36,7 +36,7 @@ def axis_weights(size: int, source: Span, target: Span) -> Tensor:
 
 
 def whole(size: int, like: Tensor) -> Span:
-    """All of an axis, as often as ``like`` has elements."""
+    """Returns spans of the whole axis, as many as ``like`` has elements."""
     return Span(torch.zeros_like(like), torch.full_like(like, size))
 
 

@@ -56,7 +56,7 @@ class DomainDistance(NamedTuple):
 def target_numbers(
     model: Pipeline, batch: Batch, pseudo: Tensor, eps: float, seed: int, attack: Attack | None = None
 ) -> TargetNumbers:
-    """Attack with both kinds of labels; the model that is scored is the object that is attacked.
+    """Attacks with both kinds of labels and measures; the scored model is the attacked one.
 
     Args:
         model: pixels to outputs, in evaluation mode.
@@ -102,7 +102,7 @@ def check_agreement(robust: int, teacher_clean: int, disagreed: int) -> None:
 
 
 def domain_distance(source: Tensor, target: Tensor, seed: int = 0, ridge: float = 1e-3) -> DomainDistance:
-    """Fit a logistic regression on half of the features, count its errors on the other half; domains of equal size.
+    """Fits a logistic regression between the domains on half of the features, counts errors on the other half.
 
     Args:
         source: (N, D) features of held-out source images.
@@ -148,7 +148,7 @@ def bound_terms(teacher: Any, source: Batch, target: Batch, disagreement: HitCou
 
 
 def features_at(outputs: Any, batch: Batch) -> Tensor:
-    """(N, D) features of a batch, or logits where the model gives no features."""
+    """Returns (N, D) features of a batch, or logits where the model gives no features."""
     parts = []
     with torch.no_grad():
         for part in chunks(len(batch.ids), WIDTH):
@@ -158,7 +158,7 @@ def features_at(outputs: Any, batch: Batch) -> Tensor:
 
 
 def accuracy(outputs: Any, batch: Batch) -> HitCount:
-    """Of clean images."""
+    """Returns the accuracy on clean images."""
     hits = 0
     with torch.no_grad():
         for part in chunks(len(batch.ids), WIDTH):
@@ -175,7 +175,7 @@ def _predicted(model: Pipeline, images: Tensor, ids: list[str]) -> Tensor:
 
 
 def _logistic(points: Tensor, truth: Tensor, ridge: float) -> Tensor:
-    """(D + 1,) weights and bias at the minimum, by L-BFGS."""
+    """Returns the (D + 1,) weights and bias at the minimum, by L-BFGS."""
     weights = torch.zeros(points.shape[1] + 1, dtype=points.dtype, device=points.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weights], max_iter=100, line_search_fn="strong_wolfe")
 

@@ -1,4 +1,4 @@
-"""The image sets of a run: what is trained on, chosen by and measured on, and which of them has labels."""
+"""The image sets of a run: training, selection and test sets, and which of them have labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST = 4  # held-out images of a domain
 
 @dataclass(frozen=True)
 class AdaptationSets:
-    """All sets, classes in the source's order."""
+    """All image sets of a run, classes in the source's order."""
 
     source: ImageSet  # labelled
     target: ImageSet  # one label for all
@@ -32,18 +32,18 @@ class AdaptationSets:
     skip_bad: bool
 
     def reader(self, images: ImageSet, like: ImageClassifier | Backbone) -> TrainingImages:
-        """The images at the size that ``like`` takes."""
+        """Returns a reader of images at the size that ``like`` takes."""
         transform = PixelTransform(like.image_size, like.interpolation)
         return TrainingImages(images, transform, skip_bad=self.skip_bad)
 
     def batch(self, images: ImageSet, like: ImageClassifier | Backbone, device: torch.device) -> Batch:
-        """A whole set at once, on the device."""
+        """Returns a whole set as one batch, on the device."""
         found = self.reader(images, like).batch(range(len(images)))
         return Batch(found.ids, found.images.to(device), found.labels.to(device))
 
 
 def open_sets(settings: UrdaSettings) -> AdaptationSets:
-    """Open both domains.
+    """Opens the sets of both domains.
 
     Raises:
         UserError: a set that cannot be had, other classes in the two, nothing left to train on.

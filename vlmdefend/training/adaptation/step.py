@@ -1,4 +1,4 @@
-"""One of the two steps: a classifier that goes through the stages of a method."""
+"""One of the two steps of `urda-train`: trains a classifier through the stages of a method."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ StepName = Literal["teacher", "student"]
 
 
 class StepStage(Stage):
-    """A stage of one of the two steps, whose rate has one option however many stages it has."""
+    """A stage of a step; one option sets the rate of all its stages."""
 
     @property
     def rate_option(self) -> str:
-        """What sets the rate, for messages."""
+        """The option that sets the rate, for messages."""
         return f"--lr-{self.name.partition('-')[0]}"
 
 
 @dataclass(frozen=True)
 class AdaptationStep:
-    """Step 1 makes the ``teacher``, step 2 the ``student``.
+    """Trains the ``teacher`` (step 1) or the ``student`` (step 2).
 
     Args:
         name: which of them.
@@ -57,7 +57,7 @@ class AdaptationStep:
         return self.settings.batch_size if self.name == "teacher" else self.settings.batch_size_student
 
     def costs(self) -> list[StageCost]:
-        """What each stage will cost at most."""
+        """Returns the most that each stage will cost."""
         options = Optimization(batch_size=self.size)
         return [stage_cost(self._stage(method), options, self._epoch(method)) for method in self.phases]
 
@@ -116,7 +116,7 @@ class AdaptationStep:
         )
 
     def _factor(self, classifier: ImageClassifier) -> float:
-        """Of the backbone's rate: a tenth where its weights are published ones and the rest begins at random."""
+        """Returns the backbone's factor of the rate: a tenth where its weights are published and the rest is random."""
         if self.settings.backbone_factor is not None:
             return self.settings.backbone_factor
         begins = self.name == "teacher" or self.settings.init == "imagenet"
@@ -129,7 +129,7 @@ class AdaptationStep:
         return DomainImages(source, target, self._epoch(method))
 
     def _epoch(self, method: Adaptation) -> int:
-        """Images of each domain in an epoch: whole batches of the larger set, unless the number of steps is given.
+        """Returns the images of each domain in an epoch: whole batches of the larger set, or the given steps.
 
         A last batch of one or two images would have no statistics for BatchNorm; the order decides who is left out.
         """

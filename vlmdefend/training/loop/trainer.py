@@ -84,11 +84,12 @@ class Trainer:
         return self.state
 
     def _run_stage(self, number: int) -> None:
+        """Runs the remaining epochs of a stage and saves the state at its end."""
         stage, per_epoch = self.stages[number], -(-len(self.images) // self.options.batch_size)
         begun = self.state.position.epoch * per_epoch + self.state.position.step
         self.progress.begin(stage.name, stage.epochs * per_epoch, begun)
         if not begun:
-            self._begin(stage)
+            self._begin_stage(stage)
         for epoch in range(self.state.position.epoch, stage.epochs):
             self._run_epoch(stage, epoch)
         if stage.ema is not None:
@@ -96,7 +97,8 @@ class Trainer:
         self.state.position = TrainerPosition(number + 1, 0, 0, self.state.position.done)
         self._save()
 
-    def _begin(self, stage: Stage) -> None:
+    def _begin_stage(self, stage: Stage) -> None:
+        """Prepares weights, optimizer and moving average at the first step of a stage."""
         if stage.restart:
             put_(self.student.weights(), self.vanilla)
         if stage.pull is not None and stage.pull < 1 and self.state.pivot is None:
@@ -108,13 +110,14 @@ class Trainer:
         self.student.refresh()
 
     def _run_epoch(self, stage: Stage, epoch: int) -> None:
+        """Runs the remaining steps of an epoch."""
         purpose, started, state = f"{stage.name}/{epoch}", time.monotonic(), self.state
         order = batches(self.images.order(self.options.seed, purpose), self.options.batch_size)
         steps = stage.epochs * len(order)
         if state.position.step == 0:
             state.sums = {}
             self.student.carried.clear()
-            self._pull(stage, epoch)
+            self._pull_to_pivot(stage, epoch)
         shares = [self.processes.share(index) for index in order[state.position.step :]]
         for batch in self.images.stream(shares):
             step = state.position.step
@@ -130,12 +133,14 @@ class Trainer:
                 self._save()
         self._end_epoch(stage, epoch, started)
 
-    def _pull(self, stage: Stage, epoch: int) -> None:
+    def _pull_to_pivot(self, stage: Stage, epoch: int) -> None:
+        """Moves the weights towards the pivot, if the stage does so at this epoch."""
         if stage.pulls_at(epoch) and stage.pull is not None and self.state.pivot is not None:
             pull_(self.student.weights(), self.state.pivot, stage.pull)
             self.student.refresh()
 
     def _step(self, stage: Stage, purpose: str, batch: Batch, rate: float) -> dict[str, float]:
+        """Takes one step on a batch and returns its mean losses, metrics and gradient norm."""
         device = self.processes.device
         batch = Batch(batch.ids, batch.images.to(device), batch.labels.to(device))
         halved = len(self.accumulator.halved)
@@ -146,16 +151,17 @@ class Trainer:
         for size in self.accumulator.halved[halved:]:
             self.progress.note(f"out of memory: the micro-batch is halved to {size} images; the batch stays as it is")
         if not math.isfinite(means["loss"]):
-            raise UserError(self._stopped(stage, f"the loss is {means['loss']}"))
+            raise UserError(self._stop_message(stage, f"the loss is {means['loss']}"))
         norm = update(self.student, self.optimizer, rate, self.options.clip)
         self.student.refresh()
         if math.isfinite(norm):
             return {**means, "gradient_norm": norm}
         if self.processes.scaler.is_enabled():
             return means  # float16 overflowed: the step was left out and the loss scale lowered
-        raise UserError(self._stopped(stage, f"the norm of the gradient is {norm}"))
+        raise UserError(self._stop_message(stage, f"the norm of the gradient is {norm}"))
 
-    def _stopped(self, stage: Stage, reason: str) -> str:
+    def _stop_message(self, stage: Stage, reason: str) -> str:
+        """Returns the message for a loss or gradient that is not finite."""
         position = self.state.position
         return (
             f"stage {stage.name}, epoch {position.epoch + 1}, step {position.done + 1}: {reason}; nothing of this step "
@@ -163,6 +169,7 @@ class Trainer:
         )
 
     def _end_epoch(self, stage: Stage, epoch: int, started: float) -> None:
+        """Measures, logs and saves at the end of an epoch; keeps the best weights."""
         state = self.state
         if stage.ema is not None and state.ema is not None:
             average_(state.ema, self.student.weights(), stage.ema)
@@ -173,7 +180,7 @@ class Trainer:
         if held_out is not None:
             line |= {"clean": list(held_out.clean), "robust": list(held_out.robust)}
         line |= {name: list(counted) for name, counted in probed.items()}
-        if held_out is None or _score(line) > max(map(_score, self._epochs_of(stage)), default=(-1, -1)):
+        if held_out is None or _score(line) > max(map(_score, self._epoch_lines(stage)), default=(-1, -1)):
             state.best = copied(self.student.weights())
         state.epochs.append(line)
         if self.log is not None:
@@ -189,10 +196,12 @@ class Trainer:
         state.position = state.position._replace(epoch=epoch + 1, step=0)
         self._save()
 
-    def _epochs_of(self, stage: Stage) -> list[dict[str, Any]]:
+    def _epoch_lines(self, stage: Stage) -> list[dict[str, Any]]:
+        """Returns the logged lines of a stage's finished epochs."""
         return [line for line in self.state.epochs if line["stage"] == stage.name]
 
     def _log(self, line: dict[str, Any]) -> None:
+        """Sends the values of a step to progress, log and tracker."""
         self.progress.advance(line)
         if self.log is not None:
             self.log.write(line)
@@ -200,12 +209,14 @@ class Trainer:
             self.tracking.log(line)
 
     def _save_is_due(self) -> bool:
+        """Returns whether the state is to be saved after this step."""
         if self.save_every is not None:
             return self.state.position.done % self.save_every == 0
         # by the clock in one process only: several would not agree on the step
         return self.processes.count == 1 and time.monotonic() - self._saved_at > SECONDS_BETWEEN_STATES
 
     def _save(self) -> None:
+        """Saves the state (main process only) and waits for all processes."""
         if self.processes.is_main:
             self.state.save(self.folder, self.student, self.optimizer)
         self._saved_at = time.monotonic()
