@@ -122,7 +122,7 @@ def test_it_says_when_fewer_images_are_held_out_than_were_asked_for(
         (("--method", "agft:softness=-1"), "agft: softness=-1.0 must be zero or more"),
         (("--method", "adv-lora:ascent=-1"), "adv-lora: ascent=-1.0 must be zero or more"),
         (("--method", "apt:prompt_alpha=-1"), "apt: prompt_alpha=-1.0 must be zero or more"),
-        (("--method", "tecoa", "--trains", "lora:9999"), "rank 9999 is more than the"),
+        (("--method", "tecoa", "--trains", "lora:9999"), "rank 9999 is more than 128, the width"),
         (("--method", "hpt-gpd"), "learns from another model; give it as --proxy, for example tiny-vit"),
         (("--method", "tecoa:eps=4/255"), "give eps as --eps instead"),
         (("--method", "pmg-aft:kl_reduction=max"), "kl_reduction='max'"),

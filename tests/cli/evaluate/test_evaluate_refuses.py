@@ -61,7 +61,11 @@ Refused = Callable[..., str]
         (["--limit", "many"], "'--limit'", "`vlmdefend evaluate --help`"),
         (["--steps", "0"], "--steps 0", "at least 1"),
         (["-a", "pgd,cw,none", "--eps", "4/255"], "--eps 4/255: means another budget", "linf for pgd, l2 for cw"),
-        (["-a", "pgd,worst-of", "--steps", "50"], "--steps 50: does not reach", "[pgd:steps=50]"),
+        (
+            ["-a", "pgd,worst-of", "--steps", "50"],
+            "--steps 50: does not apply to the attacks inside of worst-of",
+            "[pgd:steps=50]",
+        ),
         (["--batch-size", "0"], "--batch-size 0", "at least 1"),
         (["--threads", "0"], "--threads 0", "at least 1"),
         (["--seed", "x"], "--seed 'x'", "valid integer"),
