@@ -192,7 +192,7 @@ def test_a_class_without_options_says_so() -> None:
         check_options("widget", named("plain", "here"), {"size": "3"})
 
 
-def test_an_option_without_a_value_is_told_from_an_unknown_name(widgets: Registry[Any]) -> None:
+def test_an_option_without_a_value_has_another_error_than_an_unknown_name(widgets: Registry[Any]) -> None:
     widgets.register(Widget)
     with pytest.raises(UserError, match="option 'size' has no value; write big-widget:size=VALUE"):
         widgets.create("big-widget:size")

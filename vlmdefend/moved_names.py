@@ -94,7 +94,7 @@ MODULES: dict[str, str] = {
     "reporting.groups": "reporting.tables.groups",
     "reporting.heat_map": "reporting.figures.heat_map",
     "reporting.latex": "reporting.tables.latex",
-    "reporting.line": "reporting.verdicts.line",
+    "reporting.line": "reporting.verdicts.row",
     "reporting.markdown": "reporting.tables.markdown",
     "reporting.notes": "reporting.verdicts.notes",
     "reporting.seeds": "reporting.verdicts.seeds",
@@ -270,9 +270,9 @@ NAMES: dict[str, dict[str, str]] = {
         "grouped": "reporting.tables.groups.verdict_tables",
     },
     "reporting.line": {
-        "Line": "reporting.verdicts.line.VerdictRow",
-        "Pipeline": "reporting.verdicts.line.ScoredPipeline",
-        "Share": "reporting.verdicts.line.Proportion",
+        "Line": "reporting.verdicts.row.VerdictRow",
+        "Pipeline": "reporting.verdicts.row.ScoredPipeline",
+        "Share": "reporting.verdicts.row.Proportion",
     },
     "reporting.verdict": {
         "verdict_lines": "reporting.verdicts.verdict.verdict_rows",

@@ -118,7 +118,7 @@ def clean_accuracy(model: Model, assets: Path) -> dict[str, Share]:
 
 
 def adversarial_accuracy(models: list[Model], assets: Path) -> dict[tuple[str, str, int], Share]:
-    """{(attacked model, judged model, eps * 255): accuracy} on fashion; eps 0 is clean accuracy."""
+    """{(attacked model, evaluated model, eps * 255): accuracy} on fashion; eps 0 is clean accuracy."""
     images = load_set(assets, "fashion", "test")
     pixels, labels = images.labelled()
     chosen = balanced(labels, ATTACKED)

@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 
 def make(options: argparse.Namespace) -> None:
-    """What was asked for, in the order in which one part needs the other."""
+    """Returns the requested parts, in the order in which one part needs the other."""
     if options.what in ("images", "all"):
         from benchmarks.assets.images import write_images
 

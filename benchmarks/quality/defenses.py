@@ -46,7 +46,7 @@ from vlmdefend.models.prompts.prompt_tower import PromptTower
 from vlmdefend.models.zero_shot.classifier import ZeroShotClassifier
 from vlmdefend.published.evidence import Evidence, MeasuredRow
 from vlmdefend.reporting.tables.groups import attacker_text, clean_text, passes_text, worst_text
-from vlmdefend.reporting.verdicts.line import VerdictRow
+from vlmdefend.reporting.verdicts.row import VerdictRow
 from vlmdefend.reporting.verdicts.verdict import verdict_rows
 from vlmdefend.rng import ImageRng
 from vlmdefend.types import Batch, Pipeline, format_eps
@@ -56,7 +56,7 @@ ROUNDS = 5
 
 
 def main() -> None:
-    """Run what was asked for and print one table per part."""
+    """Run the requested parts and print one table per part."""
     parts = {"tuning": tuning, "overhead": overhead, "ttc": ttc}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=[*parts, "all", "verdicts"])

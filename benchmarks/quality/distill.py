@@ -24,7 +24,7 @@ PARTS = {"step": "bench_distill_step", "tiny": "bench_distill_tiny"}
 
 
 def main() -> None:
-    """Run what was asked for and print one table per part."""
+    """Run the requested parts and print one table per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
     parser.add_argument("--out", type=Path, default=Path("distilled-benchmark"), help="where tiny keeps its models")

@@ -30,7 +30,7 @@ PLANS: dict[str, dict[str, object]] = {"HPT-GPD": {}, "HPT alone": {"stage": "b"
 
 
 def tiny(out: Path) -> list[Row]:
-    """Train both (or find them done), then judge vanilla, pivot, HPT-GPD and HPT alone on test splits."""
+    """Train both (or find them done), then evaluate vanilla, pivot, HPT-GPD and HPT alone on test splits."""
     models, seconds = {"vanilla": "tiny-rn"}, {"vanilla": "", "pivot": ""}
     for name, changes in PLANS.items():
         folder = out / name.replace(" ", "-").lower()

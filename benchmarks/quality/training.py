@@ -33,7 +33,7 @@ IMAGES = 32
 
 
 def main() -> None:
-    """Run what was asked for and print one table per part."""
+    """Run the requested parts and print one table per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="step", choices=PARTS)
     parser.add_argument("--out", type=Path, default=Path("training-benchmark"), help="where the models are kept")

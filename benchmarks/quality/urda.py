@@ -28,7 +28,7 @@ PARTS = ("adapt", "robust", "ablate", "step")
 
 
 def main() -> None:
-    """Run what was asked for and print one table per part."""
+    """Run the requested parts and print one table per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
     parser.add_argument("--pairs", default="all", choices=[*PAIRS, "all"])

@@ -32,7 +32,7 @@ PARTS = {
 
 
 def main() -> None:
-    """Run what was asked for and print one table per part."""
+    """Run the requested parts and print one table per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
     asked = parser.parse_args().part

@@ -1,4 +1,4 @@
-"""What the attacks are measured on: `fashion` images that a tiny model gets right, and the count of what is asked."""
+"""Images of `fashion` that a tiny model classifies correctly, on which attacks are measured, and query counts."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def labelled(which: str, count: int) -> Labelled:
 
 
 class Asked(nn.Module):
-    """Counts the images that a plain model is asked for, and those whose gradient is wanted."""
+    """Counts the images in the forward passes of a plain model, and those whose gradient is computed."""
 
     def __init__(self, model: Callable[[Tensor], Tensor]) -> None:
         super().__init__()

@@ -92,7 +92,7 @@ def autoattack() -> list[Row]:
 
 
 def square() -> list[Row]:
-    """1,000 queries; a query is an image that the model is asked for, the clean prediction left out."""
+    """1,000 queries; a query is one image in a forward pass, the clean prediction left out."""
     rows = []
     for which, eps in CASES:
         subject = labelled(which, 200)
@@ -134,7 +134,7 @@ def _fooled(subject: Labelled, images: Tensor) -> Tensor:
 
 
 def _own(subject: Labelled, name: str, eps: float, starts: Tensor) -> tuple[AttackResult, float, int]:
-    """Our attack from given starting points: result, CPU seconds, gradients asked for."""
+    """Our attack from given starting points: result, CPU seconds, gradients computed."""
     places = {opaque(image): i for i, image in enumerate(subject.ids)}
     drawn = _apgd.start_point
     _apgd.start_point = lambda x, t, rng: starts[[places[i] for i in rng.names]].clone()

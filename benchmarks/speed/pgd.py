@@ -22,7 +22,7 @@ PARTS = {"speed": "bench_fixed", "memory": "bench_fixed", "evaluate": "bench_eva
 
 
 def main() -> None:
-    """Run what was asked for and print one table per part."""
+    """Run the requested parts and print one table per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", default="all", choices=[*PARTS, "all"])
     asked = parser.parse_args().part

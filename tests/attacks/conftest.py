@@ -74,7 +74,7 @@ def conv() -> Wrapped:
 
 
 class Noisy(Wrapped):
-    """Adds a draw per image to the pixels, and counts how often it was asked."""
+    """Adds a random draw per image to the pixels, and counts its calls."""
 
     stochastic = True
 

@@ -1,4 +1,4 @@
-"""Views count what is asked; slots decide every image once; BPDA has one tensor's values, another's gradient."""
+"""Views count queries; the active set decides every image once; BPDA has one tensor's values, another's gradient."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_an_infinite_weight_climbs_the_quiet_where_it_fools_and_the_loss_elsewhe
     assert torch.allclose(found.pixels[1], plain.pixels[1], atol=1e-7)
 
 
-def test_bpda_has_the_exact_values_and_the_stand_ins_gradient() -> None:
+def test_bpda_has_the_exact_values_and_the_surrogates_gradient() -> None:
     x = torch.rand(2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
     rounded = bpda(lambda t: (t * 255).round() / 255)(x)
     assert torch.equal(rounded, (x.detach() * 255).round() / 255)

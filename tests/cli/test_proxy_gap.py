@@ -21,7 +21,7 @@ def gap(cli: Cli, tmp_path: Path) -> Cli:
     return call
 
 
-def test_every_model_is_attacked_and_every_model_is_asked(gap: Cli, tmp_path: Path) -> None:
+def test_every_model_is_attacked_and_scored_on_every_set(gap: Cli, tmp_path: Path) -> None:
     outcome = gap("--eps", "4/255,16/255")
     assert outcome.code == 0
     rows = list(csv.DictReader((tmp_path / "gap" / "gap.csv").open(encoding="utf-8")))
@@ -51,7 +51,7 @@ def test_the_table_shows_clean_accuracy_and_intervals_and_the_maps_are_pictures(
         assert len(picture.convert("RGB").getcolors(100000) or []) > 10
 
 
-def test_a_target_alone_is_attacked_if_so_asked(gap: Cli, tmp_path: Path) -> None:
+def test_only_the_target_is_attacked_if_the_option_says_so(gap: Cli, tmp_path: Path) -> None:
     assert gap("--target", "tiny-rn", "--eps", "8/255").code == 0
     rows = list(csv.DictReader((tmp_path / "gap" / "gap.csv").open(encoding="utf-8")))
     assert [(row["target"], row["proxy"]) for row in rows] == [("tiny-rn", "tiny-vit"), ("tiny-rn", "tiny-rn")]

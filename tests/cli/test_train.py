@@ -98,7 +98,7 @@ def test_it_says_how_images_are_attacked_and_what_trains(
     ],
     ids=["train", "distill"],
 )
-def test_it_says_when_fewer_images_are_held_out_than_were_asked_for(
+def test_fewer_held_out_images_than_requested_are_reported(
     command: str, options: tuple[str, ...], cli: Cli, tmp_path: Path
 ) -> None:
     def told(count: int) -> str:

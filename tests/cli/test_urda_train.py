@@ -41,7 +41,7 @@ def urda(cli: Cli, tmp_path: Path) -> Cli:
     return call
 
 
-def test_both_steps_run_and_the_three_numbers_of_both_models_are_told(urda: Cli, tmp_path: Path) -> None:
+def test_both_steps_run_and_the_three_numbers_of_both_models_are_printed(urda: Cli, tmp_path: Path) -> None:
     outcome = urda()
     assert outcome.code == 0, outcome.err
     assert "DartUrda(weight_reduction='mean'" in outcome.err
@@ -102,7 +102,7 @@ def test_step_two_can_be_left_out(urda: Cli) -> None:
     assert "student" not in outcome.out
 
 
-def test_the_oracle_is_asked_for_by_its_name_and_printed(urda: Cli) -> None:
+def test_the_oracle_is_chosen_by_its_name_and_printed(urda: Cli) -> None:
     assert "--oracle" in one_sentence(urda("--select", "oracle"))
     assert "contradict" in one_sentence(urda("--oracle", "--select", "entropy"))
     outcome = urda("--oracle", "--held-out", "18", "--robustify", "none")

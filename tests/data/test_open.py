@@ -43,7 +43,7 @@ def test_half_a_name_lists_its_family() -> None:
         load_dataset("emoji")
 
 
-def test_a_bare_folder_is_told_its_prefix(tmp_path: Path) -> None:
+def test_a_folder_without_a_prefix_is_refused_with_the_right_prefix(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=f"write folder:{tmp_path}"):
         load_dataset(str(tmp_path))
 

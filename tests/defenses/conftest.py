@@ -28,13 +28,13 @@ def weights() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def classifiers() -> dict[str, ZeroShotClassifier]:
-    """The embedded models, asked for the classes of fashion; a test that changes one changes it back."""
+    """The embedded zero-shot models of the classes of fashion; a test that changes one changes it back."""
     return {name: fashion_classifier(name) for name in ("tiny-rn", "tiny-vit")}
 
 
 @pytest.fixture(scope="session")
 def statistics_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TAPT's, of 12 images of uci-digits, for ``tiny-vit`` asked for four classes under two templates."""
+    """TAPT's, of 12 images of uci-digits, for ``tiny-vit`` with four classes and two templates."""
     classifier, path = (
         fashion_classifier("tiny-vit", TWO_TEMPLATES, 4),
         tmp_path_factory.mktemp("known") / "of.safetensors",

@@ -1,4 +1,4 @@
-"""Images of fashion and an embedded model that is asked for their classes; what an image draws, and a model's state."""
+"""Images of fashion and an embedded zero-shot model of their classes; the random draws of an image; a model's state."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TWO_TEMPLATES = (TEMPLATE, "one {c} from afar")
 def fashion_classifier(
     name: str, templates: Sequence[str] = (TEMPLATE,), classes: int | None = None
 ) -> ZeroShotClassifier:
-    """``tiny-vit`` or ``tiny-rn``, asked for the first ``classes`` of fashion, or for all ten."""
+    """Returns ``tiny-vit`` or ``tiny-rn`` as a zero-shot model of the first ``classes`` of fashion, or of all ten."""
     names = vlmdefend.load_dataset("fashion", limit=1).class_names
     return vlmdefend.load_model(name, device="cpu").zero_shot(names[:classes], list(templates))
 

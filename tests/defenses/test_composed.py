@@ -61,7 +61,7 @@ def test_a_counter_attack_looks_through_a_codec(classifier: ZeroShotClassifier, 
 
 
 @pytest.mark.parametrize("text", TOGETHER)
-def test_every_stand_in_has_the_deployed_values_and_a_gradient(
+def test_every_surrogate_has_the_deployed_values_and_a_gradient(
     text: str, classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     defense = create_defense(text)
@@ -133,7 +133,7 @@ def test_two_exact_defenses_are_an_exact_one() -> None:
     assert not create_defense("blur+jpeg").adaptive_equals_whitebox
 
 
-def test_equal_parts_make_an_equal_defense_and_its_options_are_told_apart() -> None:
+def test_equal_parts_make_an_equal_defense_and_other_options_make_another() -> None:
     one, other = create_defense("ttc+jpeg:quality=50"), create_defense("ttc+jpeg:quality=75")
     assert one == create_defense("ttc+jpeg:quality=50")
     assert one != other

@@ -32,7 +32,7 @@ def classifier(case: Case, classifiers: dict[str, ZeroShotClassifier]) -> Iterat
 
 
 def sides(case: Case, model: Pipeline) -> Iterator[tuple[Pipeline, bool]]:
-    """What is deployed, asked without and with a graph, and all surrogates."""
+    """Runs the deployed pipeline without and with a graph, and all surrogates."""
     defense = case.create()
     yield defense.wrap(model), False
     for pipeline in (defense.wrap(model), *defense.surrogates(model)):
@@ -77,7 +77,7 @@ def test_the_model_is_the_same_after_predictions_and_gradients(
 
 
 class Failing(CountingModel):
-    """Breaks down, forwards or backwards, when it is asked for the ``last`` time."""
+    """Raises in the ``last`` forward or backward pass."""
 
     def __init__(self, model: Pipeline) -> None:
         super().__init__(model)

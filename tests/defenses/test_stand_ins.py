@@ -58,7 +58,7 @@ class Misleading(Defense):
         return Cut()
 
 
-def test_an_adaptive_attacker_keeps_the_best_of_stand_ins_and_the_bare_models_examples(
+def test_an_adaptive_attacker_keeps_the_best_examples_of_surrogates_and_the_bare_model(
     classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     defense = Misleading()
@@ -90,7 +90,7 @@ class Boasting(Defense):
         return self.wrap(model), Boast()
 
 
-def test_findings_against_a_random_pipeline_are_compared_by_the_first_stand_in(
+def test_examples_against_a_random_pipeline_are_compared_under_the_first_surrogate(
     classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     clean = int((classifier(batch.images).logits.argmax(dim=1) != batch.labels).sum())

@@ -1,4 +1,4 @@
-"""A linear classifier on sixteen small pictures, judged with any attack and defense."""
+"""A linear classifier on sixteen small pictures, evaluated with any attack and defense."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ class Notes(Progress):
 
 @contextmanager
 def bench(folder: Path, *, bad: tuple[int, ...] = (), skip_bad: bool = False, **fields: Any) -> Iterator[Any]:
-    """A judge and the writer of its cell."""
+    """Returns a cell evaluator and the writer of its cell."""
     model = Linear()
     attack: Attack = fields.pop("attack", Pgd())
     defense: Defense = fields.pop("defense", NoDefense())
     chosen = cell(attack=attack.name, defense=defense.name, **fields)
-    judge = CellEvaluator(
+    evaluator = CellEvaluator(
         cell=chosen,
         model=model,
         defense=defense,
@@ -153,7 +153,7 @@ def bench(folder: Path, *, bad: tuple[int, ...] = (), skip_bad: bool = False, **
         skip_bad=skip_bad,
     )
     with Store(folder).writing(chosen) as writer:
-        yield judge, writer
+        yield evaluator, writer
 
 
 Verdict = Callable[..., tuple[Record, list[ImageRow]]]
@@ -170,8 +170,8 @@ def verdict(tmp_path: Path, progress: Notes) -> Verdict:
     calls = iter(range(1000))
 
     def judged(**options: Any) -> tuple[Record, list[ImageRow]]:
-        with bench(tmp_path / str(next(calls)), **options) as (judge, writer):
-            return judge.run(writer, progress)  # type: ignore[no-any-return]
+        with bench(tmp_path / str(next(calls)), **options) as (evaluator, writer):
+            return evaluator.run(writer, progress)  # type: ignore[no-any-return]
 
     return judged
 

@@ -113,7 +113,7 @@ def test_a_side_that_holds_two_generations_is_not_compared(make: Make, other: di
 
 
 def test_clean_accuracy_is_one_question_at_all_radii(make: Make) -> None:
-    """Asked once more at each radius it would be corrected away."""
+    """A correction for one more hypothesis per radius would hide it."""
 
     def side(right: range) -> list[Result]:
         attacked = [make((), right, range(100), eps=eps / 255) for eps in (1, 2, 4, 8, 16)]
@@ -191,7 +191,7 @@ def test_json_and_markdown_say_the_same(tmp_path: Path, make: Make, write: Write
     assert "| 100.0 → 100.0 | 0/0   | 100.0 → 0.0 | 10/0" in page
 
 
-def test_tables_of_other_images_are_told_apart(make: Make) -> None:
+def test_tables_of_other_images_are_distinguished(make: Make) -> None:
     side = [make(range(10)), make(range(20), ids=range(20), ids_hash="j")]
     titles = [line for line in as_text(compare(side, side), 0.0, 0.05).splitlines() if line.startswith("tiny-vit on")]
     assert ["n = 10" in titles[0], "#i " in titles[0], "n = 20" in titles[1], "#j " in titles[1]] == [True] * 4

@@ -59,7 +59,7 @@ def tile(sheet: Image.Image, column: int) -> np.ndarray:
 # whom it shows
 
 
-def test_the_worst_come_first_then_the_narrowest_survivors_and_nobody_who_was_not_attacked() -> None:
+def test_misclassified_images_come_first_then_the_smallest_margins_without_images_not_attacked() -> None:
     margins = [0.5, 2.0, -0.1, -3.0, 1.0]
     rows = [*(row(i, margin) for i, margin in enumerate(margins)), row(9, 5.0, clean=False)]
     assert [one.number for one in choose(rows)] == [1, 4, 0, 2, 3]
@@ -98,7 +98,7 @@ def test_a_few_large_differences_do_not_leave_the_others_grey() -> None:
     assert tile(draw_sheet([one], NAMES, "t", "a"), 2)[TILE // 4, TILE // 2, 0] == 255
 
 
-def test_an_answer_that_was_not_given_is_no_class() -> None:
+def test_an_abstention_is_shown_as_no_class() -> None:
     silent = shown(row(0, 1.0).model_copy(update={"adversarial_prediction": -1}))
     last = shown(row(0, 1.0).model_copy(update={"adversarial_prediction": 1}))
     sheets = [pixels(draw_sheet([one], NAMES, "t", "a")) for one in (silent, last)]

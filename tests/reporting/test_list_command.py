@@ -142,7 +142,7 @@ def test_json_is_a_list_of_objects_with_every_part_apart(monkeypatch: pytest.Mon
     ]
 
 
-def test_an_unknown_kind_is_answered_with_the_nearest() -> None:
+def test_an_unknown_kind_is_refused_with_the_nearest_name() -> None:
     for args, expected in ((["defences"], "did you mean 'defenses'?"), ([], "models|datasets|attacks")):
         outcome = run(*args)
         assert isinstance(outcome.exception, UserError)

@@ -20,7 +20,7 @@ Make = Callable[..., Result]
 NASTY = "a|b_c[red]&100%$#{x}~^\\<i>*"
 
 
-def test_terminal_shows_the_verdict_as_promised(grid: list[Result]) -> None:
+def test_the_terminal_table_is_the_documented_one(grid: list[Result]) -> None:
     text = render(verdict_rows(grid), "terminal")
     joined = " ".join(text.split())
     assert "tiny-vit on fashion (test, n = 100) · pgd steps=10 linf · protocol unified · seed 0" in joined
@@ -67,7 +67,7 @@ def test_protocols_are_never_in_one_table(make: Make) -> None:
     assert [group.title.split(" · ")[2] for group in groups] == ["protocol tecoa", "protocol unified"]
 
 
-def test_what_differs_behind_one_name_is_told_apart(make: Make) -> None:
+def test_different_options_behind_one_name_are_distinguished(make: Make) -> None:
     cells = [
         make(range(5), defense_config={"steps": 2, "tau": 0.2}),
         make(range(5), defense_config={"steps": 4, "tau": 0.2}),
@@ -79,7 +79,7 @@ def test_what_differs_behind_one_name_is_told_apart(make: Make) -> None:
     assert "tiny-vit#abcdef on fashion (test, n = 10, images #fedcba)" in text
 
 
-def test_radii_with_other_attacks_and_seeds_are_told_below(make: Make) -> None:
+def test_radii_with_other_attacks_and_seeds_are_listed_below(make: Make) -> None:
     cells = [
         make(range(5), defense="none"),
         make(range(5), attack="apgd", attack_config={}, seed=0),
@@ -173,6 +173,6 @@ def test_parquet_without_pyarrow_says_how_to_get_it(grid: list[Result], monkeypa
         parquet(verdict_rows(grid))
 
 
-def test_an_unknown_format_is_answered_with_the_nearest(grid: list[Result]) -> None:
+def test_an_unknown_format_is_refused_with_the_nearest_name(grid: list[Result]) -> None:
     with pytest.raises(UserError, match="did you mean 'markdown'"):
         render(verdict_rows(grid), "markdwon")

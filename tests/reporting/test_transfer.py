@@ -83,14 +83,14 @@ def test_images_that_the_set_holds_as_they_were_are_counted_below() -> None:
     assert "not attacked" not in " ".join(printed(record(1, attack_config=config)))
 
 
-def test_two_sets_of_one_name_are_told_apart_by_their_hash() -> None:
+def test_two_sets_of_one_name_are_distinguished_by_their_hash() -> None:
     lines = printed(record(1, digest="aaaaaaaa"), record(2, digest="bbbbbbbb"))
     assert "#aaaaaa" in " ".join(lines)
     assert "#bbbbbb" in " ".join(lines)
     assert "#" not in " ".join(printed(record(1), record(2, eps=8 / 255)))
 
 
-def test_targets_are_told_apart_by_defense_options_and_seed() -> None:
+def test_targets_are_distinguished_by_defense_options_and_seed() -> None:
     jpeg = {"defense": "jpeg", "model": "m"}
     text = " ".join(
         printed(

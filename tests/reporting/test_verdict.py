@@ -5,7 +5,7 @@ import pytest
 from vlmdefend.evaluation.statistics.diagnostics import Result
 from vlmdefend.evaluation.store.records import Checks, Cost, Skipped
 from vlmdefend.reporting import over_seeds, verdict_rows
-from vlmdefend.reporting.verdicts.line import VerdictRow
+from vlmdefend.reporting.verdicts.row import VerdictRow
 
 Make = Callable[..., Result]
 
@@ -154,7 +154,7 @@ def test_clean_cells_are_a_line_only_where_nothing_else_is(make: Make) -> None:
     assert only(verdict_rows([clean, make(range(5))])).eps == 4 / 255
 
 
-def test_a_failed_clean_cell_is_told_beside_the_attacked_ones(make: Make) -> None:
+def test_a_failed_clean_cell_is_reported_beside_the_attacked_ones(make: Make) -> None:
     failed = make(attack="none", attack_config={}, eps=0.0, status="error", error="boom")
     assert only(verdict_rows([failed, make(range(5))])).errors == ("clean images: boom",)
 

@@ -55,11 +55,11 @@ class TrainingJob(ABC, Generic[Settings, Result]):
             torch.set_num_threads(settings.threads)
         self.folder = RunFolder(settings.out)
         self.processes = Processes(settings.device, settings.precision)
-        self.refuse()
+        self.check_inputs()
         self.open()
 
     @abstractmethod
-    def refuse(self) -> None:
+    def check_inputs(self) -> None:
         """Checks the settings against the method and the number of processes.
 
         Raises:

@@ -164,7 +164,7 @@ def test_placements_reach_every_size_and_place() -> None:
     assert pairs == {(8, 0), (8, 1), (8, 2), (9, 0), (9, 1), (10, 0)}
 
 
-def test_diverse_inputs_change_as_many_images_as_asked_each_in_its_own_way() -> None:
+def test_diverse_inputs_transform_the_given_share_of_images_each_with_its_own_draw() -> None:
     images = torch.rand(1, 3, 10, 10, generator=torch.Generator().manual_seed(1)).expand(400, 3, 10, 10)
     draws = ImageRng(0, [str(i) for i in range(400)]).uniform((4,))
     shown = Di(probability=0.3, smallest=0.7).vary(images, draws)

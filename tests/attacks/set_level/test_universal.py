@@ -153,7 +153,7 @@ def test_wrappers_let_it_learn() -> None:
     assert (both | ~alone).all()
 
 
-def test_the_cost_of_learning_is_what_it_says() -> None:
+def test_the_cost_of_fitting_is_the_documented_one() -> None:
     model = convolutional()
     for loss in ("cw", "feature"):
         view, images, labels = view_of_images(model)
@@ -163,7 +163,7 @@ def test_the_cost_of_learning_is_what_it_says() -> None:
         assert spent == attack.fit_budget(40)
 
 
-def test_a_gradient_that_is_not_a_number_does_not_spoil_the_lesson() -> None:
+def test_a_gradient_that_is_not_a_number_does_not_spoil_the_fitting() -> None:
     class Broken(Wrapped):
         def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
             assert rng is not None

@@ -16,7 +16,7 @@ from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.criterion import Criterion
 from vlmdefend.attacks.gradient.pgd import Pgd
 from vlmdefend.attacks.losses import LOSSES
-from vlmdefend.attacks.text_level._answers import PromptScores
+from vlmdefend.attacks.text_level._prompt_scores import PromptScores
 from vlmdefend.attacks.text_level._prompts import first_order_gains
 from vlmdefend.attacks.text_level._text_level import TextLevel
 from vlmdefend.attacks.text_level.co import Co
@@ -122,7 +122,7 @@ def test_beams_carry_several_prompts_and_never_end_worse_with_more_rounds(fashio
     assert not scores[0].score.better(scores[1].score)
 
 
-def test_what_is_found_is_what_the_whole_pipeline_says(fashion: Fashion) -> None:
+def test_the_found_prompts_are_scored_by_the_whole_pipeline(fashion: Fashion) -> None:
     """The score over kept embeddings equals a count over images and prompts that are encoded from their text."""
     fitted = learned(Text(**QUICK), fashion, 2)
     assert fitted.learned is not None

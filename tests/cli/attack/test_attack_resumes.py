@@ -111,7 +111,7 @@ def test_a_finished_set_is_found_and_nothing_is_computed(
     first = attack("set", "--eps", "8/255", "--png")
     before = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.*") if file.name != "lock"}
     monkeypatch.setattr(CellEvaluator, "run", lambda *args: pytest.fail("computed again"))
-    monkeypatch.setattr(DefendedModel, "answer", lambda *args: pytest.fail("predicted again"))
+    monkeypatch.setattr(DefendedModel, "predict", lambda *args: pytest.fail("predicted again"))
     second = attack("set", "--eps", "8/255", "--png")
     assert second.code == 0
     assert "found done" in second.out

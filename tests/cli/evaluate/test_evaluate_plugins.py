@@ -114,7 +114,7 @@ def test_a_defect_in_a_defense_fails_its_cells_only_and_the_exit_code_says_so(
     computed = []
     run = CellEvaluator.run
     monkeypatch.setattr(
-        CellEvaluator, "run", lambda judge, *args: computed.append(judge.cell.defense) or run(judge, *args)
+        CellEvaluator, "run", lambda evaluator, *args: computed.append(evaluator.cell.defense) or run(evaluator, *args)
     )
     assert evaluate(*options).code == 1
     assert computed == ["broken"]

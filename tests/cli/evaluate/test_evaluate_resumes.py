@@ -107,7 +107,9 @@ def test_ctrl_c_keeps_finished_shards_and_the_same_command_goes_on(cli: Cli, tmp
     with pytest.MonkeyPatch.context() as patch:
         shard = CellEvaluator._shard
         patch.setattr(
-            CellEvaluator, "_shard", lambda judge, number, index: computed.append(1) or shard(judge, number, index)
+            CellEvaluator,
+            "_shard",
+            lambda evaluator, number, index: computed.append(1) or shard(evaluator, number, index),
         )
         assert cli("evaluate", *LONG, "--out", tmp_path / "runs").code == 0
     cells = [record["cell"] for record in records_of(tmp_path / "runs").values()]

@@ -27,7 +27,7 @@ def test_both_splits_open_with_every_class_and_share_no_image(name: str) -> None
     assert first.size == last.size
 
 
-def test_fashion_is_balanced_and_of_the_promised_size() -> None:
+def test_fashion_is_balanced_and_of_the_documented_size() -> None:
     assert set(Counter(load_dataset("fashion", "train").labels).values()) == {1000}
     assert set(Counter(load_dataset("fashion", "test").labels).values()) == {200}
 

@@ -114,7 +114,7 @@ def test_cifar10_and_cifar100(put: Put, opened: Opened) -> None:
     assert opened("cifar100").class_names[0] == "aquarium fish"
 
 
-def test_a_copy_that_fails_torchvisions_checksum_is_told(put: Put, opened: Opened) -> None:
+def test_a_copy_that_fails_torchvisions_checksum_is_refused(put: Put, opened: Opened) -> None:
     put("cifar-10-batches-py/test_batch", b"half a download")
     with pytest.raises(UserError, match=r"torchvision cannot read \S+ \(Dataset not found or corrupted"):
         opened("cifar10")
@@ -269,7 +269,7 @@ def test_stanford_cars(put: Put, tmp_path: Path, opened: Opened) -> None:
     assert images.class_names[0] == "AM General Hummer SUV 2000"
 
 
-def test_pcam_with_a_stand_in_for_h5py(put: Put, monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
+def test_pcam_with_a_fake_h5py(put: Put, monkeypatch: pytest.MonkeyPatch, opened: Opened) -> None:
     stored = {
         "x": np.full((3, 96, 96, 3), 9, dtype=np.uint8),
         "y": np.array([1, 0, 1], dtype=np.uint8).reshape(3, 1, 1, 1),

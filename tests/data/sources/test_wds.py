@@ -147,7 +147,7 @@ def test_a_bad_picture_is_named_by_shard_and_member_when_read(layout: Layout) ->
         images.read(0)
 
 
-def test_a_missing_shard_or_class_list_is_told(layout: Layout, encode: Encode) -> None:
+def test_a_missing_shard_or_class_list_is_reported(layout: Layout, encode: Encode) -> None:
     folder = layout({0: members(encode, 0, 1), 1: members(encode, 1, 1)})
     (folder / "test" / "0.tar").unlink()
     with pytest.raises(UserError, match=r"counts 2 shards, but 0\.tar is missing"):
@@ -159,7 +159,7 @@ def test_a_missing_shard_or_class_list_is_told(layout: Layout, encode: Encode) -
         load_dataset(f"wds:{folder}")
 
 
-def test_a_number_of_shards_that_is_none_is_told(layout: Layout, encode: Encode) -> None:
+def test_a_shard_count_that_is_not_a_number_is_reported(layout: Layout, encode: Encode) -> None:
     folder = layout({0: members(encode, 0, 1)})
     (folder / "test" / "nshards.txt").write_text("many")
     with pytest.raises(UserError, match=r"nshards\.txt: 'many' is not a number"):
@@ -178,6 +178,6 @@ def test_shards_without_any_label_are_no_classification_set(layout: Layout, enco
         load_dataset(f"wds:{layout({0: [('a.png', encode()), ('a.txt', b'a cat')]})}")
 
 
-def test_nothing_there_is_told(tmp_path: Path) -> None:
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no such folder or file"):
         load_dataset(f"wds:{tmp_path / 'nowhere'}")

@@ -81,7 +81,7 @@ def test_features_climb_the_domain_loss_that_the_discriminator_descends() -> Non
     assert float(source.grad) > 0  # plainly it would be -1/4: descending would make the source look like the source
 
 
-def test_cdan_multiplies_prediction_and_features_and_trusts_the_sure() -> None:
+def test_cdan_multiplies_prediction_and_features_and_weights_by_confidence() -> None:
     outputs = Outputs(tensor([[math.log(3), 0.0]]), tensor([[2.0, 4.0]]))
     assert torch.allclose(conditioned(outputs), tensor([[1.5, 3.0, 0.5, 1.0]]))
     weights = cdan_certainty(tensor([[100.0, 0.0], [0.0, 0.0]]))  # 1 + e^0 = 2, 1 + e^-log 2 = 3/2
@@ -185,7 +185,7 @@ def test_a_quarter_of_the_cells_is_hidden() -> None:
 # contract
 
 
-def test_target_labels_are_told_apart_by_being_unknown() -> None:
+def test_target_images_are_recognised_by_their_unknown_labels() -> None:
     batch = Batch(["s", "t", "u"], torch.zeros(3, 3, 2, 2), tensor([4, UNKNOWN, UNKNOWN]))
     pair = domains_of(batch)
     assert (pair.source.ids, pair.target.ids) == (["s"], ["t", "u"])

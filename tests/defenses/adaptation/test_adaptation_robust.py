@@ -195,7 +195,7 @@ def test_sroudas_teacher_trains_with_the_statistics_of_its_batch() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in tutor.parameters())
 
 
-def test_the_reversal_grows_with_the_share_of_the_stage_or_as_it_is_told() -> None:
+def test_the_gradient_reversal_grows_with_the_progress_of_the_stage_or_is_a_constant() -> None:
     from vlmdefend.defenses.adaptation._reversal import scheduled
 
     student: Any = Linear()

@@ -169,7 +169,7 @@ def test_adam_has_the_values_of_torch_and_the_slope_of_a_soft_sign() -> None:
 
 
 @every
-def test_stand_ins_have_the_deployed_values_where_they_have_a_graph(
+def test_surrogates_have_the_deployed_values_where_they_have_a_graph(
     method: type[PromptTuning], classifier: ZeroShotClassifier, batch: Batch
 ) -> None:
     defense, pixels = method(views=VIEWS), batch.images.clone().requires_grad_(True)
@@ -181,7 +181,7 @@ def test_stand_ins_have_the_deployed_values_where_they_have_a_graph(
 
 
 @every
-def test_the_unrolled_stand_in_sees_how_the_tuning_follows_the_image(
+def test_the_unrolled_surrogate_has_the_gradient_through_the_tuning(
     method: type[PromptTuning], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A central difference, with a smooth step in place of Adam's, whose values and slope are no pair."""

@@ -177,7 +177,7 @@ def doubled() -> ZeroShotClassifier:
     return loaded.zero_shot(("cat", "dog", "boat"), TWO_TEMPLATES[:1])
 
 
-def test_the_unrolled_stand_in_sees_how_the_tokens_follow_the_image(
+def test_the_unrolled_surrogate_has_the_gradient_through_the_tokens(
     doubled: ZeroShotClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A central difference, with a smooth step in place of Adam's, whose values and slope are no pair."""

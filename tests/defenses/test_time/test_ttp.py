@@ -179,7 +179,7 @@ def test_nothing_of_the_model_changes_also_where_tuning_fails(
     assert all(p.grad is None and not p.requires_grad for p in classifier.clip.parameters())
 
 
-def test_the_unrolled_stand_in_sees_how_the_border_follows_the_image(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_unrolled_surrogate_has_the_gradient_through_the_border(monkeypatch: pytest.MonkeyPatch) -> None:
     """A central difference, with a smooth step in place of Adam's, whose values and slope are no pair."""
     monkeypatch.setattr(ttp, "Adam", lambda: lambda gradient: torch.tanh(50 * gradient))
     loaded = vlmdefend.load_model("tiny-rn", device="cpu")

@@ -10,7 +10,7 @@ from vlmdefend.defenses.training_free.anti_adversary import AntiAdversary
 from vlmdefend.errors import UserError
 
 
-def test_anti_adversary_steps_towards_the_models_own_answer(images: torch.Tensor, weights: torch.Tensor) -> None:
+def test_anti_adversary_steps_towards_the_models_own_prediction(images: torch.Tensor, weights: torch.Tensor) -> None:
     model = Linear(weights)
     said = model(images).logits.argmax(dim=1)
     direction = (weights[said] - weights[1 - said]).sign().view_as(images)  # of -CE for two classes
@@ -19,7 +19,7 @@ def test_anti_adversary_steps_towards_the_models_own_answer(images: torch.Tensor
     assert torch.allclose(seen, images + 2 * 0.01 * model.std * direction, atol=1e-6)
 
 
-def test_anti_adversary_may_leave_the_unit_interval_unless_told_not_to(weights: torch.Tensor) -> None:
+def test_anti_adversary_may_leave_the_unit_interval_unless_clamped(weights: torch.Tensor) -> None:
     black = torch.zeros(4, 3, SIZE, SIZE)
     assert AntiAdversary().counter(Linear(weights), black, rng(), "cut").images.min() < 0
     assert AntiAdversary(clip=True).counter(Linear(weights), black, rng(), "cut").images.min() == 0

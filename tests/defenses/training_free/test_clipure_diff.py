@@ -131,7 +131,7 @@ class Embeds:
         return 10 * F.normalize(features, dim=-1)
 
 
-def test_the_first_stand_in_has_the_gradient_of_finite_differences_and_the_deployed_pipeline_has_not() -> None:
+def test_the_first_surrogate_has_the_gradient_of_finite_differences_and_the_deployed_pipeline_has_not() -> None:
     image = (0.2 + 0.6 * torch.rand(1, 3, 2, 2, generator=torch.Generator().manual_seed(0))).double()
     defense = ClipureDiff(steps=3, eta=0.7)
 
@@ -195,7 +195,7 @@ def test_a_prior_that_predicts_the_embedding_has_the_loss_of_its_error() -> None
     assert float(found.detach()) == pytest.approx(float((left / (1 - left) * error.square().mean()).detach()), rel=1e-4)
 
 
-def test_a_prior_that_reads_tokens_is_told_what_the_tower_says_of_each(classifier: ZeroShotClassifier) -> None:
+def test_a_prior_that_reads_tokens_receives_the_text_towers_output_per_token(classifier: ZeroShotClassifier) -> None:
     network = Network(64, reads=True)
     prior = PriorTransformer(network)
     told = condition_of(classifier, states=prior.reads_states)

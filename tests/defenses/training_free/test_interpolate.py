@@ -94,7 +94,7 @@ def test_an_adaptive_attacker_has_all_that_the_other_defense_gives_and_the_bare_
     assert Interpolate.recipe.samples == 1  # the class is as it was
 
 
-def test_the_stand_in_mixes_the_other_ones_gradient(classifier: ZeroShotClassifier, batch: Batch) -> None:
+def test_the_surrogate_mixes_the_other_surrogates_gradient(classifier: ZeroShotClassifier, batch: Batch) -> None:
     """The codec has none: only the surrogate's gradient differs from the bare model's share."""
     gradients = []
     for pipeline in (

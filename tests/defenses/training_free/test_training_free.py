@@ -43,7 +43,7 @@ def test_jpeg_is_the_codec_of_an_8_bit_image(photos: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("quality", [30, 50, 75, 95])
-def test_the_stand_in_is_much_closer_to_the_codec_than_the_identity(photos: torch.Tensor, quality: int) -> None:
+def test_the_surrogate_is_much_closer_to_the_codec_than_the_identity(photos: torch.Tensor, quality: int) -> None:
     """At quality 95 what is left is the codec's own rounding to 8 bits between its stages, about one level."""
     exact = Jpeg(quality=quality).compress(photos)
     surrogate = (jpeg_surrogate(photos, quality) - exact).abs().mean()
@@ -58,7 +58,7 @@ def robust_under(transform, classifier, batch: Batch, eps: float, steps: int) ->
 
 
 @pytest.mark.parametrize(("name", "eps"), [("tiny-vit", 16 / 255), ("tiny-rn", 6 / 255)])
-def test_no_simpler_stand_in_breaks_more(name: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_simpler_surrogate_breaks_more(name: str, eps: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Identity, rounding passed straight through, and the cubic gradient without its floor leave more images right."""
     model = vlmdefend.load_model(name)
     images = vlmdefend.load_dataset("fashion", limit=100)
@@ -79,7 +79,7 @@ def test_no_simpler_stand_in_breaks_more(name: str, eps: float, monkeypatch: pyt
     assert ours < others["identity"]
 
 
-def test_the_stand_in_takes_any_size() -> None:
+def test_the_surrogate_takes_any_size() -> None:
     for height, width in ((1, 1), (7, 33), (16, 16), (30, 17)):
         image = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0))
         assert jpeg_surrogate(image, 75).shape == image.shape

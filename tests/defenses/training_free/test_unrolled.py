@@ -83,7 +83,9 @@ def test_unrolled_it_has_the_gradient_of_finite_differences_and_as_a_constant_it
 
 
 @pytest.mark.parametrize("defense", [CSR, DOC, MAC, TTC], ids=lambda defense: defense.name)
-def test_in_both_stand_ins_the_detector_has_the_gradient_of_finite_differences(defense: Defense, model: Linear) -> None:
+def test_in_both_surrogates_the_detector_has_the_gradient_of_finite_differences(
+    defense: Defense, model: Linear
+) -> None:
     """Deployed it is cut; a constant perturbation has a detector that is not."""
 
     def score(outputs: Outputs) -> Tensor:

@@ -131,7 +131,7 @@ def test_sim_clip_on_paper_sends_the_gradient_of_each_term_to_one_side_only() ->
         assert gradients[1] is None
 
 
-def test_agft_is_the_cross_entropy_to_the_softened_vanilla_answers() -> None:
+def test_agft_is_the_cross_entropy_to_the_softened_vanilla_predictions() -> None:
     found = terms("agft", softness=2.0).losses  # squares of (1/2, 1/4, 1/4), as shares: 4, 1, 1 of 6
     first = (4 * 2 * LN2 + 1 * LN2 + 1 * 2 * LN2) / 6
     second = (4 * 3 * LN2 + (2 * LN2 - LN3) + 3 * LN2) / 6

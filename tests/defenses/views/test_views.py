@@ -137,14 +137,14 @@ def test_the_ensemble_asks_for_every_view_and_averages_those_it_keeps() -> None:
     assert torch.allclose(half.logits, torch.stack([v[k].mean(dim=0) for v, k in zip(views, kept, strict=True)]))
 
 
-def test_the_ensemble_averages_mixed_views_where_it_is_told_to() -> None:
+def test_the_ensemble_averages_mixed_views_with_that_option() -> None:
     views = augmented_views(ramps(2), ImageRng(0, ["a", "b"]), 8, mixed=True).mean(dim=(3, 4))
     found = Ensemble(views=8, augmix=True).wrap(Places())(ramps(2), ImageRng(0, ["a", "b"]))
     assert torch.allclose(found.logits, views.mean(dim=1), atol=1e-6)
     assert not torch.allclose(found.logits, Ensemble(views=8).wrap(Places())(ramps(2), ImageRng(0, ["a", "b"])).logits)
 
 
-def test_voting_views_have_a_stand_in_with_a_gradient() -> None:
+def test_voting_views_have_a_surrogate_with_a_gradient() -> None:
     pixels = ramps(1).clone().requires_grad_(True)
     voting = Ensemble(views=4, average="votes")
     logits = voting.surrogate(Places())(pixels, ImageRng(0, ["a"])).logits

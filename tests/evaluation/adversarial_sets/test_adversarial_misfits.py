@@ -154,8 +154,8 @@ def test_files_that_change_before_the_set_is_sealed_are_noticed(
 ) -> None:
     run = CellEvaluator.run
 
-    def then_flip(judge: CellEvaluator, *args: Any) -> Any:
-        result = run(judge, *args)
+    def then_flip(evaluator: CellEvaluator, *args: Any) -> Any:
+        result = run(evaluator, *args)
         flip(tmp_path / "set" / "images-00000.safetensors")
         return result
 

@@ -1,4 +1,4 @@
-"""The 8-bit files of a set: inside the budget, close to what was found, judged as they are."""
+"""The 8-bit files of a set: inside the budget, close to the found examples, scored as read back."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_what_an_attack_left_alone_stays_alone_in_8_bits() -> None:
 
 
 @pytest.mark.parametrize("options", [{"eps": "1/255"}, {"eps": "4/255"}, {"eps": "0.5", "norm": "l2"}])
-def test_png_files_are_judged_as_they_lie_on_the_disk(options: dict[str, str], tmp_path: Path) -> None:
+def test_png_files_are_scored_as_read_back_from_the_disk(options: dict[str, str], tmp_path: Path) -> None:
     crafted = craft(tmp_path / "set", png=True, **options)
     png = [json.loads(line) for line in (tmp_path / "set" / "png" / INDEX).read_text().splitlines()]
     read = [PixelTransform(None)(Image.open(tmp_path / "set" / "png" / row["file"]).convert("RGB")) for row in png]

@@ -23,16 +23,16 @@ EVIL = ("../../escaped", "<script>alert(1)</script>", "two\nlines", 'a,b\t"c"', 
 
 def test_the_files_hold_the_bits_that_were_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scored: list[Tensor] = []
-    answer = DefendedModel.answer
+    predict = DefendedModel.predict
     monkeypatch.setattr(
-        DefendedModel, "answer", lambda asked, x, ids: scored.append(x.clone()) or answer(asked, x, ids)
+        DefendedModel, "predict", lambda model, x, ids: scored.append(x.clone()) or predict(model, x, ids)
     )
     crafted = craft(tmp_path / "set")
     rows = rows_of(tmp_path / "set")
     saved = torch.stack([load_file(tmp_path / "set" / row["file"])["images"][row["position"]] for row in rows])
     assert saved.dtype == torch.float32
     for batch in saved.split(8):
-        assert any(torch.equal(batch, asked) for asked in scored)
+        assert any(torch.equal(batch, images) for images in scored)
     assert torch.equal(crafted.saved.images(crafted.saved.rows), saved)
     assert not torch.equal(saved, clean_of(crafted))
 

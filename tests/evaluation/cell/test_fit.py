@@ -1,4 +1,4 @@
-"""Attacks that learn from a set, through the judge: once per cell, from the same images, at a cost that is counted."""
+"""Attacks that are fitted to a set, run in a whole cell: once per cell, on the same images, with their cost counted."""
 
 from __future__ import annotations
 
@@ -80,21 +80,21 @@ def test_it_learns_once_from_images_spread_evenly_over_the_set(verdict: Verdict)
 def test_a_run_that_goes_on_after_a_kill_learns_the_same_again(
     options: dict[str, Any], tmp_path: Path, progress: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with bench(tmp_path / "whole", **options) as (judge, writer):
-        whole, rows = judge.run(writer, progress)
+    with bench(tmp_path / "whole", **options) as (evaluator, writer):
+        whole, rows = evaluator.run(writer, progress)
     add = CellWriter.add
 
     def killed(self: CellWriter, shard: StoredShard) -> None:
         add(self, shard)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, bench(tmp_path / "parts", **options) as (judge, writer):
+    with monkeypatch.context() as patched, bench(tmp_path / "parts", **options) as (evaluator, writer):
         patched.setattr(CellWriter, "add", killed)
         with pytest.raises(KeyboardInterrupt):
-            judge.run(writer, progress)
-    with bench(tmp_path / "parts", **options) as (judge, writer):
+            evaluator.run(writer, progress)
+    with bench(tmp_path / "parts", **options) as (evaluator, writer):
         assert len(writer.finished_shards()) == 1
-        resumed, again = judge.run(writer, progress)
+        resumed, again = evaluator.run(writer, progress)
     assert again == rows
     assert resumed.robust == whole.robust
     for name in ("attack_forwards", "attack_backwards"):  # the fitted was taken twice, and is counted once
@@ -103,7 +103,7 @@ def test_a_run_that_goes_on_after_a_kill_learns_the_same_again(
 
 
 @SET_LEVEL
-def test_the_lesson_is_in_the_cost_and_its_gradients_in_the_checks(options: dict[str, Any], verdict: Verdict) -> None:
+def test_fitting_is_in_the_cost_and_its_gradients_in_the_checks(options: dict[str, Any], verdict: Verdict) -> None:
     record, _ = verdict(**options)
     assert record.set_level
     assert record.cost.attack_backwards == 4 * COUNT
@@ -114,7 +114,9 @@ def test_the_lesson_is_in_the_cost_and_its_gradients_in_the_checks(options: dict
 
 
 @SET_LEVEL
-def test_a_defense_that_hides_its_gradient_is_noticed_in_the_lesson(options: dict[str, Any], verdict: Verdict) -> None:
+def test_a_defense_that_masks_its_gradient_is_flagged_while_the_attack_is_fitted(
+    options: dict[str, Any], verdict: Verdict
+) -> None:
     def cut(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
         return Outputs(model(images.detach(), rng).logits)
 
@@ -122,7 +124,7 @@ def test_a_defense_that_hides_its_gradient_is_noticed_in_the_lesson(options: dic
     assert checks.zero_gradients == checks.gradient_values > 0
 
 
-def test_logits_that_are_not_numbers_in_the_lesson_prove_nothing(verdict: Verdict) -> None:
+def test_logits_that_are_not_numbers_while_fitting_are_an_error(verdict: Verdict) -> None:
     def evasive(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
         levels = images.detach() * 255
         attacked = (levels - levels.round()).abs().flatten(1).amax(dim=1) > 1e-3
@@ -132,7 +134,7 @@ def test_logits_that_are_not_numbers_in_the_lesson_prove_nothing(verdict: Verdic
         verdict(**learning(), defense=Around(call=evasive))
 
 
-def test_memory_that_runs_out_in_the_lesson_halves_the_batch(verdict: Verdict, progress: Notes) -> None:
+def test_memory_that_runs_out_while_fitting_halves_the_batch(verdict: Verdict, progress: Notes) -> None:
     def small(model: Pipeline, images: Tensor, rng: ImageRng) -> Outputs:
         if len(images) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -203,7 +205,7 @@ def test_a_corruption_is_one_column_and_the_worst_of_them_three() -> None:
     assert len(attackers_of(defense, Universal(), asked)) > 1
 
 
-def test_corruptions_are_judged_without_a_budget_to_leave(verdict: Verdict) -> None:
+def test_corruptions_are_scored_without_a_budget_check(verdict: Verdict) -> None:
     records = [verdict(attack=Corruption(), norm="corruption", eps=float(severity)) for severity in (0, 5)]
     assert records[0][0].robust == records[0][0].clean_correct
     assert records[1][0].checks.outside_budget == 0
@@ -211,7 +213,7 @@ def test_corruptions_are_judged_without_a_budget_to_leave(verdict: Verdict) -> N
     assert records[1][0].cost.attack_backwards == 0
 
 
-def test_a_dry_run_counts_the_lesson() -> None:
+def test_a_dry_run_counts_the_cost_of_fitting() -> None:
     planned = PlannedCell(
         "linear", pictures(Linear()), NoDefense(), Universal(steps=4, images=10), "whitebox", "linf", 0.1, 0
     )

@@ -28,9 +28,9 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, 
     load, rows = plan.load_dataset, CellEvaluator._rows
     heard: dict[str, Tensor] = {}
 
-    def listening(judge: CellEvaluator, batch: Batch, clean: Outputs, *others: Any) -> Any:
+    def listening(evaluator: CellEvaluator, batch: Batch, clean: Outputs, *others: Any) -> Any:
         heard.update(zip(batch.ids, clean.logits, strict=True))
-        return rows(judge, batch, clean, *others)
+        return rows(evaluator, batch, clean, *others)
 
     def evaluated(case: Case, by: int) -> Answers:
         def moved(*arguments: Any, **options: Any) -> ImageSet:
@@ -52,7 +52,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case, 
 
 
 @pytest.mark.parametrize("case", ACTING, ids=lambda case: case.text)
-def test_what_a_defense_answers_does_not_depend_on_the_labels(
+def test_predictions_of_a_defense_do_not_depend_on_the_labels(
     case: Case, answers: Callable[[Case, int], Answers]
 ) -> None:
     told, misled = answers(case, 0), answers(case, 3)

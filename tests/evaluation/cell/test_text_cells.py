@@ -156,7 +156,7 @@ class Called:
         return self._call(images, rng)
 
 
-def test_of_several_stand_ins_the_prompts_that_hurt_the_deployed_pipeline_most_are_used() -> None:
+def test_of_several_surrogates_the_prompts_that_fool_most_images_of_the_deployed_pipeline_are_used() -> None:
     model = load_model("tiny-vit", device="cpu")
     data = load_dataset("fashion", "test", limit=30)
     batch, _ = load_batch(data, range(30), PixelTransform(model.image_size, model.interpolation), skip_bad=False)

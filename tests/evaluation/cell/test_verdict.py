@@ -1,4 +1,4 @@
-"""The judge trusts neither the attack nor the defense."""
+"""A cell checks what the attack and the defense return instead of relying on it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_an_attack_that_leaves_the_ball_is_counted_and_put_back(norm: str, verdi
     [
         lambda images: 1 - images,
         lambda images: images + 1.01 * EPS,
-        lambda images: images.mul_(0),  # in place: the judge's own images must not be the ones it changes
+        lambda images: images.mul_(0),  # in place: the evaluator's own images must not be the ones it changes
         lambda images: images * torch.nan,
         lambda images: images - 2,
     ],
@@ -197,7 +197,7 @@ def test_logits_that_are_not_numbers_are_one_sentence_with_the_image(verdict: Ve
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("attacker", ["whitebox", "adaptive"])
-def test_a_defense_that_answers_an_attack_with_no_numbers_is_not_called_robust(
+def test_a_defense_with_logits_that_are_not_numbers_under_attack_is_not_called_robust(
     attacker: str, value: float, verdict: Verdict
 ) -> None:
     """Images of whole 8-bit levels get an answer, others do not: every attack would fail blindly."""

@@ -60,7 +60,7 @@ def only(found: list[Reason]) -> Reason:
     return found[0]
 
 
-def test_an_honest_pipeline_gives_no_reason() -> None:
+def test_a_pipeline_without_masked_gradients_gives_no_reason() -> None:
     assert (
         reasons(
             [

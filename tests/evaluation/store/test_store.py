@@ -47,10 +47,10 @@ def test_a_partial_file_cut_at_any_byte_of_its_last_line_keeps_the_shards_before
 def test_a_cell_resumed_from_a_cut_at_any_byte_has_identical_rows(
     tmp_path: Path, progress: Notes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with bench(tmp_path / "whole", batch_size=2, shard_size=4) as (judge, writer):
+    with bench(tmp_path / "whole", batch_size=2, shard_size=4) as (evaluator, writer):
         finish = writer.finish
         monkeypatch.setattr(writer, "finish", lambda *args: None)
-        record, _ = judge.run(writer, progress)
+        record, _ = evaluator.run(writer, progress)
         partial = (writer.folder / "partial.jsonl").read_bytes()
         finish(record, [row for s in writer.finished_shards() for row in s.rows])
         expected = (writer.folder / "rows.jsonl").read_bytes()
@@ -60,18 +60,18 @@ def test_a_cell_resumed_from_a_cut_at_any_byte_has_identical_rows(
     known: dict[int, StoredShard] = {}
     compute = CellEvaluator._shard
 
-    def once(judge: CellEvaluator, number: int, index: list[int]) -> StoredShard:
+    def once(evaluator: CellEvaluator, number: int, index: list[int]) -> StoredShard:
         if number not in known:
-            known[number] = compute(judge, number, index)
+            known[number] = compute(evaluator, number, index)
         return known[number]
 
     monkeypatch.setattr(CellEvaluator, "_shard", once)  # computed once, resumed for every byte
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # the disk's own buffers are not what is cut here
     folder = tmp_path / "resumed"
     for cut in range(len(lines[2]) + 1):
-        with bench(folder, batch_size=2, shard_size=4) as (judge, writer):
+        with bench(folder, batch_size=2, shard_size=4) as (evaluator, writer):
             (writer.folder / "partial.jsonl").write_bytes(before + lines[2][:cut])
-            again, _ = judge.run(writer, progress)
+            again, _ = evaluator.run(writer, progress)
             assert (writer.folder / "rows.jsonl").read_bytes() == expected, f"cut at byte {cut}"
             assert (again.checks, again.cost.attack_backwards) == (record.checks, record.cost.attack_backwards)
             (writer.folder / "record.json").unlink()
@@ -99,7 +99,7 @@ def test_shards_out_of_order_are_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_kill_between_rows_and_record_finishes_without_computing(tmp_path: Path, progress: Notes) -> None:
-    with bench(tmp_path) as (judge, writer):
+    with bench(tmp_path) as (evaluator, writer):
         write = write_atomically
         with pytest.MonkeyPatch.context() as patch:
 
@@ -110,11 +110,11 @@ def test_a_kill_between_rows_and_record_finishes_without_computing(tmp_path: Pat
 
             patch.setattr("vlmdefend.evaluation.store.run_folder.write_atomically", killed)
             with pytest.raises(KeyboardInterrupt):
-                judge.run(writer, progress)
+                evaluator.run(writer, progress)
         rows = (writer.folder / "rows.jsonl").read_bytes()
-    with bench(tmp_path) as (judge, writer):
-        judge._shard = lambda *args: pytest.fail("computed again")
-        judge.run(writer, progress)
+    with bench(tmp_path) as (evaluator, writer):
+        evaluator._shard = lambda *args: pytest.fail("computed again")
+        evaluator.run(writer, progress)
         assert (writer.folder / "rows.jsonl").read_bytes() == rows
         assert sorted(p.name for p in writer.folder.iterdir()) == ["lock", "record.json", "rows.jsonl"]
 

@@ -53,7 +53,7 @@ def write_domains(root: Path, train: int = 8, test: int = 4) -> Path:
 
 @dataclass
 class Heard(Progress):
-    """Keeps what it hears, and breaks off after a step as a kill does."""
+    """Keeps the progress that is reported, and raises after a step as a kill would stop the run."""
 
     at: tuple[str, int] | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)

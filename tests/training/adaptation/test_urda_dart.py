@@ -126,7 +126,7 @@ def test_without_the_entropy_weight_every_image_counts_as_one(name: str) -> None
     assert torch.equal(found.metrics["certainty"], torch.ones(6))
 
 
-def test_a_teacher_that_has_seen_the_set_says_the_same_and_is_not_asked_again(name: str) -> None:
+def test_cached_teacher_outputs_equal_new_ones_and_the_teacher_runs_once(name: str) -> None:
     student, teacher = student_and_teacher(name)
     batch = batch_of()
     asked: list[int] = []

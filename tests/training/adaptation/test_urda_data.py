@@ -1,4 +1,4 @@
-"""Two domains in step: who comes when, and what of an image is told."""
+"""Batches of two domains: the order of their images, and the labels that each batch carries."""
 
 from __future__ import annotations
 

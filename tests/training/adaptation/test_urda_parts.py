@@ -55,7 +55,7 @@ def test_losses_add_up_over_shares_exactly_where_a_method_says_so(teacher: str, 
         student.classifier.batch_norm = "frozen"
         student.iteration = 500
         generator = torch.Generator().manual_seed(8)
-        with torch.no_grad():  # images that are told apart
+        with torch.no_grad():  # images that are distinguished
             student.classifier.head.weight.mul_(40.0)
             for parameter in student.auxiliary.get("discriminator", torch.nn.Identity()).parameters():
                 parameter.mul_(4.0)

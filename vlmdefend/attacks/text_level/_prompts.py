@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmdefend.attacks.text_level._answers import PromptScore, PromptScores
+from vlmdefend.attacks.text_level._prompt_scores import PromptScore, PromptScores
 from vlmdefend.errors import UserError
 from vlmdefend.models.zero_shot.text_side import PROMPTS_AT_ONCE, TextSide, ensembled, parts_of
 

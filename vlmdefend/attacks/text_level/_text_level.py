@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmdefend.attacks.base import Attack
 from vlmdefend.attacks.best_iterates import check_options
-from vlmdefend.attacks.text_level._answers import PromptScores
+from vlmdefend.attacks.text_level._prompt_scores import PromptScores
 from vlmdefend.attacks.text_level._prompts import Mode, Prompts, PromptSearch, groups_of
 from vlmdefend.attacks.view import View
 from vlmdefend.errors import UserError

@@ -90,7 +90,7 @@ def craft_set(plan: Plan, out: Path, progress: Progress, *, png: bool = False) -
             saved = AdversarialSet.open(store.folder)
             if png:
                 pngs = write_pngs(
-                    saved, images, evaluator.transform, lambda p, ids: evaluator.deployed.answer(p.to(device), ids)
+                    saved, images, evaluator.transform, lambda p, ids: evaluator.deployed.predict(p.to(device), ids)
                 )
     progress.end(record, reused=reused)
     return CraftedSet(saved, record, images, evaluator.transform, pngs, reused)

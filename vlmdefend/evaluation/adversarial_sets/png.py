@@ -49,17 +49,17 @@ class Pngs(NamedTuple):
     largest_distance: float
 
 
-Answer = Callable[[Tensor, list[str]], Outputs]  # (B, 3, H, W) and B ids -> outputs of the deployed pipeline
+Predict = Callable[[Tensor, list[str]], Outputs]  # (B, 3, H, W) and B ids -> outputs of the deployed pipeline
 
 
-def write_pngs(saved: AdversarialSet, images: ImageSet, transform: PixelTransform, answer: Answer) -> Pngs:
+def write_pngs(saved: AdversarialSet, images: ImageSet, transform: PixelTransform, predict: Predict) -> Pngs:
     """Writes the folder ``png``, or reads the finished one.
 
     Args:
         saved: the set.
         images: its clean images, in the order of its rows.
         transform: turns an image file into the pixels that were attacked.
-        answer: the pipeline that the set was crafted against.
+        predict: the pipeline that the set was crafted against.
     """
     folder = saved.folder / "png"
     folder.mkdir(exist_ok=True)
@@ -69,7 +69,7 @@ def write_pngs(saved: AdversarialSet, images: ImageSet, transform: PixelTransfor
         for file in saved.manifest.images:  # the batches that were scored
             own = [row for row in saved.rows if row.file == file.name]
             clean = load_batch(images, [row.number for row in own], transform, skip_bad=False)[0].images
-            rows += _write(folder, own, to_levels(saved.pixels(file.name), clean, saved.threat), clean, saved, answer)
+            rows += _write(folder, own, to_levels(saved.pixels(file.name), clean, saved.threat), clean, saved, predict)
         write_whole(folder / INDEX, json_lines([row.model_dump() for row in rows]))
     return Pngs(
         len(rows),
@@ -117,7 +117,7 @@ def _shrunk(images: Tensor, clean: Tensor, wanted: Tensor, threat: Threat) -> Te
 
 
 def _write(
-    folder: Path, own: list[IndexRow], levels: Tensor, clean: Tensor, saved: AdversarialSet, answer: Answer
+    folder: Path, own: list[IndexRow], levels: Tensor, clean: Tensor, saved: AdversarialSet, predict: Predict
 ) -> list[PngRow]:
     """Writes some files, reads them again and predicts them."""
     from PIL import Image
@@ -133,7 +133,7 @@ def _write(
     read = torch.stack([unresized(decode(folder / file, file, upright=False)) for file in files])
     if not torch.equal(read, to_pixels(levels)):
         raise UserError(f"{folder}: a PNG file does not hold what was written; check the disk and run again.")
-    found = answer(read, [row.id for row in own])
+    found = predict(read, [row.id for row in own])
     predictions = found.predictions.tolist()
     margins = Criterion(torch.tensor([row.label for row in own])).margin(found.logits.cpu()).tolist()
     scores = None if found.detector_score is None else found.detector_score.tolist()

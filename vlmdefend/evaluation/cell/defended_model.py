@@ -31,7 +31,7 @@ class DefendedModel:
         self.counted = CountingModel(self.model)
         self.pipeline = self.defense.wrap(self.counted)
 
-    def answer(self, images: Tensor, ids: list[str]) -> Outputs:
+    def predict(self, images: Tensor, ids: list[str]) -> Outputs:
         """Returns logits, and abstentions, certified radii and detector scores if the defense has them.
 
         The random draws of an image depend on seed and id only, so they are the same for its clean and adversarial
@@ -62,9 +62,9 @@ class DefendedModel:
             certified_radius=torch.cat(radius) if radius else None,
         )
 
-    def predict(self, images: Tensor, ids: list[str]) -> Tensor:
+    def logits(self, images: Tensor, ids: list[str]) -> Tensor:
         """Returns (B, C) logits."""
-        return self.answer(images, ids).logits
+        return self.predict(images, ids).logits
 
     def scores(self, outputs: Outputs) -> list[float] | list[None]:
         """Returns the detector's scores if the defense rejects images; else None for each."""
@@ -82,9 +82,9 @@ class DefendedModel:
         few = min(FEW, len(batch.ids))
         images, ids = batch.images[:few], batch.ids[:few]
         with self.counted.paused():
-            first, second = self.predict(images, ids), self.predict(images, ids)
+            first, second = self.logits(images, ids), self.logits(images, ids)
             some = range(0, few, 2)
-            copies = torch.stack([self.predict(images[i].expand_as(images), ids)[i] for i in some])
+            copies = torch.stack([self.logits(images[i].expand_as(images), ids)[i] for i in some])
         return Checks(forwards_differ=not same(first, second), batch_dependent=not same(first[some], copies))
 
     def not_finite(self) -> UserError:

@@ -135,7 +135,7 @@ class CellEvaluator:
         spent, threat = self.deployed.counted.spent, Threat(self.cell.norm, self.cell.eps)
 
         before = spent()
-        clean = self.deployed.answer(batch.images, batch.ids)
+        clean = self.deployed.predict(batch.images, batch.ids)
         predicted = spent()
         right = (clean.predictions == batch.labels).nonzero()[:, 0]
         attacked = attack_batch(self.deployed, self.fitted, batch, right, threat)
@@ -152,7 +152,7 @@ class CellEvaluator:
             peak_memory_mb=peak_memory_mb(self.device),
         )
         with self.fitted.conditions():
-            final = self.deployed.answer(attacked.images, batch.ids)
+            final = self.deployed.predict(attacked.images, batch.ids)
         rows = self._rows(batch, clean, final, attacked, threat.distance(attacked.images, batch.images))
         if self.keep is not None:
             self.keep(number, attacked.images)

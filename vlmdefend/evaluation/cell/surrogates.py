@@ -29,7 +29,7 @@ def agree(deployed: DefendedModel, batch: Batch) -> bool:
         return True
     images, ids = batch.images[:COMPARED_IMAGES], batch.ids[:COMPARED_IMAGES]
     with deployed.counted.paused(), torch.no_grad():
-        logits = deployed.predict(images, ids)
+        logits = deployed.logits(images, ids)
         return all(
             same(surrogate(images, ImageRng(deployed.cell.seed, ids, "deployed")).logits, logits)
             for surrogate in deployed.defense.surrogates(deployed.counted)
@@ -43,5 +43,5 @@ def fooled_surrogates_only(
     if not are_used(deployed) or deployed.defense.stochastic:  # with a random pipeline no image stops early
         return torch.empty(0, dtype=torch.int64)
     with deployed.counted.paused(), fitted.conditions():
-        right = deployed.answer(crafted.images, ids).predictions == labels
+        right = deployed.predict(crafted.images, ids).predictions == labels
     return (crafted.fooled & right).nonzero()[:, 0].cpu()

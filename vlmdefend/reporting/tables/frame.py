@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmdefend.errors import UserError
 from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
-from vlmdefend.reporting.verdicts.line import Proportion, VerdictRow
+from vlmdefend.reporting.verdicts.row import Proportion, VerdictRow
 
 if TYPE_CHECKING:
     import pandas

@@ -11,7 +11,7 @@ from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS
 from vlmdefend.reporting.verdicts.attack_names import differing
 from vlmdefend.reporting.verdicts.certified import certified_text
 from vlmdefend.reporting.verdicts.cost import PerImage, mean_cost
-from vlmdefend.reporting.verdicts.line import ScoredPipeline, VerdictRow
+from vlmdefend.reporting.verdicts.row import ScoredPipeline, VerdictRow
 from vlmdefend.reporting.verdicts.seeds import over_seeds
 from vlmdefend.types import Attacker, format_eps
 

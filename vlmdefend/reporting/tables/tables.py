@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from vlmdefend.errors import UserError, did_you_mean
 from vlmdefend.evaluation.store.records import ImageRow, Record
 from vlmdefend.reporting.tables.groups import verdict_tables
-from vlmdefend.reporting.verdicts.line import VerdictRow
+from vlmdefend.reporting.verdicts.row import VerdictRow
 from vlmdefend.reporting.verdicts.verdict import verdict_rows
 
 if TYPE_CHECKING:

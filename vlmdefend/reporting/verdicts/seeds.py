@@ -10,7 +10,7 @@ from vlmdefend.evaluation.statistics.diagnostics import ATTACKERS, Reason
 from vlmdefend.evaluation.statistics.intervals import mean_and_spread
 from vlmdefend.reporting.verdicts.certified import mean_curve
 from vlmdefend.reporting.verdicts.cost import mean_cost
-from vlmdefend.reporting.verdicts.line import Proportion, VerdictRow
+from vlmdefend.reporting.verdicts.row import Proportion, VerdictRow
 
 
 def over_seeds(lines: Sequence[VerdictRow]) -> list[VerdictRow]:

@@ -23,8 +23,8 @@ from vlmdefend.evaluation.store.records import Cell, ImageRow, Record
 from vlmdefend.reporting.verdicts.attack_names import attack_names
 from vlmdefend.reporting.verdicts.certified import abstained, certified_curve
 from vlmdefend.reporting.verdicts.cost import per_image
-from vlmdefend.reporting.verdicts.line import Proportion, ScoredPipeline, VerdictRow
 from vlmdefend.reporting.verdicts.notes import notes
+from vlmdefend.reporting.verdicts.row import Proportion, ScoredPipeline, VerdictRow
 from vlmdefend.types import Attacker
 
 

@@ -48,7 +48,7 @@ class Adapted(JobResult):
 class AdaptationJob(TrainingJob[UrdaSettings, Adapted]):
     """Trains by unsupervised robust domain adaptation: an adapted teacher (step 1), then a robust student (step 2)."""
 
-    def refuse(self) -> None:
+    def check_inputs(self) -> None:
         """Creates both methods, and refuses BatchNorm in training mode if several processes share a batch."""
         self.method, self.robust = adaptation_of(self.settings), robustification_of(self.settings)
         if self.settings.batch_norm == "train" and self.processes.count > 1:

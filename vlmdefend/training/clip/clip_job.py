@@ -24,7 +24,7 @@ Result = TypeVar("Result", bound=JobResult)
 class ClipJob(TrainingJob[Settings, Result], Generic[Settings, Result]):
     """A job that trains a CLIP on one data set and measures it on held-out images of the set."""
 
-    def refuse(self) -> None:
+    def check_inputs(self) -> None:
         """Refuses BatchNorm in training mode if the batch is split over processes or micro-batches."""
         if self.settings.batch_norm == "train" and (self.processes.count > 1 or self.settings.micro_batch):
             raise UserError(

@@ -36,9 +36,9 @@ class Trained(JobResult):
 class DefenseTrainingJob(ClipJob[TrainSettings, Trained]):
     """Trains a CLIP with a training-time defense; :meth:`cost` and :meth:`memory` give estimates before it starts."""
 
-    def refuse(self) -> None:
+    def check_inputs(self) -> None:
         """Refuses settings or a number of processes that the method cannot work with."""
-        super().refuse()
+        super().check_inputs()
         settings = self.settings
         if settings.objective.whole_batch and (self.processes.count > 1 or settings.micro_batch):
             raise UserError(

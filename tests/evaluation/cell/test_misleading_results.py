@@ -1,4 +1,4 @@
-"""What could make numbers look better than they are: a misleading surrogate, changed files, a missing model."""
+"""Cases that could make results look better than they are: a misleading surrogate, changed files, a missing model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vlmdefend.types import Outputs, Pipeline, Threat
 
 @dataclass(frozen=True, kw_only=True)
 class Rolled(Defense):
-    """Deploys the bare model, and tells the attacker that it shifts the image."""
+    """Deploys the bare model, but gives the attacker a surrogate that shifts the image."""
 
     name: ClassVar[str] = "rolled"
     paradigm: ClassVar[Paradigm] = "training-free"
@@ -44,7 +44,7 @@ class Rolled(Defense):
         return TransformedInput(model, lambda images, rng: images.roll(3, dims=-1))
 
 
-def test_a_surrogate_with_other_values_does_not_spare_the_images_it_misclassifies() -> None:
+def test_a_surrogate_with_other_values_also_attacks_the_images_it_misclassifies() -> None:
     model = vlmdefend.load_model("tiny-rn", device="cpu")
     images = vlmdefend.load_dataset("fashion", limit=40)
     batch = load_batch(images, range(40), PixelTransform(model.image_size), skip_bad=False)[0]
@@ -84,7 +84,7 @@ def off_the_levels(images: Tensor) -> Tensor:
     return (levels - levels.round()).abs().flatten(1).amax(dim=1) > 1e-3
 
 
-def test_an_image_that_a_stand_in_let_go_and_the_deployed_pipeline_gets_right_is_attacked_to_the_end(
+def test_an_image_that_only_the_surrogate_misclassifies_is_attacked_to_the_end(
     verdict: Verdict,
 ) -> None:
     record, rows = verdict(defense=Gated(), attacker="adaptive", attack=Pgd(steps=5), eps=60 / 255)
@@ -117,7 +117,7 @@ class Evaded:
         return Outputs(torch.where(off_the_levels(images)[:, None], torch.nan, self.model(images, rng).logits))
 
 
-def test_finds_on_the_bare_model_that_a_defense_answers_with_no_numbers_are_noticed() -> None:
+def test_examples_of_the_bare_model_with_logits_that_are_not_numbers_are_flagged() -> None:
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).mul(255).round().div(255)
     model = Halves()
     labels, ids = torch.zeros(4, dtype=torch.int64), [str(i) for i in range(4)]
