@@ -58,15 +58,15 @@ class Artuda(Adaptation):
 
     @property
     def cost(self) -> StepCost:
-        """The attack, one forward for its labels, and both domains and the adversarial one."""
+        """Returns the passes of the attack, of its labels, and of an update on both domains and adversarial images."""
         return StepCost(forward_backwards=self.steps + 3, teacher_forwards=0)
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The discriminator."""
+        """Returns the domain discriminator, which trains beside the classifier."""
         return {"discriminator": discriminator(shape.features)}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of all three domains."""
+        """Returns the losses of one forward of source, target and adversarial images."""
         trained, (source, target) = student_of(student), domains_of(batch)
         count = len(source.ids)
         draws = rng.select(list(range(count, len(batch.ids))))

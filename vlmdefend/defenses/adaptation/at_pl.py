@@ -46,11 +46,11 @@ class AtPl(Adaptation):
 
     @property
     def cost(self) -> StepCost:
-        """The attack and one update."""
+        """Returns the passes of the attack and of one update."""
         return StepCost(forward_backwards=self.steps + 1, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The mean cross-entropy at the adversarial images."""
+        """Returns the mean cross-entropy at the adversarial images."""
         trained, target = student_of(student), domains_of(batch).target
         labels = teacher_of(teacher).of(target).logits.argmax(dim=1)
         loss = away_from(trained.attacked, labels)

@@ -48,11 +48,11 @@ class Bsp(Adaptation):
     warm_up: int = 1000
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The discriminator."""
+        """Returns the domain discriminator, which trains beside the classifier."""
         return {"discriminator": discriminator(shape.features)}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains, three losses."""
+        """Returns three losses from one forward of both domains."""
         trained, pair = student_of(student), domains_of(batch)
         source, target = split(trained(batch.images), len(pair.source.ids))
         coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)

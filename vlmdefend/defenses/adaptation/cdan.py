@@ -51,11 +51,11 @@ class Cdan(Adaptation):
     warm_up: int = 1000
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The discriminator."""
+        """Returns the domain discriminator, which trains beside the classifier."""
         return {"discriminator": discriminator(shape.features * shape.classes)}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains, two losses."""
+        """Returns the source cross-entropy and the alignment loss, from one forward of both domains."""
         trained, pair = student_of(student), domains_of(batch)
         source, target = split(trained(batch.images), len(pair.source.ids))
         coefficient = reversal_coefficient(trained.iteration, length=self.warm_up)

@@ -40,7 +40,7 @@ class Dan(Adaptation):
     trade_off: float = 1.0
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains, two losses."""
+        """Returns the source cross-entropy and the alignment loss, from one forward of both domains."""
         pair = domains_of(batch)
         outputs, count = student_of(student)(batch.images), len(pair.source.ids)
         source, _ = split(outputs, count)

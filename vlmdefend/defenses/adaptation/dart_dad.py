@@ -59,15 +59,15 @@ class DartDad(Adaptation):
 
     @property
     def cost(self) -> StepCost:
-        """The attack and both domains."""
+        """Returns the passes of the attack and of one update on both domains."""
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=1)
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The discriminator."""
+        """Returns the domain discriminator, which trains beside the classifier."""
         return {"discriminator": discriminator(shape.features)}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of source and adversarial target."""
+        """Returns the losses of one forward of source and adversarial target images."""
         trained, (source, target) = student_of(student), domains_of(batch)
         count, network = len(source.ids), trained.auxiliary["discriminator"]
         draws = rng.select(list(range(count, len(batch.ids))))

@@ -41,7 +41,7 @@ class Mcc(Adaptation):
     trade_off: float = 1.0
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains, two losses."""
+        """Returns the source cross-entropy and the class confusion of the target, from one forward of both domains."""
         pair = domains_of(batch)
         source, target = split(student_of(student)(batch.images), len(pair.source.ids))
         confusion = self.trade_off * class_confusion(target.logits, self.temperature)

@@ -50,11 +50,11 @@ class Mcd(Adaptation):
     reversal: float = 1.0
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The second head."""
+        """Returns the second head, which trains beside the classifier."""
         return {"second": nn.Linear(shape.features, shape.classes)}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains, two heads."""
+        """Returns the losses of two heads from one forward of both domains."""
         trained, pair = student_of(student), domains_of(batch)
         source, target = split(trained(batch.images), len(pair.source.ids))
         second, head = trained.auxiliary["second"], trained.classifier.head

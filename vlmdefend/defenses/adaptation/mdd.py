@@ -50,12 +50,12 @@ class Mdd(Adaptation):
     warm_up: int = 1000
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """The adversarial head."""
+        """Returns the adversarial head, which trains beside the classifier."""
         width = shape.features
         return {"adversary": nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, shape.classes))}
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains, two heads."""
+        """Returns the losses of two heads from one forward of both domains."""
         trained, pair = student_of(student), domains_of(batch)
         outputs, count = trained(batch.images), len(pair.source.ids)
         source, target = split(outputs, count)

@@ -55,11 +55,11 @@ class Rfa(Adaptation):
     warm_up: int = 1000
 
     def auxiliary(self, shape: Shape) -> dict[str, nn.Module]:
-        """MDD's second head."""
+        """Returns MDD's second head, which trains beside the classifier."""
         return Mdd().auxiliary(shape)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of both domains through student and teacher."""
+        """Returns the losses of one forward of both domains through student and teacher."""
         trained, pair = student_of(student), domains_of(batch)
         count, outputs = len(pair.source.ids), trained(batch.images)
         source, target = split(outputs, count)

@@ -46,7 +46,7 @@ class SelfTraining(Adaptation):
     trade_off: float = 1.0
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of the source, weakly changed, and of both views of the target."""
+        """Returns the losses of one forward of the weakly augmented source and of both views of the target."""
         pair = domains_of(batch)
         count, weak = len(pair.source.ids), weakly(batch.images, rng.child("weak"))
         strong = strongly(pair.target.images, rng.select(list(range(count, len(batch.ids)))).child("strong"))

@@ -54,7 +54,7 @@ class Shot(Adaptation):
         return (SourceOnly(smoothing=self.smoothing), self)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """One forward of the target."""
+        """Returns the losses of one forward of the target images."""
         trained, target = student_of(student), domains_of(batch).target
         features = features_of(trained(target.images))
         fixed = {name: weight.detach() for name, weight in trained.classifier.head.named_parameters()}

@@ -40,7 +40,7 @@ class SourceOnly(Adaptation):
     smoothing: float = 0.0
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The mean cross-entropy of the source images."""
+        """Returns the mean cross-entropy of the source images."""
         source = domains_of(batch).source
         logits = student_of(student)(source.images).logits
         loss = F.cross_entropy(logits, source.labels, label_smoothing=self.smoothing)

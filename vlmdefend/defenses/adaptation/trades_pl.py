@@ -48,11 +48,11 @@ class TradesPl(Adaptation):
 
     @property
     def cost(self) -> StepCost:
-        """The attack and two updates."""
+        """Returns the passes of the attack and of two updates."""
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """Both terms."""
+        """Returns the clean and the adversarial term."""
         trained, target = student_of(student), domains_of(batch).target
         labels = teacher_of(teacher).of(target).logits.argmax(dim=1)
         loss = away_from_prediction(trained.attacked, target.images)

@@ -44,11 +44,11 @@ class Vat(Adaptation):
 
     @property
     def cost(self) -> StepCost:
-        """The attack and one update."""
+        """Returns the passes of the attack and of one update."""
         return StepCost(forward_backwards=self.steps + 1, teacher_forwards=0)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:
-        """The mean cross-entropy at the adversarial images."""
+        """Returns the mean cross-entropy at the adversarial images."""
         trained, source = student_of(student), domains_of(batch).source
         loss = away_from(trained.attacked, source.labels)
         adversarial = ascend(loss, source.images, eps=self.eps, alpha=self.alpha, steps=self.steps, rng=rng)

@@ -34,7 +34,7 @@ FILE_ENDING = ".safetensors"
 class TokenTuning(Hashable, Protocol):
     """Options and losses of a method that tunes tokens inside both towers; ``tapt`` is one.
 
-    Fields: see :class:`~vlmdefend.defenses.test_time.tapt.Tapt`.
+    The properties are the options of :class:`~vlmdefend.defenses.test_time.tapt.Tapt`, where each is explained.
     """
 
     @property
@@ -60,10 +60,21 @@ class TokenTuning(Hashable, Protocol):
     @property
     def known_eps(self) -> float: ...
 
-    def loss(self, logits: Tensor, classes: Tensor) -> Tensor: ...
-    def alignment(self, blocks: Sequence[Tensor], known: TokenStatistics) -> Tensor: ...
-    def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor: ...
-    def measure(self, model: Pipeline, clean: Tensor, adversarial: Tensor) -> TokenStatistics: ...
+    def loss(self, logits: Tensor, classes: Tensor) -> Tensor:
+        """Returns the loss that tuning minimises, without the alignment term."""
+        ...
+
+    def alignment(self, blocks: Sequence[Tensor], known: TokenStatistics) -> Tensor:
+        """Returns the distance per image between its token statistics and the measured ones."""
+        ...
+
+    def predict(self, logits: Tensor, features: Tensor, sight: Sight) -> Tensor:
+        """Returns (B, C) logits from those of all views after tuning."""
+        ...
+
+    def measure(self, model: Pipeline, clean: Tensor, adversarial: Tensor) -> TokenStatistics:
+        """Returns the token statistics of known clean and adversarial images."""
+        ...
 
 
 _MEASURED: WeakKeyDictionary[ZeroShotClassifier, dict[TokenTuning, TokenStatistics]] = WeakKeyDictionary()

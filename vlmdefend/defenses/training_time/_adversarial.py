@@ -43,7 +43,7 @@ class Adversarial(Objective, ABC):
 
     @property
     def cost(self) -> StepCost:
-        """One forward and backward a step of the attack, one for the update; a forward of the teacher if any."""
+        """Returns the passes: forward and backward per attack step and for the update, and a forward of any teacher."""
         return StepCost(forward_backwards=self.steps + 1, teacher_forwards=int(self.teacher != "none"))
 
     def attacked(self, student: Student, batch: Batch, rng: ImageRng) -> Tensor:

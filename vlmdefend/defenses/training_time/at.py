@@ -55,7 +55,7 @@ class At(Adversarial):
 
     @property
     def cost(self) -> StepCost:
-        """Returns the cost; FT-Clean has the update alone."""
+        """Returns the passes of one step; FT-Clean has those of the update only."""
         return StepCost(forward_backwards=1 + self.steps * (self.images == "adversarial"), teacher_forwards=0)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:

@@ -70,7 +70,7 @@ class HptGpd(Objective):
 
     @property
     def cost(self) -> StepCost:
-        """One forward and backward a step of the attack, one for the update, one forward of the proxy."""
+        """Returns the passes: forward and backward per attack step and for the update, and a forward of the proxy."""
         return StepCost(forward_backwards=self.steps + 1, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:

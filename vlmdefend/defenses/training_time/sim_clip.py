@@ -55,7 +55,7 @@ class SimClip(Adversarial):
 
     @property
     def cost(self) -> StepCost:
-        """The paper's has the clean image in the graph too."""
+        """Returns the passes of one step; in the paper's form the clean image is in the graph too."""
         return StepCost(forward_backwards=self.steps + 1 + (self.variant == "paper"), teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:

@@ -67,7 +67,7 @@ class TgaZsr(Adversarial):
 
     @property
     def cost(self) -> StepCost:
-        """The clean image is in the graph too."""
+        """Returns the passes of one step; the clean image is in the graph too."""
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=1)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:

@@ -42,7 +42,7 @@ class Trades(Adversarial):
 
     @property
     def cost(self) -> StepCost:
-        """The clean image is in the graph too; its forward also serves the attack."""
+        """Returns the passes of one step; the clean image is in the graph too, and the attack uses its forward."""
         return StepCost(forward_backwards=self.steps + 2, teacher_forwards=0)
 
     def losses(self, student: Student, teacher: Teacher | None, batch: Batch, rng: ImageRng) -> Terms:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmdefend.errors import UserError
+from vlmdefend.models.classifier.classifier import batch_statistics
 from vlmdefend.models.clip.patches import with_patches
 from vlmdefend.models.clip.vision_language import (
     CLIP_MEAN,
@@ -182,19 +183,6 @@ def choose_trained(classifier: TrainedClassifier, parts: str) -> dict[str, nn.Pa
         )
     classifier.trains_text = parts == "all"
     return {name: named[name].requires_grad_(True) for name in chosen}
-
-
-@contextmanager
-def batch_statistics(module: nn.Module) -> Iterator[None]:
-    """Puts BatchNorm layers into training mode inside the block; other layers stay as they are."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.training]
-    for m in norms:
-        m.training = True
-    try:
-        yield
-    finally:
-        for m in norms:
-            m.training = False
 
 
 def batch_norm_buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The fitted that the tool exists for: an attacker who knows the defense finds what transfer examples miss."""
+"""An attacker who knows the defense finds adversarial examples that transferred ones miss, for several defenses."""
 
 from __future__ import annotations
 
