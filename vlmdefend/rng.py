@@ -59,7 +59,7 @@ class ImageRng:
         return part
 
     def uniform(self, shape: Sequence[int], low: float = 0.0, high: float = 1.0) -> Tensor:
-        """(B, *shape) float32 on the CPU, uniform in [low, high)."""
+        """Returns (B, *shape) float32 draws on the CPU, uniform in [low, high)."""
         import torch
 
         out = torch.empty(len(self), *shape)
@@ -68,7 +68,7 @@ class ImageRng:
         return out
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """(B, *shape) float32 on the CPU, standard normal."""
+        """Returns (B, *shape) float32 draws on the CPU, standard normal."""
         import torch
 
         out = torch.empty(len(self), *shape)
@@ -77,7 +77,7 @@ class ImageRng:
         return out
 
     def integers(self, shape: Sequence[int], low: int, high: int) -> Tensor:
-        """(B, *shape) int64 on the CPU, uniform in [low, high)."""
+        """Returns (B, *shape) int64 draws on the CPU, uniform in [low, high)."""
         import torch
 
         out = torch.empty(len(self), *shape, dtype=torch.int64)

@@ -41,7 +41,7 @@ class Outputs(NamedTuple):
 
     @property
     def predictions(self) -> Tensor:
-        """(B,) int64 classes (ties to the lowest index), :data:`ABSTAINED` where no answer is given."""
+        """The (B,) int64 predicted classes (ties to the lowest index), :data:`ABSTAINED` where no answer is given."""
         classes = self.logits.argmax(dim=1)
         return classes if self.abstained is None else classes.masked_fill(self.abstained, ABSTAINED)
 
@@ -65,7 +65,7 @@ class EmbeddingPipeline(Pipeline, Protocol):
     std: Tensor  # (3, 1, 1) what pixels in [0, 1] are divided by
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, D) image features of any length -> (B, C)."""
+        """Returns the (B, C) logits of (B, D) image features of any length."""
         ...
 
 
@@ -129,7 +129,8 @@ class Threat:
         return noisy(images, noise, self.eps)
 
     def distance(self, images: Tensor, around: Tensor) -> Tensor:
-        """(B,) float64 distance in this norm; for ``patch`` the share of the smallest square that holds all changes.
+        """Returns (B,) float64 distances in this norm; for ``patch`` the share of the smallest square that holds all
+        changes.
 
         Where nothing about the pixels is measured (``corruption``, ``tokens``) it is that of ``linf``.
         """
@@ -139,7 +140,7 @@ class Threat:
         return delta.norm(dim=1) if self.norm == "l2" else delta.abs().amax(dim=1)
 
     def contains(self, images: Tensor, around: Tensor, tolerance: float = 1e-6) -> Tensor:
-        """(B,) bool: finite, in [0, 1] and within ``eps`` (float64, ``tolerance`` for float32 rounding)."""
+        """Returns (B,) bool: finite, in [0, 1] and within ``eps`` (float64, ``tolerance`` for float32 rounding)."""
         eps = self.eps if isinstance(self.eps, (int, float)) else self.eps.double().to(images.device)
         flat = images.flatten(1)
         inside = flat.isfinite().all(1) & (flat >= 0).all(1) & (flat <= 1).all(1)
@@ -149,7 +150,7 @@ class Threat:
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) values in a shape that broadcasts over the (B, ...) tensor ``like``."""
+    """Returns (B,) values in a shape that broadcasts over the (B, ...) tensor ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))
 
 

@@ -73,7 +73,7 @@ class BestIterates:
         return self.images, self.margins
 
 
-def keep_(state: State, where: Tensor, **values: Tensor) -> None:
+def update_rows_(state: State, where: Tensor, **values: Tensor) -> None:
     """Overwrites rows of the state in place, so that image buffers are reused."""
     for name, value in values.items():
         old = state[name]

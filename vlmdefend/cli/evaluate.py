@@ -52,6 +52,7 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
     from vlmdefend.evaluation.launchers.inline import run_plan
     from vlmdefend.evaluation.store.run_folder import Store
     from vlmdefend.reporting import print_verdict
+    from vlmdefend.reporting.runs import half_done_cells
     from vlmdefend.reporting.tables.transfer import print_transfer
 
     store = Store(out)
@@ -62,6 +63,12 @@ def _run(plan: Plan, out: Path, *, debug: bool) -> None:
         found = f", {evaluation.reused} of them found done" if evaluation.reused else ""
         cells = f"{len(evaluation.results)} cell{'s' if len(evaluation.results) > 1 else ''}"
         typer.echo(f"\n{cells} in {out}{found}; `vlmdefend report {out}` shows them again.")
+    for cell in half_done_cells(out) if not evaluation.failures else ():  # a failed cell may be half done itself
+        typer.echo(
+            f"{cell}: half done and not used here: another command, perhaps still running, or another version of "
+            "vlmdefend began it; delete the folder if it is not needed.",
+            err=True,
+        )
     for failure in evaluation.failures:
         typer.echo(f"error: {failure.what}: {failure.message}", err=True)
     if evaluation.failures:

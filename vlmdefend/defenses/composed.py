@@ -91,7 +91,7 @@ class Composed(Defense):
 
     @property
     def inner(self) -> tuple[Defense, ...]:
-        """The parts."""
+        """The defenses that are composed, outermost first."""
         return self.parts
 
     def spec(self) -> dict[str, Any]:

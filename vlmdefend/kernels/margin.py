@@ -17,7 +17,7 @@ from vlmdefend.kernels.operators import operator
 
 
 def margin(logits: Tensor, classes: Tensor) -> Tensor:
-    """(B, C) logits, float32 or bfloat16, and (B,) classes y -> (B,) ``max_{i != y} z_i - z_y``, float32.
+    """Returns (B,) float32 margins of (B, C) logits and (B,) classes y: ``max_{i != y} z_i - z_y``, float32.
 
     Carlini & Wagner 2017, f_6 without the floor.
     """
@@ -28,7 +28,7 @@ def margin(logits: Tensor, classes: Tensor) -> Tensor:
 
 
 def dlr(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, C) logits, C at least 3, and (B,) labels y -> (B,) ``-(z_y - max_{i != y} z_i) / (z_1 - z_3 + 1e-12)``.
+    """Returns (B,) DLR losses of (B, C >= 3) logits and labels y: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3 + 1e-12)``.
 
     z_1 and z_3 are the highest and third highest logit (Croce & Hein 2020, eq. 6). Types as of :func:`margin`.
     """

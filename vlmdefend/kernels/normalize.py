@@ -12,7 +12,7 @@ from vlmdefend.kernels.operators import operator
 
 
 def normalized(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, H, W) float32 images, (C, 1, 1) mean and std -> ``(images - mean) / std``, differentiable, a new tensor.
+    """Normalises (B, C, H, W) float32 by (C, 1, 1) mean and std: a new tensor, differentiable.
 
     The gradient is divided by std, which torch does in one pass: it has no kernel of its own.
     """

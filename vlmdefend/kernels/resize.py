@@ -18,7 +18,7 @@ from vlmdefend.kernels.resize_weights import AxisResize, RowWeights
 
 
 def resized(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(B, C, H, W), (S, H) and (S, W) weights -> (B, C, S, S); an axis that has its size already is left alone."""
+    """Resizes (B, C, H, W) by (S, H) and (S, W) weights to (B, C, S, S); an axis of the right size stays."""
     if rows.shape[0] != rows.shape[1]:
         images = rows @ images
     if columns.shape[0] != columns.shape[1]:

@@ -9,5 +9,5 @@ if TYPE_CHECKING:
 
 
 def per_image(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) values in a shape that broadcasts over the (B, ...) tensor ``like``."""
+    """Returns (B,) values in a shape that broadcasts over the (B, ...) tensor ``like``."""
     return values.view(-1, *[1] * (like.dim() - 1))

@@ -35,10 +35,15 @@ def load_runs(folders: Iterable[str | Path]) -> list[Result]:
     return [*(result for same_cell in outcomes.values() for result in same_cell), *failed.values()]
 
 
+def half_done_cells(folder: str | Path) -> list[Path]:
+    """Returns the folders of the cells in a run folder that were started and not finished, sorted."""
+    begun = (file.parent for file in Path(folder).expanduser().glob("cells/*/partial.jsonl"))
+    return sorted(cell for cell in begun if not (cell / "record.json").exists())
+
+
 def unfinished(folders: Iterable[str | Path]) -> int:
     """Returns the number of cells in these folders that were started and not finished."""
-    begun = (file.parent for folder in folders for file in Path(folder).expanduser().glob("cells/*/partial.jsonl"))
-    return sum(not (cell / "record.json").exists() for cell in begun)
+    return sum(len(half_done_cells(folder)) for folder in folders)
 
 
 def only(

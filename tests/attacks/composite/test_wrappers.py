@@ -228,4 +228,4 @@ def test_eot_learns_from_as_many_draws_as_it_attacks_with() -> None:
     assert view.samples == 1
     assert isinstance(learned, Universal)
     assert isinstance(expected, Universal)
-    assert torch.equal(learned._lesson(), expected._lesson())
+    assert torch.equal(learned._fitted(), expected._fitted())

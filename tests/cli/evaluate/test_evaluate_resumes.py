@@ -181,6 +181,18 @@ def damaged(evaluate: Cli) -> str:
     return error_line(line)
 
 
+def test_a_half_done_cell_of_another_version_is_named_and_left_as_it_is(done: Path, evaluate: Cli) -> None:
+    assert "half done" not in evaluate("-a", "none").err
+    other = done.parent / "0123456789abcdef"  # another version of the code has another key for the same cell
+    other.mkdir()
+    (other / "partial.jsonl").write_bytes((done / "rows.jsonl").read_bytes())
+    outcome = evaluate("-a", "none")
+    assert outcome.code == 0
+    assert f"{other}: half done and not used here" in outcome.err
+    assert "delete the folder if it is not needed" in outcome.err
+    assert (other / "partial.jsonl").read_bytes() == (done / "rows.jsonl").read_bytes()
+
+
 def test_a_record_of_a_newer_schema_is_not_touched(done: Path, evaluate: Cli) -> None:
     file = done / "record.json"
     text = file.read_text().replace('"schema_version": 1', '"schema_version": 99')

@@ -15,7 +15,7 @@ def defocus_blur(images: Tensor, rng: ImageRng, radius: float, alias: float) -> 
 
 
 def disk(radius: float, alias: float) -> Tensor:
-    """(k, k) the disk, k = 17 or, above a radius of 8, 2 radius + 1.
+    """Returns a (k, k) disk kernel, k = 17 or, above a radius of 8, 2 radius + 1.
 
     It sums to 1, but for a radius above 8 to 1.01: as published, what lies beyond the kernel is its reflection.
     """

@@ -22,7 +22,7 @@ def inside(index: Tensor, size: int, border: Border) -> Tensor:
 
 
 def gaussian_matrix(size: int, sigma: float, truncate: float, border: Border) -> Tensor:
-    """(size, size) the blur of one axis, with the weights of ``scipy.ndimage.gaussian_filter1d``."""
+    """Returns the (size, size) blur of one axis, with the weights of ``scipy.ndimage.gaussian_filter1d``."""
     if sigma == 0:
         return torch.eye(size)
     radius = int(truncate * sigma + 0.5)
@@ -34,13 +34,13 @@ def gaussian_matrix(size: int, sigma: float, truncate: float, border: Border) ->
 
 
 def blurred(images: Tensor, sigma: float, truncate: float = 4.0, border: Border = "edge") -> Tensor:
-    """(B, C, H, W) Gaussian blur; a matrix per axis, so that a blur wider than the image costs no more."""
+    """Applies a Gaussian blur to (B, C, H, W); a matrix per axis, so that a blur wider than the image costs no more."""
     rows, columns = (gaussian_matrix(size, sigma, truncate, border).to(images) for size in images.shape[2:])
     return rows @ images @ columns.T
 
 
 def filtered(images: Tensor, kernel: Tensor) -> Tensor:
-    """(B, C, H, W) correlated with a (k, k) kernel, k odd; reflected at the border."""
+    """Correlates (B, C, H, W) with a (k, k) kernel, k odd; reflected at the border."""
     reach = kernel.shape[0] // 2
     rows, columns = (
         inside(torch.arange(-reach, size + reach), size, "reflect").to(images.device) for size in images.shape[2:]
@@ -73,7 +73,7 @@ def motion_blurred(images: Tensor, radius: float, sigma: float, degrees: Tensor)
 
 
 def zoomed(images: Tensor, factor: float) -> Tensor:
-    """(B, C, H, W) the centre, enlarged linearly to the size of the image."""
+    """Crops the centre of (B, C, H, W), enlarged linearly to the size of the image."""
     height, width = images.shape[2:]
     rows, columns = math.ceil(height / factor), math.ceil(width / factor)
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -85,7 +85,7 @@ def zoomed(images: Tensor, factor: float) -> Tensor:
 
 
 def box_matrix(source: int, target: int) -> Tensor:
-    """(target, source) the resize of one axis to whole pixels, each counted or not, as PIL's ``BOX``."""
+    """Returns the (target, source) resize of one axis to whole pixels, each counted or not, as PIL's ``BOX``."""
     scale = source / target
     support = 0.5 * max(scale, 1.0)
     matrix = torch.zeros(target, source)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.active_set import State, run_active_set
-from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, update_rows_
 from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.cuda_graph import ReplayedGradient
 from vlmdefend.attacks.losses import Loss
@@ -93,13 +93,13 @@ def climb(
         first = s["taken"] == 0
         margin = away.select(index).margin(query.logits)
         if not view.stochastic:  # there the best draw would only be the luckiest, and the last iterate counts
-            keep_(s, margin > s["margin"], margin=margin, best=s["x"])
+            update_rows_(s, margin > s["margin"], margin=margin, best=s["x"])
         value = query.loss.float().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
-        keep_(s, (value > s["top_loss"]) | first, top_loss=value, top=s["x"], top_gradient=query.pixels)
-        keep_(s, first, top_loss_then=value)
+        update_rows_(s, (value > s["top_loss"]) | first, top_loss=value, top=s["x"], top_gradient=query.pixels)
+        update_rows_(s, first, top_loss_then=value)
         s["rises"] += (value > s["loss"]) & ~first
-        keep_(s, ~first, loss=value)
-        gradient = _judge(s, gaps[s["taken"]], rho, query.pixels)
+        update_rows_(s, ~first, loss=value)
+        gradient = _review_step_size(s, gaps[s["taken"]], rho, query.pixels)
         weight = 1.0 - (1.0 - MOMENTUM) * (~first).float()
         following = _move(s, gradient, weight, part.threat)
         s["taken"] += 1
@@ -123,7 +123,7 @@ def climb(
     return iterates.finish(view, away)
 
 
-def _judge(s: State, gap: Tensor, rho: float, gradient: Tensor) -> Tensor:
+def _review_step_size(s: State, gap: Tensor, rho: float, gradient: Tensor) -> Tensor:
     """At a checkpoint, halves step sizes that no longer raise the loss and returns to the iterate of highest loss.
 
     It does not pay if fewer than rho of the iterations raised the loss, or if neither it nor the highest loss has
@@ -134,9 +134,9 @@ def _judge(s: State, gap: Tensor, rho: float, gradient: Tensor) -> Tensor:
         return gradient
     idle = ~s["halved"] & (s["top_loss_then"] >= s["top_loss"])
     halve = checked & ((s["rises"] <= gap * rho) | idle)
-    keep_(s, checked, halved=halve, top_loss_then=s["top_loss"])
+    update_rows_(s, checked, halved=halve, top_loss_then=s["top_loss"])
     s["rises"].masked_fill_(checked, 0)
-    keep_(s, halve, size=s["size"] / 2, x=s["top"])
+    update_rows_(s, halve, size=s["size"] / 2, x=s["top"])
     return torch.where(per_image(halve, gradient), s["top_gradient"], gradient)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, update_rows_
 from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.gradient.pgd import step_size
 from vlmdefend.attacks.losses import LOSSES, NEEDS_REFERENCE
@@ -146,7 +146,7 @@ class Transfer(Attack):
             leave = torch.zeros_like(s["taken"], dtype=torch.bool)
             if not last:
                 margin = away.select(index).margin(query.logits)
-                keep_(s, margin > s["margin"], margin=margin, best=s["x"])
+                update_rows_(s, margin > s["margin"], margin=margin, best=s["x"])
                 leave = (margin > SURE) & view.stop
             if threat.norm == "linf":
                 momentum_linf_step_(s["x"], query.pixels, s["momentum"], s["origin"], alpha, eps, self.decay)

@@ -46,7 +46,7 @@ class Di(Transfer):
             )
 
     def vary(self, images: Tensor, draws: Tensor) -> Tensor:
-        """(B, C, H, W); the draws decide whether, at which size, and how far from the top and the left."""
+        """Resizes and pads (B, C, H, W) images; the draws decide which images, their size, and their place."""
         if images.dim() != 4:
             raise UserError(f"attack di needs images (B, C, H, W), it was given {tuple(images.shape)}.")
         rows = placement(images.shape[-2], self.smallest, draws[:, 1], draws[:, 2])

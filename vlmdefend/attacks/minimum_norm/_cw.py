@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.active_set import State, run_active_set
-from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, update_rows_
 from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.view import View
 from vlmdefend.types import Outputs, Threat, per_image
@@ -71,8 +71,8 @@ def descend(
         distance = part.threat.distance(x, s["origin"]).float()
         inside = part.threat.contains(x, s["origin"])
         if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
-            keep_(s, inside & (margin > s["margin"]), margin=margin, best=x)
-            keep_(s, (margin > 0) & (distance < s["distance"]), distance=distance, near=x)
+            update_rows_(s, inside & (margin > s["margin"]), margin=margin, best=x)
+            update_rows_(s, (margin > 0) & (distance < s["distance"]), distance=distance, near=x)
         # Adam's first steps are as long for any c, and overshoot a near boundary: only the last ones decide on c.
         s["success"] &= s["taken"] % window != 0
         s["success"] |= (won > 0) & (won >= kappa)
@@ -81,7 +81,7 @@ def descend(
         s["taken"] += 1
         checked = s["taken"] % pause == 0
         resting = checked & (s["lowest"] >= s["before"])
-        keep_(s, checked, before=s["lowest"])
+        update_rows_(s, checked, before=s["lowest"])
         decided = (margin > SURE) & inside & view.stop
         ended = (s["taken"] == steps) | resting
         last = ended & (s["search"] + 1 == searches)
@@ -133,7 +133,7 @@ def _next_search_(s: State, where: Tensor) -> None:
     high = torch.where(s["success"], s["c"].minimum(s["high"]), s["high"])
     low = torch.where(s["success"], s["low"], s["c"].maximum(s["low"]))
     following = torch.where(high.isfinite(), (low + high) / 2.0, s["c"] * 10.0)
-    keep_(s, where, high=high, low=low, c=following, w=s["first"])
+    update_rows_(s, where, high=high, low=low, c=following, w=s["first"])
     for name in ("mean", "square", "taken", "success"):
         s[name].masked_fill_(per_image(where, s[name]), 0)
     for name in ("lowest", "before"):

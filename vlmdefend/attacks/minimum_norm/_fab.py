@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vlmdefend.attacks.active_set import State, run_active_set
-from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, update_rows_
 from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.gradient._apgd import start_point
 from vlmdefend.attacks.view import View
@@ -78,17 +78,17 @@ def approach(
         }
 
     def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
-        glance = s["expected"] & ~s["retreated"]
-        plane = _look(part, s["x"], classes[index], threat.norm, glance)
+        logits_only = s["expected"] & ~s["retreated"]
+        plane = _boundary_plane(part, s["x"], classes[index], threat.norm, logits_only)
         fooled, margin = part.criterion.reached(plane.logits), part.criterion.margin(plane.logits)
         inside, distance = part.threat.contains(s["x"], s["origin"]), part.threat.distance(s["x"], s["origin"]).float()
         if not view.stochastic:  # there what fooled one draw was only lucky, and the last iterate counts
-            keep_(s, inside & (margin > s["margin"]), margin=margin, best=s["x"])
-            keep_(s, ~inside & fooled & (distance < s["distance"]), distance=distance, near=s["x"])
+            update_rows_(s, inside & (margin > s["margin"]), margin=margin, best=s["x"])
+            update_rows_(s, ~inside & fooled & (distance < s["distance"]), distance=distance, near=s["x"])
         retreat = fooled & ~s["retreated"]
         back = s["origin"] + (s["x"] - s["origin"]) * steps.beta
         following = torch.where(per_image(retreat, back), back, _onto_boundary(s, plane, steps, threat.norm))
-        wait = glance & ~fooled  # not adversarial after all: the same point again, with its gradient
+        wait = logits_only & ~fooled  # not adversarial after all: the same point again, with its gradient
         following = torch.where(per_image(wait, s["x"]), s["x"], following)
         s["expected"] = torch.where(s["retreated"], s["expected"], fooled)
         s["taken"] += ~retreat & ~wait
@@ -115,11 +115,11 @@ def approach(
     return iterates.finish(view, away)
 
 
-def _look(part: AttackPart, x: Tensor, classes: Tensor, norm: Norm, glance: Tensor) -> BoundaryPlane:
-    """Returns the plane at each x; with ``glance`` only the logits, with a normal of zero."""
-    if not glance.any():
+def _boundary_plane(part: AttackPart, x: Tensor, classes: Tensor, norm: Norm, logits_only: Tensor) -> BoundaryPlane:
+    """Returns the plane at each x; with ``logits_only`` only the logits, with a normal of zero."""
+    if not logits_only.any():
         return nearest_plane(part.view, x, part.criterion, classes, norm)
-    forward, both = (rows.nonzero()[:, 0] for rows in (glance.cpu(), ~glance.cpu()))
+    forward, both = (rows.nonzero()[:, 0] for rows in (logits_only.cpu(), ~logits_only.cpu()))
     seen = part.view.select(forward)(x[forward])
     if not len(both):
         return BoundaryPlane(seen.new_zeros(len(x)), torch.zeros_like(x), seen)

@@ -23,7 +23,7 @@ def corners(place: Place, side: int, images: Tensor, rng: ImageRng) -> Tensor:
 
 
 def window(at: Tensor, side: int, images: Tensor) -> Tensor:
-    """(B, 1, H, W) True inside of each image's square."""
+    """Returns (B, 1, H, W) bool: True inside of each image's square."""
     rows, columns = (_offsets(at[:, axis], images.shape[2 + axis]) for axis in (0, 1))
     rows, columns = (rows >= 0) & (rows < side), (columns >= 0) & (columns < side)
     return (rows[:, :, None] & columns[:, None, :])[:, None]
@@ -49,7 +49,7 @@ def cut(images: Tensor, at: Tensor, side: int) -> Tensor:
 
 
 def resized(patch: Tensor, side: int) -> Tensor:
-    """(C, S, S) -> (C, side, side)."""
+    """Resizes a (C, S, S) patch to (C, side, side)."""
     if patch.shape[-1] == side:
         return patch
     return F.interpolate(patch[None], (side, side), mode="bilinear", antialias=True)[0].clamp_(0.0, 1.0)

@@ -72,7 +72,7 @@ class SetLevel(Attack):
         object.__setattr__(fitted, "learned", learned)
         return fitted
 
-    def _lesson(self) -> Tensor:
+    def _fitted(self) -> Tensor:
         if self.learned is None:
             raise UserError(
                 f"attack {self.name} uses one thing on all images and has not learned it yet; call fit(view, images, "
@@ -80,7 +80,7 @@ class SetLevel(Attack):
             )
         return self.learned
 
-    def _learn(
+    def _fit_passes(
         self,
         view: View,
         images: Tensor,

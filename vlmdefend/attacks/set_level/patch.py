@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmdefend.attacks import ATTACKS
 from vlmdefend.attacks.active_set import State, run_active_set
 from vlmdefend.attacks.base import Attack
-from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, keep_
+from vlmdefend.attacks.best_iterates import AttackPart, BestIterates, update_rows_
 from vlmdefend.attacks.criterion import SURE, Criterion
 from vlmdefend.attacks.losses import LOSSES
 from vlmdefend.attacks.set_level._patch import Place, corners, cut, paste, resized, window
@@ -97,13 +97,13 @@ class Patch(SetLevel):
             patch.add_(gradient.sign().to(patch.dtype), alpha=alpha * left).clamp_(0.0, 1.0)
 
         if side:
-            self._learn(view, images, labels, apply, update)
+            self._fit_passes(view, images, labels, apply, update)
         return self._with(patch)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """Returns the images with their patches; a fitted patch of another size is resized."""
         _check_shape(images)
-        patch = None if self.learn == "image" else self._lesson()
+        patch = None if self.learn == "image" else self._fitted()
         result, places = images.clone(), rng.child("place")
         eps = torch.as_tensor(threat.eps).cpu().double().expand(len(images))
         sides = [patch_side(share, *images.shape[2:]) for share in eps.tolist()]
@@ -136,7 +136,7 @@ class Patch(SetLevel):
         def step(part: AttackPart, index: Tensor, s: State) -> Tensor:
             query = part.view.gradient(s["x"], part.criterion, loss)
             margin = part.criterion.margin(query.logits)
-            keep_(s, (margin > s["margin"]) | view.stochastic, best=s["x"], margin=margin)
+            update_rows_(s, (margin > s["margin"]) | view.stochastic, best=s["x"], margin=margin)
             fooled = ((margin > SURE) & view.stop).cpu()
             s["x"].add_(query.pixels.sign_() * s["free"], alpha=alpha).clamp_(0.0, 1.0)
             s["taken"] += 1

@@ -74,12 +74,12 @@ class Universal(SetLevel):
             project()
 
         project()
-        self._learn(view, images, labels, apply, update)
+        self._fit_passes(view, images, labels, apply, update)
         return self._with(delta)
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """Returns the images with the delta, projected into the ball where that is smaller than the fitted one."""
-        delta = self._lesson()
+        delta = self._fitted()
         if images.shape[1:] != delta.shape:
             raise UserError(
                 f"attack universal learned from images {tuple(delta.shape)} and was given {tuple(images.shape[1:])}; "

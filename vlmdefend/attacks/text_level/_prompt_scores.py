@@ -71,12 +71,12 @@ class PromptScores:
         return PromptScore(int((logits.argmax(dim=1) == self.labels).sum()), float(loss))
 
     def logits(self, classes: Tensor) -> Tensor:
-        """(C, D) class features -> (N, C)."""
+        """Returns the (N, C) logits of all images under (C, D) class features."""
         with torch.no_grad(), self._side.using(classes):
             return torch.cat([self._chunk_logits(i, chunk) for i, chunk in self._chunks()])
 
     def gradient(self, classes: Tensor, *, still_right: bool = False) -> Tensor:
-        """(C, D) class features -> (C, D) gradient of the mean cross-entropy.
+        """Returns the (C, D) gradient of the mean cross-entropy with respect to (C, D) class features.
 
         Args:
             still_right: of the images that these features get right (if there are any), which the others would drown.

@@ -39,7 +39,7 @@ class PromptGroup:
     slots: Tensor | None  # (R, S) where tokens may be exchanged; None: tokens are appended
 
     def places(self, prompts: Prompts, side: TextSide, which: tuple[int, ...]) -> Tensor:
-        """(R, len(which)) where slots of these numbers lie."""
+        """Returns the (R, len(which)) token positions of the slots of these numbers."""
         if self.slots is not None:
             return self.slots[:, list(which)]
         first = side.ends_of(side.tokens).flatten()[self.rows]

@@ -111,7 +111,7 @@ class TextLevel(Attack):
         object.__setattr__(fitted, "learned", learned)
         return fitted
 
-    def _lesson(self) -> Prompts:
+    def _fitted(self) -> Prompts:
         if self.learned is None:
             raise UserError(
                 f"attack {self.name} uses the same prompts for all images and has not learned them yet; call fit(view, "

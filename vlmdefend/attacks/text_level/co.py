@@ -65,7 +65,7 @@ class Co(TextLevel):
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """Takes gradient steps on the images that the attacked prompts alone do not fool."""
-        self._lesson()
+        self._fitted()
         result = images.clone()
         with self.conditions(view.text_side):
             todo = torch.arange(len(images))

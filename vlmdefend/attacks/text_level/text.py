@@ -34,7 +34,7 @@ class Text(TextLevel):
 
     def perturb(self, view: View, images: Tensor, labels: Tensor, threat: Threat, rng: ImageRng) -> Tensor:
         """Returns the images unchanged."""
-        spent = max(map(len, self._lesson().changed))
+        spent = max(map(len, self._fitted().changed))
         if spent > int(torch.as_tensor(threat.eps).min()):
             raise UserError(
                 f"attack text learned prompts with {spent} changed tokens, and the threat allows an image fewer; the "

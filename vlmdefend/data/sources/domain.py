@@ -35,7 +35,7 @@ class Domain(Source):
     prefix: ClassVar[str] = "domain"
 
     def listed(self) -> list[ListedDataset]:
-        """The form of the name."""
+        """The form of the name, for ``vlmdefend list datasets``."""
         return [
             ListedDataset("domain:ROOT/DOMAIN", "a domain of an adaptation set (Office-31 ...)", None, "your folder")
         ]

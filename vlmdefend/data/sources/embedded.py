@@ -32,7 +32,7 @@ class Embedded(Source):
     name: ClassVar[str] = "embedded"
 
     def listed(self) -> list[ListedDataset]:
-        """The sets, by name."""
+        """The embedded sets, by name, for ``vlmdefend list datasets``."""
         return [ListedDataset(name, summary, classes, "embedded") for name, (summary, classes) in SETS.items()]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:

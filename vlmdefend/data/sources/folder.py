@@ -28,7 +28,7 @@ class Folder(Source):
     prefix: ClassVar[str] = "folder"
 
     def listed(self) -> list[ListedDataset]:
-        """The form of the name."""
+        """The form of the name, for ``vlmdefend list datasets``."""
         return [ListedDataset("folder:PATH", "one folder per class (ImageFolder)", None, "your folder")]
 
     def open(self, name: str, split: str, root: Path | None) -> ImageSet:

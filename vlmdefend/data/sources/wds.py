@@ -23,7 +23,7 @@ class WebDataset(Source):
     prefix: ClassVar[str] = "wds"
 
     def listed(self) -> list[ListedDataset]:
-        """The form of the name."""
+        """The form of the name, for ``vlmdefend list datasets``."""
         return [
             ListedDataset("wds:PATH", "webdataset shards in CLIP_benchmark's layout, or one .tar", None, "your folder")
         ]

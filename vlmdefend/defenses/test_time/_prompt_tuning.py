@@ -77,7 +77,7 @@ class PromptTuning(Defense):
         """Returns (B, C) logits from (B, V, C) tuned logits and (B, V, D) features of the views."""
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Tunes, then predicts."""
+        """Returns a pipeline that tunes prompts on each image and then predicts."""
         return Tuned(model, self, "cut")
 
     def surrogate(self, model: Pipeline) -> Pipeline:
@@ -186,7 +186,7 @@ class Adam:
 
 
 def soft_sign(gradient: Tensor) -> Tensor:
-    """(B, ...) g / (|g| + the mean |g| of the image)."""
+    """Returns (B, ...) g / (|g| + the mean |g| of the image)."""
     scale = gradient.detach().abs().flatten(1).mean(dim=1).clamp_min(1e-30)
     return gradient / (gradient.abs() + scale.view(-1, *[1] * (gradient.dim() - 1)))
 

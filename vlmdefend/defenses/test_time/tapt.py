@@ -88,7 +88,7 @@ class Tapt(PromptTuning):
             )
 
     def wrap(self, model: Pipeline) -> Pipeline:
-        """Tunes, then predicts."""
+        """Returns a pipeline that tunes tokens on each image and then predicts."""
         return DeepTuned(model, self)
 
     def surrogate(self, model: Pipeline) -> Pipeline:

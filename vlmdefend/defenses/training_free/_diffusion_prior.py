@@ -57,7 +57,7 @@ def denoising_loss(
 
 
 def cosine_signal() -> Tensor:
-    """(1000,) the cosine schedule (Nichol & Dhariwal 2021, equation 17), which the priors of DALL-E 2's kin share."""
+    """Returns (1000,): the cosine schedule (Nichol & Dhariwal 2021, equation 17) of DALL-E 2-like priors."""
     place = torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
     curve = ((place + 0.008) / 1.008 * math.pi / 2).cos().square()
     return (1 - (1 - curve[1:] / curve[:-1]).clamp_max(0.999)).cumprod(dim=0).float()

@@ -49,7 +49,7 @@ class _Round(torch.autograd.Function):
 
 
 def jpeg_surrogate(images: Tensor, quality: int) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> nearly what the codec gives, differentiable; any H and W."""
+    """Approximates the JPEG codec differentiably: (B, 3, H, W) in [0, 1] to the same shape, any H and W."""
     height, width = images.shape[-2:]
     padded = F.pad(images * 255, (0, -width % 16, 0, -height % 16), mode="replicate")
     matrix = images.new_tensor(TO_YCBCR)

@@ -52,7 +52,7 @@ class Aom(Defense):
         return _Stepped(self, model)
 
     def step(self, features: Tensor, noisy: Tensor) -> Tensor:
-        """(B, D) image and (B, N, D) noisy features -> (B, D) unit."""
+        """Updates (B, D) image features by (B, N, D) noisy ones; returns (B, D) unit features."""
         mean = noisy.mean(dim=1)
         return F.normalize(mean + self.kappa * (mean - features), dim=1)
 

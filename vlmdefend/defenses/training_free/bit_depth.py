@@ -48,6 +48,6 @@ class BitDepth(Defense):
         return TransformedInput(model, lambda images, rng: transform(images))
 
     def quantize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> the same at the nearest levels."""
+        """Rounds (B, 3, H, W) in [0, 1] to the nearest levels."""
         steps = float(2**self.bits - 1)
         return (images * steps).round() / steps

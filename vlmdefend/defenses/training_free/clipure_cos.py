@@ -65,7 +65,7 @@ class ClipureCos(Defense):
         return _Purified(replace(self, create_graph=True), model)
 
     def purify(self, features: Tensor, blank: Tensor) -> Tensor:
-        """(B, D) image features and the (D,) unit blank embedding -> (B, D) unit purified features."""
+        """Purifies (B, D) image features with the (D,) unit blank embedding; returns (B, D) unit features."""
         e = F.normalize(features, dim=1)
         for _ in range(self.steps):
             r = e.norm(dim=1, keepdim=True)  # 1, but the path of most of what autograd sees without the graph of g

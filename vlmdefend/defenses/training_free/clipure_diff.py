@@ -106,7 +106,7 @@ class ClipureDiff(Defense):
         *,
         unrolled: bool = False,
     ) -> Tensor:
-        """(B, D) image features -> (B, D) of the same lengths, purified."""
+        """Purifies (B, D) image features; returns (B, D) of the same lengths."""
         length = features.norm(dim=1, keepdim=True)
         u = features / length
         for _ in range(self.steps):

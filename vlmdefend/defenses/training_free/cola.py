@@ -56,7 +56,7 @@ class Cola(Defense):
         return _Projected(self, model)
 
     def basis(self, text_features: Tensor) -> Tensor:
-        """(C, D) class embeddings -> (D, R) orthonormal columns."""
+        """Returns (D, R) orthonormal columns that span the (C, D) class embeddings."""
         left, values, _ = torch.linalg.svd(text_features.T, full_matrices=False)
         rank = int((values > 1e-5 * values[0]).sum())
         basis: Tensor = left[:, : min(self.rank or rank, rank)]

@@ -21,7 +21,7 @@ TINY = 1e-12
 @DEFENSES.register
 @dataclass(frozen=True, kw_only=True)
 class Interpolate(Defense):
-    """(1 - weight) of the bare model and ``weight`` of the model inside another defense.
+    """Mixes (1 - weight) of the bare model with ``weight`` of the model inside another defense.
 
     At 0 it is the bare model, at 1 the other defense, exactly and at their cost. Between, of outputs with features z
     (bare) and z' (defended), unit vectors,

@@ -57,7 +57,7 @@ class Median(Defense):
         return self._windows(images).median(dim=-1).values
 
     def soft_filter(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> the mean of each window, weighted by closeness to its median; the weights are constants."""
+        """Replaces pixels by the mean of their window, weighted by closeness to its median; constant weights."""
         windows = self._windows(images)
         apart = (windows - windows.median(dim=-1, keepdim=True).values).abs().detach()
         return (windows * (-apart / self.softness).softmax(dim=-1)).sum(dim=-1)

@@ -44,5 +44,5 @@ class Noise(Defense):
         return TransformedInput(model, self.add_noise, stochastic=True)
 
     def add_noise(self, images: Tensor, rng: ImageRng) -> Tensor:
-        """(B, 3, H, W) -> the same plus a fresh draw per image."""
+        """Adds a fresh noise draw per image to (B, 3, H, W)."""
         return images + self.sigma * rng.normal(images.shape[1:]).to(images.device)

@@ -51,6 +51,6 @@ class RandomPad(Defense):
         return TransformedInput(model, self.pad, stochastic=True)
 
     def pad(self, images: Tensor, rng: ImageRng) -> Tensor:
-        """(B, 3, H, W) -> the same size, with a fresh border per image."""
+        """Pads (B, 3, H, W) with a fresh random border per image; the size stays."""
         border = rng.uniform(images.shape[1:], 0.0, self.brightest).to(images.device)
         return framed(images, border, self.border)

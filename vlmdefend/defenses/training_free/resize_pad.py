@@ -49,7 +49,7 @@ class ResizePad(Defense):
         return TransformedInput(model, self.place, stochastic=True)
 
     def place(self, images: Tensor, rng: ImageRng) -> Tensor:
-        """(B, 3, H, W) -> the same size; one aspect ratio, a fresh draw per image."""
+        """Resizes (B, 3, H, W) and pads to the same size; one aspect ratio, a fresh draw per image."""
         draws = rng.uniform((3,)).to(images.device)
         axes = []
         for size, place in zip(images.shape[-2:], draws[:, 1:].unbind(dim=1), strict=True):

@@ -59,7 +59,7 @@ class Tte(Defense):
         return _Averaged(model, self)
 
     def views(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, V, 3, H, W), the image first, then crops, then the flip of each of these."""
+        """Returns (B, V, 3, H, W) views of (B, 3, H, W): the image, then crops, then the flip of each of these."""
         height, width = images.shape[-2:]
         down, across = round(self.pad * height), round(self.pad * width)
         padded = F.pad(images, (across, across, down, down))

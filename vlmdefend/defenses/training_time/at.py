@@ -69,7 +69,7 @@ class At(Adversarial):
 
 
 def contrast(logits: Tensor, labels: Tensor, *, masked: bool) -> Tensor:
-    """(B, C) logits and (B,) labels -> (B,) cross-entropies of the B pairs, mean of both directions."""
+    """Returns (B,) cross-entropies of the B image-text pairs, mean of both directions, of (B, C) logits and labels."""
     pairs = logits[:, labels]  # (B, B): image i with the prompt of image j's class
     truth = torch.arange(len(labels), device=labels.device)
     if masked:

@@ -24,11 +24,11 @@ class Student(Protocol):
         ...
 
     def attacked(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, C) logits for an attack: always float32, in evaluation mode."""
+        """Returns (B, C) logits of (B, 3, H, W) for an attack: always float32, in evaluation mode."""
         ...
 
     def attacked_features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, D) features, not normalised, for an attack on them: as :meth:`attacked`."""
+        """Returns (B, D) features of (B, 3, H, W), not normalised, for an attack on them: as :meth:`attacked`."""
         ...
 
     def with_patches(self, images: Tensor) -> tuple[Outputs, Tensor]:
@@ -37,7 +37,7 @@ class Student(Protocol):
 
     @property
     def class_features(self) -> Tensor:
-        """(C, D) unit text features, without gradient."""
+        """The (C, D) unit text features, without gradient."""
         ...
 
     iteration: int
@@ -55,20 +55,20 @@ class PromptStudent(Student, Protocol):
 
     @property
     def hand_features(self) -> Tensor:
-        """(C, D) unit class features of the templates that were written by hand."""
+        """The (C, D) unit class features of the templates that were written by hand, not learned."""
         ...
 
     @property
     def context(self) -> Tensor:
-        """(M, W), or (C, M, W) of each class: the learned vectors, without gradient."""
+        """The learned prompt vectors, (M, W) or (C, M, W) of each class, without gradient."""
         ...
 
     def classes_of(self, context: Tensor) -> Tensor:
-        """(C, D) unit class features of another context, with its gradient."""
+        """Returns (C, D) unit class features of another prompt context, with its gradient."""
         ...
 
     def answers(self, features: Tensor) -> Tensor:
-        """(B, D) image features -> (B, C) logits that carry gradients to the prompts."""
+        """Returns (B, C) logits of (B, D) image features; they carry gradients to the prompts."""
         ...
 
 

@@ -96,7 +96,7 @@ class TgaZsr(Adversarial):
 
 
 def attention_map(patches: Tensor, classes: Tensor, side: int, *, token_norm: bool = False) -> Tensor:
-    """(B, N, D) tokens of a square of places and (B, D) class features -> (B, side, side) in [0, 1]."""
+    """Returns (B, side, side) maps in [0, 1] of (B, N, D) tokens of a square grid and (B, D) class features."""
     if token_norm:
         patches = F.normalize(patches, dim=1)
     grid = math.isqrt(patches.shape[1])

@@ -21,7 +21,7 @@ Operation = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def augmix(images: Tensor, draws: Tensor, severity: float = 1.0) -> Tensor:
-    """(N, 3, H, W) in [0, 1] -> the same, m x + (1 - m) sum_i w_i chain_i(x) (Hendrycks et al. 2020, algorithm 1).
+    """Applies AugMix to (N, 3, H, W) in [0, 1]: m x + (1 - m) sum_i w_i chain_i(x) (Hendrycks et al. 2020, alg. 1).
 
     w is drawn from Dirichlet(1, 1, 1), m from Beta(1, 1). A chain has one to three operations, each drawn from the nine
     that share nothing with the corruptions of ImageNet-C (no contrast, brightness, colour or sharpness), as strong as
@@ -54,7 +54,7 @@ def augmix(images: Tensor, draws: Tensor, severity: float = 1.0) -> Tensor:
 
 
 def slide(images: Tensor, shift: Tensor) -> Tensor:
-    """(N, C, H, W) with (N, H) pixels -> each row read ``shift`` pixels further right; linear, zero outside."""
+    """Shifts rows of (N, C, H, W) by (N, H) pixels: each is read ``shift`` to the right; linear, zero outside."""
     width = images.shape[-1]
     place = torch.arange(width, device=images.device) + shift[..., None]  # (N, H, W)
     first = place.floor()

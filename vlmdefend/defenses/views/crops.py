@@ -76,18 +76,18 @@ def by_view(parts: Sequence[Outputs], shape: Sequence[int]) -> Outputs:
 
 
 def mean_score(views: Outputs) -> Tensor | None:
-    """(B,) mean over the views of a detector's score behind them, for an attacker who has to lower it."""
+    """Returns (B,): the mean over the views of a detector's score behind them, for an attacker who has to lower it."""
     return None if views.detector_score is None else views.detector_score.mean(dim=1)
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """(..., C) -> (...) entropy of the softmax, in nats."""
+    """Returns the (...) entropy of the softmax of (..., C) logits, in nats."""
     log_probabilities = logits.log_softmax(dim=-1)
     return -(log_probabilities.exp() * log_probabilities).sum(dim=-1)
 
 
 def marginal_entropy(logits: Tensor) -> Tensor:
-    """(..., V, C) -> (...) entropy of the views' mean probabilities, in nats."""
+    """Returns the (...) entropy of the mean probabilities of V views, of (..., V, C) logits, in nats."""
     log_mean = logits.log_softmax(dim=-1).logsumexp(dim=-2) - math.log(logits.shape[-2])
     return -(log_mean.exp() * log_mean).sum(dim=-1)
 

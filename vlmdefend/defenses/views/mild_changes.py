@@ -20,7 +20,7 @@ NUMBERS = 11
 
 
 def mildly_changed(images: Tensor, rng: ImageRng) -> Tensor:
-    """(B, 3, H, W) in [0, 1] -> the same, changed as the views of MAC are (Kim, CVPR 2026, official code).
+    """Changes (B, 3, H, W) in [0, 1] slightly, as the views of MAC are (Kim, CVPR 2026, official code).
 
     Always turned by up to 5 degrees, moved by up to 4 % of the side and resized by up to 8 %, black coming in; then,
     each with probability 1/2, brightness, contrast and saturation by up to 8 %, a blur of 0.5 to 1.2 pixels in five,

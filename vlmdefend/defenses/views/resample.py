@@ -20,7 +20,7 @@ class Span(NamedTuple):
 
 
 def axis_weights(size: int, source: Span, target: Span) -> Tensor:
-    """(..., size, size) weights that bring the pixels of ``source`` to the pixels of ``target``; others become zero.
+    """Returns (..., size, size) weights that bring pixels of ``source`` to those of ``target``; zero elsewhere.
 
     Bilinear with half-pixel centres; shrinking filters first (the triangle is as wide as a new pixel). These are the
     weights of Pillow, and of ``F.interpolate`` with ``antialias=True``, on the cropped image.
@@ -41,7 +41,7 @@ def whole(size: int, like: Tensor) -> Span:
 
 
 def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """(..., C, H, W) images with (..., H, H) and (..., W, W) weights -> (..., C, H, W); leading axes broadcast."""
+    """Resamples (..., C, H, W) images with (..., H, H) and (..., W, W) weights; leading axes broadcast."""
     rows, columns = (weights[..., None, :, :].to(images.dtype) for weights in (rows, columns))
     resampled: Tensor = rows @ images @ columns.mT
     return resampled

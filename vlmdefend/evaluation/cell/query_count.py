@@ -43,7 +43,7 @@ class CountingModel:
         return outputs
 
     def features(self, images: Tensor) -> Tensor:
-        """Embeds and counts."""
+        """Returns the features of the wrapped model and counts the query."""
         features: Tensor = self.model.features(images)  # type: ignore[attr-defined]
         self._count(features)
         return features

@@ -16,7 +16,7 @@ REDUCED = 4096  # pixels per partial sum
 
 
 class Rows:
-    """(B, ...) tensors as (B, n) rows, all in one order of pixels: that of the first tensor's memory.
+    """Views of (B, ...) tensors as (B, n) rows, all in one order of pixels: that of the first tensor's memory.
 
     A tensor laid out like the first (contiguous, channels last, any dense order of an image) is used where it lies; any
     other is copied, and :meth:`write_back` copies it home.

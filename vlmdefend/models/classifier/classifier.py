@@ -74,7 +74,7 @@ class ImageClassifier(nn.Module):
         super().train(False)
 
     def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
-        """(B, 3, S, S) float32 in [0, 1] -> logits (B, C) and bottleneck features (B, D).
+        """Returns logits (B, C) and bottleneck features (B, D) of (B, 3, S, S) float32 in [0, 1].
 
         Raises:
             UserError: images of another size.

@@ -52,7 +52,7 @@ class FirstTokenPool(AttentionPool2d):  # type: ignore[misc]
     """open_clip's attention pooling with the query of the first token only, which is all that it returns."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, E, h, w) -> (N, D)."""
+        """Returns the pooled (N, D) features of an (N, E, h, w) map."""
         x = x.flatten(2).transpose(1, 2)  # (N, hw, E)
         x = cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
         n, length, width = x.shape

@@ -33,7 +33,7 @@ class ImagePrompts(LearnedPrompts):
 
     @property
     def visual_shape(self) -> tuple[int, int]:
-        """(D, N): blocks with tokens and tokens per block; zeros if there are none."""
+        """The numbers (D, N): blocks with tokens and tokens per block; zeros if there are none."""
         return (0, 0) if self.image_tokens is None else (len(self.image_tokens), self.image_tokens.shape[-2])
 
     @property

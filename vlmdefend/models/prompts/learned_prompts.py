@@ -76,7 +76,7 @@ class LearnedPrompts(nn.Module):
 
     @property
     def visual_shape(self) -> tuple[int, int]:
-        """(D, N): blocks with tokens of their own, and how many tokens; zeros if none."""
+        """The numbers (D, N): blocks with tokens of their own, and how many tokens; zeros if none."""
         return (0, 0) if self.visual is None else (int(self.visual.shape[0]), int(self.visual.shape[1]))
 
     @property

@@ -69,7 +69,7 @@ class ZeroShotClassifier(nn.Module):
         self._resizers: dict[tuple[int, torch.device], AxisResize] = {}
 
     def forward(self, images: Tensor, rng: ImageRng | None = None) -> Outputs:
-        """(B, 3, H, W) float32 in [0, 1] -> logits (B, C) and unnormalised features (B, D).
+        """Returns logits (B, C) and unnormalised features (B, D) of (B, 3, H, W) float32 in [0, 1].
 
         Raises:
             UserError: H or W is not the model's size and nothing resizes inside.
@@ -78,7 +78,7 @@ class ZeroShotClassifier(nn.Module):
         return Outputs(self.logits(features), features)
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, D), not normalised."""
+        """Returns the (B, D) image features of (B, 3, H, W) in [0, 1], not normalised."""
         height, width = images.shape[-2:]
         if not self.resize_inside and (height, width) != (self.image_size, self.image_size):
             raise UserError(

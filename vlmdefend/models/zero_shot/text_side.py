@@ -65,13 +65,13 @@ class TextSide:
 
     @property
     def table(self) -> Tensor:
-        """(V, W): the embedding of each token."""
+        """The (V, W) embedding of each token."""
         weight: Tensor = self._embedding.weight
         return weight
 
     @property
     def ends(self) -> Tensor:
-        """(C, T): position of the end token in the clean prompts."""
+        """The (C, T) position of the end token in the clean prompts."""
         return self.ends_of(self.tokens)
 
     def ends_of(self, tokens: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class TextSide:
         return int(number)
 
     def usable(self, *, words: bool) -> Tensor:
-        """(V,) bool: tokens that a prompt may gain; no special ones.
+        """A (V,) bool mask of the tokens that a prompt may gain; no special ones.
 
         Args:
             words: only whole lower-case words of letters that the tokenizer reads back as this one token, so that the
@@ -120,7 +120,7 @@ class TextSide:
         return longer.scatter(-1, ends[:, None], word)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """(P, L) tokens -> (P, L, W) what the tower reads."""
+        """Returns the (P, L, W) token embeddings that the text tower reads, of (P, L) tokens."""
         found: Tensor = self._embedding(tokens)
         if self._context is None:
             return found
@@ -128,7 +128,7 @@ class TextSide:
         return torch.cat([found[:, :1], learned, found[:, 1 + learned.shape[1] :]], dim=1)
 
     def encode(self, tokens: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """(P, L) tokens -> (P, D) unit features.
+        """Returns the (P, D) unit text features of (P, L) tokens.
 
         Args:
             embeddings: (P, L, W) what the tower reads in place of the tokens' own embeddings; the features are
@@ -156,7 +156,7 @@ class TextSide:
         return tokens, features, known[0]
 
     def features(self, tokens: Tensor) -> Tensor:
-        """(C, T, L) -> (C, D) unit rows, as :meth:`VisionLanguageModel.text_features` computes them."""
+        """Returns the (C, D) unit class features of (C, T, L) tokens, as ``VisionLanguageModel.text_features``."""
         return ensembled(self.encode(tokens.flatten(0, 1)).view(*tokens.shape[:2], -1))
 
     def gradient(self, tokens: Tensor, rows: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ ABLATED: dict[Term, str] = {
 
 
 def adaptation_of(settings: UrdaSettings) -> Adaptation:
-    """Step 1's objective.
+    """Returns the objective of step 1.
 
     Raises:
         UserError: no such method, or one of step 2.

@@ -51,7 +51,7 @@ class CoupledPrompts(LearnedPrompts):
 
     @property
     def visual_shape(self) -> tuple[int, int]:
-        """(D, M): number of image-tower blocks with prompts, and of tokens in each."""
+        """The numbers (D, M): that of image-tower blocks with prompts, and of tokens in each."""
         return 1 + len(self.deep), self.deep.shape[1]
 
     @property

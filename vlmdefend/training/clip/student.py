@@ -55,12 +55,12 @@ class ClipStudent(TrainedStudent):
 
     @property
     def class_features(self) -> Tensor:
-        """(C, D) unit text features, without gradient."""
+        """The (C, D) unit text features, without gradient."""
         return self.classifier.text_features
 
     @property
     def hand_features(self) -> Tensor:
-        """(C, D) unit text features of the run's templates, where a context is learned in their place."""
+        """The (C, D) unit text features of the run's templates, where a context is learned in their place."""
         return self.classifier.hand_features
 
     @property
