@@ -42,7 +42,7 @@ def test_every_model_is_attacked_and_scored_on_every_set(gap: Cli, tmp_path: Pat
 def test_the_table_shows_clean_accuracy_and_intervals_and_the_maps_are_pictures(gap: Cli, tmp_path: Path) -> None:
     outcome = gap("--eps", "8/255")
     lines = [line.split() for line in outcome.out.splitlines()]
-    assert ["crafted", "on", "\\", "asked", "tiny-vit", "tiny-rn"] in lines
+    assert ["crafted", "on", "\\", "scored", "on", "tiny-vit", "tiny-rn"] in lines
     for name in ("clean", "tiny-vit", "tiny-rn"):
         (row,) = [line for line in lines if line and line[0] == name]
         assert len(row) == 1 + 2 * 3  # a share and two ends of its interval for each model
